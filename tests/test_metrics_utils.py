@@ -1,0 +1,373 @@
+"""Tests of metrics_utils.py: hand-worked values; nltk, pycocoevalcap and published scores as independent references.
+
+pycocoevalcap's own tokenizer needs Java and is not used: its scorers get captions that are already tokenised.
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nltk.translate.bleu_score import corpus_bleu
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import metrics_utils  # noqa: E402
+from metrics_utils import METRIC_NAMES, CaptionScorer, main, metrics_from_sums, peak_in_box, tokenize  # noqa: E402
+
+ORACLE = ROOT.parent / "shared" / "data" / "metric_oracle"
+needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason=f"{ORACLE} is not here")
+BLEU_WEIGHTS = [[1 / n] * n for n in range(1, 5)]
+
+
+def read_oracle(name):
+    return json.loads((ORACLE / name).read_text(encoding="utf-8"))
+
+
+def random_captions(seed, images=60, shortest=4, words=5):
+    """References (five each) and a hypothesis per image from so few words that n-grams of every length match."""
+    draw = random.Random(seed)
+
+    def caption():
+        return " ".join(f"word{draw.randrange(words)}" for _ in range(draw.randint(shortest, 12)))
+
+    return {i: [caption() for _ in range(5)] for i in range(images)}, {i: caption() for i in range(images)}
+
+
+def as_token_lists(references, hypotheses):
+    return [[c.split() for c in captions] for captions in references.values()], [h.split() for h in hypotheses.values()]
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("A dog 's ball , isn't it ?", "a dog 's ball is n't it"),
+        ("They\u2019re saying “don\u2019t” …", "they 're saying do n't"),
+        ("A T-shirt (blue) & 2.5-inch shoes.", "a t-shirt -lrb- blue -rrb- & 2.5-inch shoes"),
+        ("Crowd in Washington D.C.", "crowd in washington d.c."),
+        ("The U.S. team at 5:30 p.m.", "the u.s. team at 5:30 p.m."),
+        ("Mr. Potato head . ", "mr. potato head"),
+        ("We cannot see; I'm gonna go -- now!", "we can not see i 'm gon na go now"),
+        ("five o'clock in the '70s, rock 'n' roll", "five o'clock in the '70s rock 'n' roll"),
+        ("the boys' game on AT&T at avrovulcan.com", "the boys game on at&t at avrovulcan.com"),
+        ("1/2 of a $2,000 hot-dog/soda, 50% off", "1/2 of a $ 2,000 hot-dog/soda 50 % off"),
+        ("wow!! #8 @ home", "wow !! # 8 @ home"),
+        ("", ""),
+        (" . , ' \" ", ""),
+    ],
+)
+def test_tokenize_english(caption, tokens):
+    assert tokenize(caption) == tokens.split()
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("两只狗在奔跑。", ["两", "只", "狗", "在", "奔", "跑"]),
+        ("犬が走る", ["犬", "が", "走", "る"]),
+        ("Двое детей, играют!", ["двое", "детей", "играют"]),
+        ("सफेद कुत्ता दौड़ता है।", ["सफेद", "कुत्ता", "दौड़ता", "है"]),
+        ("Un café «noir»", ["un", "café", "noir"]),
+    ],
+)
+def test_tokenize_other_scripts(caption, tokens):
+    assert tokenize(caption) == tokens
+
+
+def test_tokens_survive_a_second_tokenization():
+    tokens = tokenize("A man's dog can't swim (really) at 5 p.m. in the U.S.")
+    assert tokenize(" ".join(tokens)) == tokens
+
+
+def test_tokenize_is_not_quadratic_in_hostile_captions():
+    for part in ("a-", "a.1", "1,", "n", "a/", "w."):
+        assert len("".join(tokenize(part * 20_000))) >= 20_000
+
+
+@needs_oracle
+def test_tokenize_agrees_with_the_toolkit():
+    samples = read_oracle("ptb_tokens.json")
+    agreeing = sum(tokenize(sample["caption"]) == sample["tokens"] for sample in samples)
+    assert agreeing / len(samples) >= 0.999
+
+
+# --------------------------------------------------------------------------------------- against other implementations
+
+
+@needs_oracle
+@pytest.mark.parametrize("run", ["init_1", "merge_3"])
+def test_published_scores(run):
+    references = {}
+    for annotation in read_oracle("references.json")["annotations"]:
+        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    hypotheses = {entry["image_id"]: entry["caption"] for entry in read_oracle(f"{run}.json")}
+    scores, _ = CaptionScorer(references).score(hypotheses)
+    published = read_oracle("published_scores.json")[run]
+    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"):
+        key = name.replace("BLEU-", "Bleu_").replace("-", "_")
+        assert scores[name] == pytest.approx(published[key], abs=1e-4), name
+
+
+@pytest.mark.parametrize("shortest", [1, 4])
+def test_bleu_rouge_and_cider_equal_pycocoevalcap(shortest):
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    references, hypotheses = random_captions(0, shortest=shortest)
+    scores, per_image = CaptionScorer(references).score(hypotheses)
+    results = {image: [caption] for image, caption in hypotheses.items()}
+    bleu, _ = Bleu(4).compute_score(references, results, verbose=0)
+    assert [scores[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(bleu, abs=1e-9)
+    for scorer, name in ((Rouge(), "ROUGE-L"), (Cider(), "CIDEr")):
+        corpus, images = scorer.compute_score(references, results)
+        assert scores[name] == pytest.approx(corpus, abs=1e-9)
+        assert [row[name] for row in per_image.values()] == pytest.approx(images.tolist(), abs=1e-9)
+
+
+def test_bleu_equals_nltk_on_the_corpus_and_on_a_resample():
+    references, hypotheses = random_captions(1)
+    scores, _ = CaptionScorer(references).score(hypotheses)
+    reference_tokens, tokens = as_token_lists(references, hypotheses)
+    expected = corpus_bleu(reference_tokens, tokens, BLEU_WEIGHTS)
+    assert [scores[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(expected, abs=1e-12)
+
+    rows = np.random.default_rng(0).integers(len(tokens), size=len(tokens))
+    statistics = CaptionScorer(references)._statistics(tokens, meteor=False)
+    resampled = metrics_from_sums(np.bincount(rows, minlength=len(tokens)) @ statistics)
+    expected = corpus_bleu([reference_tokens[i] for i in rows], [tokens[i] for i in rows], BLEU_WEIGHTS)
+    assert [resampled[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_sentence_bleu_adds_one_to_longer_ngrams():
+    _, per_image = CaptionScorer({0: ["a dog runs fast"]}).score({0: "a dog runs slowly"})
+    assert per_image[0]["BLEU-4"] == pytest.approx((3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+
+
+# ---------------------------------------------------------------------------------------------------------- by hand
+
+
+def test_rouge_takes_best_precision_and_best_recall():
+    scores, _ = CaptionScorer({0: ["a b c d", "a x"]}).score({0: "a c d"})
+    assert scores["ROUGE-L"] == pytest.approx(2.44 * 1 * 0.75 / (0.75 + 1.44 * 1))
+
+
+def test_cider_is_ten_for_the_only_reference_and_zero_without_shared_words():
+    references = {0: ["a dog runs over grass"], 1: ["two men play with cards"]}
+    scores, per_image = CaptionScorer(references).score({0: "a dog runs over grass", 1: "some women sing"})
+    assert per_image[0]["CIDEr"] == pytest.approx(10)
+    assert per_image[1]["CIDEr"] == 0
+    assert scores["CIDEr"] == pytest.approx(5)
+
+
+def test_wer_is_edits_over_words_of_the_nearest_reference_summed_over_images():
+    references = {0: ["a dog runs", "a cat sits on the red grass"], 1: ["two men", "two old men sit"]}
+    scores, per_image = CaptionScorer(references).score({0: "a dog walks fast", 1: "two old men"})
+    assert (per_image[0]["WER"], per_image[1]["WER"]) == (
+        pytest.approx(2 / 3),
+        pytest.approx(1 / 4),
+    )  # 1 / 2 is shorter
+    assert scores["WER"] == pytest.approx(3 / 7)
+
+
+def test_caption_statistics():
+    references = {i: ["a dog runs"] for i in range(4)}
+    hypotheses = {0: "A dog runs.", 1: "a dog runs", 2: "a cat", 3: "two men sit down"}
+    scores, _ = CaptionScorer(references, training_captions=["A cat .", "two men"]).score(hypotheses)
+    assert scores["caption_length"] == (3 + 3 + 2 + 4) / 4
+    assert scores["vocabulary_used"] == len({"a", "dog", "runs", "cat", "two", "men", "sit", "down"})
+    assert (scores["share_unique"], scores["share_copied"]) == (3 / 4, 1 / 4)
+    assert CaptionScorer(references).score(hypotheses)[0]["share_copied"] is None
+
+
+@pytest.mark.parametrize("caption", ["", "...", "zebra", "a", "a zebra"])
+def test_captions_without_matches_score_low_without_a_warning(caption, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores, per_image = CaptionScorer({0: ["a dog runs over grass"], 1: ["..."]}).score({0: caption, 1: caption})
+    assert scores["BLEU-2"] == scores["BLEU-3"] == scores["BLEU-4"] == 0
+    assert (scores["BLEU-1"] > 0) == (scores["CIDEr"] > 0) == ("a" in caption.split())
+    assert per_image[0]["WER"] >= 4 / 5
+    assert capsys.readouterr() == ("", "")
+    json.dumps([scores, per_image], allow_nan=False)
+
+
+def test_no_images_at_all():
+    scores, per_image = CaptionScorer({}).score({}, bootstrap=3)
+    assert (scores["BLEU-4"], scores["CIDEr"], scores["intervals"], per_image) == (0, 0, {}, {})
+
+
+def test_images_must_agree():
+    scorer = CaptionScorer({"a.jpg": ["a dog"], "b.jpg": ["a cat"]})
+    with pytest.raises(ValueError, match=r"'c\.jpg' has a caption but no references"):
+        scorer.score({"a.jpg": "a dog", "b.jpg": "a cat", "c.jpg": "a man"})
+    with pytest.raises(ValueError, match=r"'b\.jpg' has references but no caption"):
+        scorer.score({"a.jpg": "a dog"})
+    with pytest.raises(ValueError, match=r"'d\.jpg' has no reference captions"):
+        CaptionScorer({"d.jpg": []})
+
+
+def test_scores_are_the_same_to_the_last_bit_in_every_process():
+    """Python shuffles sets of words anew in each process; a resumed run must still find the same best CIDEr."""
+    references, _ = random_captions(3, words=30)
+    hypotheses = {image: " ".join(captions[:2]) for image, captions in references.items()}  # many shared words
+    code = f"import metrics_utils; print(metrics_utils.CaptionScorer({references}).score({hypotheses}))"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in "1234"
+    }
+    assert len(outputs) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- bootstrap
+
+
+def test_intervals_hold_the_score_and_depend_on_the_seed_alone():
+    references, hypotheses = random_captions(2)
+    scorer = CaptionScorer(references)
+    scores, _ = scorer.score(hypotheses, bootstrap=300, seed=1)
+    assert set(scores["intervals"]) == set(METRIC_NAMES) - {"METEOR"}
+    for name, (low, high) in scores["intervals"].items():
+        assert low < scores[name] < high, name
+    assert scorer.score(hypotheses, bootstrap=300, seed=1)[0] == scores
+    assert scorer.score(hypotheses, bootstrap=300, seed=2)[0]["intervals"] != scores["intervals"]
+
+
+def test_intervals_have_the_width_of_the_standard_error():
+    """WER of images that are all wrong or all right is a mean of coin flips, whose standard error is known."""
+    references = {i: ["dog"] for i in range(400)}
+    scores, _ = CaptionScorer(references).score({i: "dog" if i % 2 else "cat" for i in range(400)}, bootstrap=2000)
+    low, high = scores["intervals"]["WER"]
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------- METEOR
+
+
+def test_meteor_is_nltks(monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [*nltk.data.path, str(ROOT.parent / "shared" / "nltk_data")])
+    if not metrics_utils.wordnet_is_available():
+        pytest.skip("nltk finds no WordNet here")
+    scorer = CaptionScorer({0: ["a dog runs fast"], 1: ["an auto"]})
+    scores, per_image = scorer.score({0: "a dog runs fast", 1: "one car"}, meteor=True, bootstrap=5)
+    assert per_image[0]["METEOR"] == pytest.approx(1 - 0.5 * (1 / 4) ** 3)  # one chunk of four matches
+    assert per_image[1]["METEOR"] == pytest.approx(0.5 * (1 - 0.5))  # synonyms: one match of two words, one chunk
+    assert scores["METEOR"] == pytest.approx((per_image[0]["METEOR"] + per_image[1]["METEOR"]) / 2)
+    assert "METEOR" in scores["intervals"]
+    assert scorer.score({0: "a dog", 1: "a car"})[0]["METEOR"] is None
+
+
+def test_meteor_without_wordnet_is_none_with_one_line(monkeypatch, capsys):
+    import nltk
+
+    missing = nltk.corpus.util.LazyCorpusLoader("no_such_wordnet", nltk.corpus.WordNetCorpusReader, None)
+    monkeypatch.setattr(nltk.corpus, "wordnet", missing)
+    scores, _ = CaptionScorer({0: ["a dog"]}).score({0: "a dog"}, meteor=True)
+    stderr = capsys.readouterr().err
+    assert scores["METEOR"] is None
+    assert stderr.count("\n") == 1
+    assert "python -m nltk.downloader wordnet" in stderr
+    assert "NLTK_DATA" in stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+
+def test_peak_in_box_by_hand():
+    maps = np.zeros((4, 2, 4))  # cells of 1/4 x 1/2
+    maps[:, 0, 0] = 0.1
+    maps[1, 1, 2] = maps[3, 0, 1] = 1  # peaks at (5/8, 3/4) and (3/8, 1/4)
+    boxes = [
+        {"names": ["dog", "puppy"], "box": [0.6, 0.7, 1, 1]},
+        {"names": ["ball"], "box": [0.5, 0, 1, 0.5]},
+        {"names": ["ball"], "box": [0.75, 0, 1, 1]},  # half of it lies in the other ball's box
+    ]
+    result = peak_in_box([(["a", "dog", "and", "ball"], maps, boxes), (["sky"], maps[:1], boxes)])
+    assert result == {
+        "peak_in_box": 1 / 2,
+        "chance": pytest.approx(0.2475),
+        "ratio": pytest.approx(0.5 / 0.2475),
+        "nouns": 2,
+    }
+
+
+def test_peak_in_box_without_nouns():
+    assert peak_in_box([(["a"], np.ones((1, 2, 2)), [])]) == {
+        "peak_in_box": None,
+        "chance": None,
+        "ratio": None,
+        "nouns": 0,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+REFERENCES = {"images": [{"id": 1}], "annotations": [{"id": 7, "image_id": 1, "caption": "A dog runs over grass ."}]}
+HYPOTHESES = [{"image_id": 1, "caption": "a dog runs over grass"}]
+
+
+def run_command(tmp_path, references, hypotheses):
+    """Run the command in this process on two files with these contents (bytes as they are; None: no file)."""
+    for name, content in (("references.json", references), ("hypotheses.json", hypotheses)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    main(["--references", str(tmp_path / "references.json"), "--hypotheses", str(tmp_path / "hypotheses.json")])
+
+
+def test_command_prints_one_json_object(tmp_path, capsys):
+    run_command(tmp_path, REFERENCES, HYPOTHESES)
+    scores = json.loads(capsys.readouterr().out)
+    assert tuple(scores)[: len(METRIC_NAMES)] == METRIC_NAMES
+    assert (scores["BLEU-4"], scores["ROUGE-L"], scores["WER"], scores["caption_length"]) == (1, 1, 0, 5)
+    assert scores["METEOR_variant"].startswith("nltk")
+
+
+@pytest.mark.parametrize(
+    ("references", "hypotheses", "message"),
+    [
+        (None, HYPOTHESES, r"references\.json: cannot be read \(No such file"),
+        (REFERENCES, b"[{", r"hypotheses\.json: not a JSON file"),
+        (REFERENCES, b"\xff\xd8\xff\xe0\x00", r"hypotheses\.json: not a JSON file"),
+        (REFERENCES, b"[" * 100_000, r"hypotheses\.json: not a JSON file"),
+        (HYPOTHESES, HYPOTHESES, r"references\.json: not a COCO annotation file"),
+        (REFERENCES, REFERENCES, r"hypotheses\.json: expected a list"),
+        (REFERENCES, [{"image_id": 1}], r"hypotheses\.json: entry 1 is not"),
+        (REFERENCES, ["a dog"], r"hypotheses\.json: entry 1 is not"),
+        (REFERENCES, HYPOTHESES * 2, r"hypotheses\.json: image 1 has two captions"),
+        (REFERENCES, [{"image_id": 2, "caption": "a"}], r"image 2 has a caption but no references"),
+        (REFERENCES, [], r"image 1 has references but no caption"),
+    ],
+)
+def test_command_refuses_bad_files_with_one_line(tmp_path, capsys, references, hypotheses, message):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(tmp_path, references, hypotheses)
+    stdout, stderr = capsys.readouterr()
+    assert (stopped.value.code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert re.search(message, stderr)
+
+
+def test_import_and_help_load_no_heavy_package():
+    code = "import sys, metrics_utils; print([m for m in ('nltk', 'jiwer', 'torch', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    done = subprocess.run([sys.executable, "metrics_utils.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--hypotheses FILE" in done.stdout
