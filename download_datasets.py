@@ -1,0 +1,899 @@
+"""Get the datasets and weights the captioner trains on: download, check, unpack; draw the built-in sample dataset.
+
+    python download_datasets.py                          # Flickr8k and Flickr30k into ./data (1.1 and 4.4 GB to fetch)
+    python download_datasets.py --dataset flickr8k
+    python download_datasets.py --dataset flickr8k --verify_only
+    python download_datasets.py --dataset sample         # drawn in seconds, no network
+    python download_datasets.py --dataset resnet50       # document A's ../../resources/models/resnet50-19c8e357.pth
+
+A dataset lies in DATA_DIR/NAME: `Images/`, a captions file as its authors wrote it, and the official split. Every file
+is pinned by size and checksum, so any mirror may serve it. Where these come from: Flickr8k's MD5s are pinned by
+torchvision for R, the SHA-256s stand in Hugging Face's LFS pointers, resnet50's begins with the digits in its name.
+A broken download goes on where it stopped (HTTP Range); a wrong file is deleted and the next source is tried; TLS
+certificates are checked. Flickr8k and Flickr30k are for non-commercial research: their authors hand them out at MANUAL.
+
+Exit status: 0 all well, 1 something failed (one line each on stderr), 2 misuse, 130 interrupted.
+"""
+
+import argparse
+import csv
+import errno
+import gzip
+import hashlib
+import http.client
+import itertools
+import json
+import lzma
+import math
+import os
+import random
+import shutil
+import socket
+import ssl
+import stat
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+
+class DownloadError(OSError):
+    """A source that cannot be used: unreachable, wrong, or hostile. The next one may do."""
+
+
+class Remote(NamedTuple):
+    """One file of known content, and the addresses that serve it."""
+
+    name: str
+    size: int  # bytes
+    checksum: str  # "md5:..." or "sha256:..."
+    urls: tuple[str, ...]
+    keep: tuple[str, ...] = ()  # base names worth unpacking, as shell patterns
+
+
+HUGGING_FACE = "https://huggingface.co"
+GITHUB_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+
+
+def karpathy_splits(name):
+    """Karpathy's captions with the official splits: one archive for Flickr8k, Flickr30k and COCO."""
+    return Remote(
+        "caption_datasets.zip",
+        36_745_453,
+        "sha256:4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817",
+        (
+            "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",
+            f"{HUGGING_FACE}/datasets/gpantaz/karpathy_split/resolve/main/caption_datasets.zip",
+            f"{HUGGING_FACE}/datasets/acul3/pmd_indonesia/resolve/main/data/caption_datasets.zip",
+        ),
+        (f"dataset_{name}.json",),
+    )
+
+
+# dataset -> its parts (images, captions) -> the archives that hold this part, in the order they are tried
+DATASETS = {
+    "flickr8k": (
+        (
+            Remote(
+                "Flickr8k_Dataset.zip",
+                1_115_419_746,
+                "md5:f18a1e2920de5bd84dae7cf08ec78978",
+                (f"{GITHUB_FLICKR8K}/Flickr8k_Dataset.zip",),
+                ("*.jpg",),
+            ),
+            Remote(
+                "Images.zip",
+                1_112_428_992,
+                "sha256:497c137eaf599f85c8cc3fd71202c220f1299a19c05351d112ec8cc99c33252f",
+                (
+                    f"{HUGGING_FACE}/datasets/shivangibithel/Flickr8k/resolve/main/Images.zip",
+                    f"{HUGGING_FACE}/spaces/shivangibithel/Text2ImageRetrieval/resolve/main/Images.zip",
+                ),
+                ("*.jpg",),
+            ),
+        ),
+        (
+            Remote(
+                "Flickr8k_text.zip",
+                2_340_801,
+                "md5:bf6c1abcb8e4a833b7f922104de18627",
+                (f"{GITHUB_FLICKR8K}/Flickr8k_text.zip",),
+                ("Flickr8k.token.txt", "Flickr_8k.*Images.txt"),
+            ),
+            karpathy_splits("flickr8k"),
+        ),
+    ),
+    "flickr30k": (
+        (
+            Remote(
+                "flickr30k-images.zip",
+                4_390_240_817,
+                "sha256:2ce2420c0d17f0531deaa89ac657b4d5067ec519da16ff1ea12acbf5619c7391",
+                (
+                    f"{HUGGING_FACE}/datasets/nlphuji/flickr30k/resolve/main/flickr30k-images.zip",
+                    f"{HUGGING_FACE}/datasets/TPagent/Flickr30k/resolve/main/flickr30k-images.zip",
+                ),
+                ("*.jpg",),
+            ),
+            Remote(
+                "flickr30k-images.tar.gz",
+                4_375_349_371,
+                "sha256:051f4ddfa010caf652f74210c9aa34561251a72d00a03b0cb696b21a6d57953c",
+                (f"{HUGGING_FACE}/datasets/JimmyUnleashed/Flickr30k/resolve/main/flickr30k-images.tar.gz",),
+                ("*.jpg",),
+            ),
+        ),
+        (karpathy_splits("flickr30k"),),
+    ),
+}
+# (images, captions) a folder must hold at least. Copies differ: of Flickr8k's 8,091 images 8,000 are in a split, of
+# Flickr30k's 31,783 Karpathy's captions cover 31,014; the smaller number is complete for every published experiment.
+EXPECTED = {"flickr8k": (8_000, 40_000), "flickr30k": (31_014, 155_070)}
+PICTURES = {".jpg", ".jpeg", ".png"}
+CAPTION_FILES = ("captions.txt", "results.csv", "Flickr8k.token.txt", "dataset_*.json")
+MANUAL = {
+    "flickr8k": "https://forms.illinois.edu/sec/1713398",
+    "flickr30k": "https://forms.illinois.edu/sec/229675",
+}
+RESNET50 = Remote(
+    "resnet50-19c8e357.pth",
+    102_502_400,
+    "sha256:19c8e3572231adff6824a2da93fd67b5986919a2e65f8b6007eab4edee220097",
+    ("https://download.pytorch.org/models/resnet50-19c8e357.pth",),
+)
+WEIGHTS_DIR = Path("../../resources/models")  # from the folder the commands run in, as document A's curl has it
+
+ATTEMPTS = 5  # in a row without a new byte
+RETRY_SECONDS = 2.0  # before the second attempt; doubles with each one
+TIMEOUT_SECONDS = 60
+DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)  # what decompressors raise
+MAX_MEMBERS, MAX_UNPACKED_BYTES = 100_000, 20_000_000_000  # beyond every archive above; a bomb's are more
+
+SAMPLE_SIDE = 224  # pixels
+TILE = 300  # pixels: an object is drawn large once, then scaled down for each picture, which smooths its edges
+SAMPLE_COLOURS = {
+    "red": (222, 44, 52),
+    "orange": (250, 140, 20),
+    "yellow": (252, 218, 52),
+    "green": (52, 166, 74),
+    "blue": (44, 104, 222),
+    "purple": (146, 62, 186),
+}
+INK, CREAM, BROWN = (48, 44, 60), (255, 250, 232), (126, 84, 52)
+
+
+def polar(centre, radius, turns):
+    """The point `turns` of a full turn clockwise from straight up, on a circle."""
+    angle = 2 * math.pi * turns
+    return centre[0] + radius * math.sin(angle), centre[1] - radius * math.cos(angle)
+
+
+# Objects are drawn in a square whose sides run from 0 to 100; `pen(shape, points, fill)` scales and outlines.
+def draw_ball(pen, colour):
+    """A ball with two highlights."""
+    pen("ellipse", [(4, 4), (96, 96)], colour)
+    pen("ellipse", [(24, 18), (44, 36)], CREAM, outline=False)
+    pen("arc", [(14, 14), (86, 86)], CREAM, start=15, end=75)
+
+
+def draw_star(pen, colour):
+    """A smiling five-pointed star."""
+    pen("polygon", [polar((50, 53), 50 if corner % 2 == 0 else 23, corner / 10) for corner in range(10)], colour)
+    pen("ellipse", [(38, 44), (44, 52)], INK, outline=False)
+    pen("ellipse", [(56, 44), (62, 52)], INK, outline=False)
+    pen("arc", [(40, 48), (60, 66)], INK, start=20, end=160)
+
+
+def draw_heart(pen, colour):
+    """A heart with a highlight."""
+    turns = [2 * math.pi * step / 60 for step in range(60)]
+    curve = [
+        (16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t))
+        for t in turns
+    ]
+    pen("polygon", [(50 + 2.9 * x, 46 - 2.9 * y) for x, y in curve], colour)
+    pen("ellipse", [(20, 20), (36, 36)], CREAM, outline=False)
+
+
+def draw_house(pen, colour):
+    """A house with a chimney."""
+    pen("rectangle", [(68, 10), (80, 40)], BROWN)
+    pen("rectangle", [(12, 46), (88, 96)], colour)
+    pen("polygon", [(2, 48), (50, 6), (98, 48)], colour)
+    pen("rectangle", [(42, 62), (60, 96)], CREAM)
+    pen("rectangle", [(20, 60), (34, 76)], CREAM)
+    pen("rectangle", [(68, 60), (82, 76)], CREAM)
+
+
+def draw_tree(pen, colour):
+    """A fir tree; the colour is its needles'."""
+    pen("rectangle", [(42, 60), (58, 98)], BROWN)
+    for bottom, half in ((78, 40), (56, 33), (36, 25)):
+        pen("polygon", [(50 - half, bottom), (50, bottom - 36), (50 + half, bottom)], colour)
+
+
+def draw_car(pen, colour):
+    """A car seen from its side."""
+    pen("polygon", [(24, 46), (36, 22), (70, 22), (84, 46)], colour)
+    pen("polygon", [(33, 44), (41, 28), (52, 28), (52, 44)], CREAM)
+    pen("polygon", [(57, 44), (57, 28), (67, 28), (75, 44)], CREAM)
+    pen("rounded_rectangle", [(2, 44), (98, 74)], colour, radius=10)
+    pen("ellipse", [(90, 50), (97, 60)], CREAM)
+    for left in (14, 62):
+        pen("ellipse", [(left, 60), (left + 24, 84)], INK)
+        pen("ellipse", [(left + 8, 68), (left + 16, 76)], CREAM, outline=False)
+
+
+def draw_fish(pen, colour):
+    """A fish that swims to the left."""
+    pen("polygon", [(70, 50), (98, 24), (92, 50), (98, 76)], colour)
+    pen("polygon", [(30, 30), (48, 14), (58, 30)], colour)
+    pen("ellipse", [(2, 24), (78, 76)], colour)
+    pen("ellipse", [(14, 38), (28, 52)], CREAM)
+    pen("ellipse", [(18, 42), (24, 48)], INK, outline=False)
+    pen("arc", [(30, 36), (44, 64)], INK, start=-60, end=60)
+    pen("polygon", [(46, 50), (62, 42), (62, 60)], CREAM)
+
+
+def draw_boat(pen, colour):
+    """A boat with two sails; the colour is the hull's and one sail's."""
+    pen("rectangle", [(47, 4), (52, 70)], BROWN)
+    pen("polygon", [(55, 8), (55, 62), (94, 62)], colour)
+    pen("polygon", [(44, 18), (44, 62), (12, 62)], CREAM)
+    pen("polygon", [(3, 68), (97, 68), (80, 95), (20, 95)], colour)
+
+
+OBJECTS = {  # noun -> (plural, how to draw it)
+    "ball": ("balls", draw_ball),
+    "star": ("stars", draw_star),
+    "heart": ("hearts", draw_heart),
+    "house": ("houses", draw_house),
+    "tree": ("trees", draw_tree),
+    "car": ("cars", draw_car),
+    "fish": ("fish", draw_fish),
+    "boat": ("boats", draw_boat),
+}
+
+
+def draw_tile(noun, colour):
+    """One object on a transparent ground, cropped to its outline: an RGBA picture about TILE pixels wide."""
+    tile = Image.new("RGBA", (TILE, TILE))
+    draw = ImageDraw.Draw(tile)
+    line = TILE // 42
+
+    def pen(shape, points, fill, outline=True, **options):
+        scaled = [(x * TILE / 100, y * TILE / 100) for x, y in points]
+        if "radius" in options:
+            options["radius"] *= TILE / 100
+        if shape == "arc":
+            draw.arc(scaled, fill=fill, width=line, **options)
+        else:
+            getattr(draw, shape)(scaled, fill=fill, outline=INK if outline else None, width=line, **options)
+
+    OBJECTS[noun][1](pen, SAMPLE_COLOURS[colour])
+    return tile.crop(tile.getbbox()).reduce(2)
+
+
+def gradient(side, top, bottom):
+    """A square RGB picture that fades from colour `top` to colour `bottom`."""
+    column = np.linspace(top, bottom, side)[:, None].round().astype(np.uint8)  # (side, 1, 3)
+    return Image.fromarray(column).resize((side, side), Image.Resampling.NEAREST)
+
+
+def ground(picture, rng, height, top, bottom):
+    """Cover the picture below about `height` (a fraction of its side) with rolling ground."""
+    side = picture.width
+    phase, waves = rng.random(), rng.uniform(0.5, 1.1)
+    edge = [
+        (x, side * (height + 0.03 * math.sin(2 * math.pi * (phase + waves * x / side)))) for x in range(0, side + 4, 4)
+    ]
+    mask = Image.new("L", picture.size)
+    ImageDraw.Draw(mask).polygon([*edge, (side, side), (0, side)], fill=255)
+    picture.paste(gradient(side, top, bottom), mask=mask)
+
+
+def dots(picture, rng, count, top, colours, radius):
+    """Strew small round dots below `top` (a fraction of the side); `radius` in pixels."""
+    draw, side = ImageDraw.Draw(picture), picture.width
+    for _ in range(count):
+        x, y, size = rng.uniform(0, side), rng.uniform(top * side, side), rng.uniform(0.5, 1) * radius
+        draw.ellipse([x - size, y - size, x + size, y + size], fill=rng.choice(colours))
+
+
+def draw_meadow(side, rng):
+    """Two hills with flowers below a blue sky."""
+    picture = gradient(side, (138, 200, 242), (226, 242, 250))
+    ground(picture, rng, rng.uniform(0.40, 0.50), (176, 214, 140), (176, 214, 140))
+    ground(picture, rng, rng.uniform(0.55, 0.62), (150, 200, 112), (104, 168, 84))
+    dots(picture, rng, 40, 0.68, [(255, 255, 255), (255, 240, 150), (250, 200, 215)], side / 110)
+    return picture
+
+
+def draw_sea(side, rng):
+    """Waves up to a horizon."""
+    picture = gradient(side, (196, 226, 242), (246, 244, 232))
+    horizon = rng.uniform(0.30, 0.40)
+    picture.paste(gradient(side, (60, 150, 186), (22, 92, 146)), (0, round(horizon * side)))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(26):
+        x, y = rng.uniform(-0.05, 1) * side, rng.uniform(horizon + 0.05, 1) * side
+        draw.arc([x, y, x + side * 0.08, y + side * 0.03], 200, 340, fill=(190, 226, 238), width=side // 110)
+    return picture
+
+
+def draw_beach(side, rng):
+    """Sand, with a strip of sea at the top."""
+    picture = gradient(side, (150, 214, 238), (236, 248, 248))
+    horizon = rng.uniform(0.16, 0.22)
+    ImageDraw.Draw(picture).rectangle([0, horizon * side, side, side], fill=(92, 190, 204))
+    ground(picture, rng, horizon + 0.12, (255, 250, 240), (255, 250, 240))
+    ground(picture, rng, horizon + 0.14, (244, 222, 170), (228, 194, 132))
+    dots(picture, rng, 90, horizon + 0.25, [(206, 170, 110), (252, 238, 204)], side / 160)
+    return picture
+
+
+def draw_snow(side, rng):
+    """Hills in falling snow."""
+    picture = gradient(side, (176, 192, 216), (222, 230, 240))
+    ground(picture, rng, rng.uniform(0.40, 0.48), (226, 234, 244), (226, 234, 244))
+    ground(picture, rng, rng.uniform(0.56, 0.64), (248, 251, 255), (226, 236, 248))
+    dots(picture, rng, 90, 0.0, [(255, 255, 255)], side / 75)
+    return picture
+
+
+def draw_night(side, rng):
+    """Stars and a moon over dark hills."""
+    picture = gradient(side, (16, 20, 56), (58, 56, 112))
+    dots(picture, rng, 70, 0.0, [(255, 255, 240), (200, 210, 255)], side / 170)
+    x, y, size = rng.uniform(0.08, 0.86) * side, rng.uniform(0.04, 0.10) * side, side * 0.09
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse([x, y, x + size, y + size], fill=(250, 246, 214))
+    draw.ellipse([x + size * 0.3, y - size * 0.1, x + size * 1.2, y + size * 0.8], fill=(22, 25, 62))
+    ground(picture, rng, rng.uniform(0.72, 0.80), (28, 32, 66), (18, 20, 46))
+    return picture
+
+
+def draw_room(side, rng):
+    """Striped wallpaper over a wooden floor."""
+    light, dark = rng.choice(
+        [((248, 228, 214), (240, 212, 194)), ((244, 236, 214), (234, 222, 190)), ((240, 226, 236), (228, 208, 224))]
+    )
+    picture = Image.new("RGB", (side, side), light)
+    draw = ImageDraw.Draw(picture)
+    for left in range(0, side, side // 8):
+        draw.rectangle([left, 0, left + side // 16, side], fill=dark)
+    draw.rectangle([0, side * 0.86, side, side], fill=(184, 138, 96))
+    draw.rectangle([0, side * 0.84, side, side * 0.87], fill=(252, 248, 240))
+    return picture
+
+
+BACKGROUNDS = {  # where a scene is -> how to draw it
+    "in the meadow": draw_meadow,
+    "in the sea": draw_sea,
+    "on the beach": draw_beach,
+    "in the snow": draw_snow,
+    "at night": draw_night,
+    "in the room": draw_room,
+}
+
+SENTENCES = (
+    "{subject} {relation} {where}",
+    "{subject} {relation} can be seen {where}",
+    "{subject} {verb} {relation} {where}",
+    "there {verb} {subject} {relation} {where}",
+    "{where} there {verb} {subject} {relation}",
+    "the picture shows {subject} {relation} {where}",
+    "a picture of {subject} {relation} {where}",
+    "this is a picture of {subject} {relation} {where}",
+    "you can see {subject} {relation} {where}",
+    "{where} you can see {subject} {relation}",
+    "we see {subject} {relation} {where}",
+    "someone drew {subject} {relation} {where}",
+)
+# How often each layout is drawn, the centres of its objects as fractions of the side, the share of the picture that
+# each object's box covers, and its wordings. Objects with the same letter are alike.
+LAYOUTS = (
+    (6, {"a": [(0.26, 0.5)]}, (0.08, 0.12), ["{a} on the left"]),
+    (6, {"a": [(0.74, 0.5)]}, (0.08, 0.12), ["{a} on the right"]),
+    (6, {"a": [(0.5, 0.26)]}, (0.08, 0.12), ["{a} at the top"]),
+    (6, {"a": [(0.5, 0.74)]}, (0.08, 0.12), ["{a} at the bottom"]),
+    (14, {"a": [(0.26, 0.5), (0.74, 0.5)]}, (0.06, 0.10), ["{a} side by side"]),
+    (12, {"a": [(0.18, 0.5), (0.5, 0.5), (0.82, 0.5)]}, (0.05, 0.06), ["{a} in a row"]),
+    (
+        20,
+        {"a": [(0.26, 0.5)], "b": [(0.74, 0.5)]},
+        (0.06, 0.10),
+        ["{a} next to {b}", "{a} next to {b}", "{a} to the left of {b}", "{b} to the right of {a}"],
+    ),
+    (20, {"a": [(0.5, 0.26)], "b": [(0.5, 0.74)]}, (0.06, 0.09), ["{a} above {b}"] * 3 + ["{b} below {a}"]),
+    (
+        10,
+        {"a": [(0.5, 0.26)], "b": [(0.26, 0.74), (0.74, 0.74)]},
+        (0.05, 0.08),
+        ["{a} above {b}"] * 3 + ["{b} below {a}"],
+    ),
+)
+
+
+def write_captions(rng, wordings, things, where):
+    """Five different captions of one scene. `things`: {"a": (noun, colour, count), ...}."""
+    phrases, verbs = {}, {}
+    for key, (noun, colour, count) in things.items():
+        article = "an" if colour[0] in "aeiou" else "a"
+        number, named = {1: (article, noun), 2: ("two", OBJECTS[noun][0]), 3: ("three", OBJECTS[noun][0])}[count]
+        phrases[key] = f"{number} {colour} {named}"
+        verbs[key] = "is" if count == 1 else "are"
+    captions = []
+    for sentence in rng.sample(SENTENCES, 5):
+        subject, relation = rng.choice(wordings).split(" ", 1)
+        caption = sentence.format(subject=subject, relation=relation, verb=verbs[subject[1]], where=where).format(
+            **phrases
+        )
+        captions.append(caption[0].upper() + caption[1:] + ".")
+    return captions
+
+
+def paste_object(picture, rng, tile, centre, area):
+    """Paste `tile` near `centre`, its box `area` of the picture large. Returns the box in 0..1: [x0, y0, x1, y1]."""
+    tile = tile.rotate(rng.uniform(-7, 7), Image.Resampling.BICUBIC, expand=True)
+    tile = tile.crop(tile.getbbox())
+    scale = math.sqrt(area * picture.width * picture.height / (tile.width * tile.height))
+    tile = tile.resize((round(tile.width * scale), round(tile.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (
+        min(max(round((middle + rng.uniform(-0.05, 0.05)) * side - length / 2), 2), side - length - 2)
+        for middle, side, length in zip(centre, picture.size, tile.size, strict=True)
+    )
+    shadow = tile.getchannel("A").filter(ImageFilter.GaussianBlur(2)).point(lambda alpha: alpha // 3)
+    picture.paste(INK, (left + 3, top + 4), shadow)
+    picture.paste(tile, (left, top), tile)
+    return [round(edge / SAMPLE_SIDE, 4) for edge in (left, top, left + tile.width, top + tile.height)]
+
+
+def apart(first, second, gap=0.012):
+    """Whether two boxes leave at least `gap` between them along an axis."""
+    return any(first[axis + 2] + gap <= second[axis] or second[axis + 2] + gap <= first[axis] for axis in (0, 1))
+
+
+def draw_scene(rng, tiles):
+    """One random scene: an RGB picture, its five captions, and its objects' names and boxes."""
+    _, places, areas, wordings = rng.choices(LAYOUTS, weights=[weight for weight, *_ in LAYOUTS])[0]
+    where = rng.choice(list(BACKGROUNDS))
+    nouns, colours = rng.sample(list(OBJECTS), len(places)), rng.sample(list(SAMPLE_COLOURS), len(places))
+    things = {key: (noun, colour, len(places[key])) for key, noun, colour in zip(places, nouns, colours, strict=True)}
+    captions = write_captions(rng, wordings, things, where)
+    background = BACKGROUNDS[where](2 * SAMPLE_SIDE, rng).reduce(2)
+    while True:  # until no two objects touch
+        picture, objects = background.copy(), []
+        for key, (noun, colour, _) in things.items():
+            area = rng.uniform(*areas)
+            for centre in places[key]:
+                box = paste_object(picture, rng, tiles[noun, colour], centre, area)
+                objects.append({"names": sorted({noun, OBJECTS[noun][0]}), "box": box})
+        if all(apart(one["box"], other["box"]) for one, other in itertools.combinations(objects, 2)):
+            break
+    grain = np.random.default_rng(rng.getrandbits(64)).integers(-4, 5, (SAMPLE_SIDE, SAMPLE_SIDE, 1), np.int16)
+    picture = Image.fromarray((np.asarray(picture, np.int16) + grain).clip(0, 255).astype(np.uint8))
+    return picture, captions, objects
+
+
+def write_sample_dataset(folder, seed, names):
+    """Draw one picture per name into `folder`, with captions, boxes and split lists (0.8 / 0.1 / 0.1) beside them."""
+    tiles = {kind: draw_tile(*kind) for kind in itertools.product(OBJECTS, SAMPLE_COLOURS)}
+    boxes = {}
+    with (folder / "captions.txt").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["image", "caption"])
+        for name in names:
+            picture, captions, boxes[name] = draw_scene(random.Random(f"{seed} {name}"), tiles)
+            picture.save(folder / "Images" / name, quality=92, subsampling=0)
+            rows.writerows([name, caption] for caption in captions)
+    (folder / "boxes.json").write_text(json.dumps(boxes, indent=1))
+    held_out = len(names) // 10
+    splits = {"dev": names[:held_out], "test": names[held_out : 2 * held_out], "train": names[2 * held_out :]}
+    for split, members in splits.items():
+        (folder / f"sample.{split}Images.txt").write_text("".join(f"{name}\n" for name in members))
+
+
+def draw_sample_dataset(folder, seed=0, num_images=600, force=False):
+    """Draw the sample dataset into `folder`, in Flickr8k's layout, or find it there and do nothing.
+
+    Scenes of one to three toy objects, 224 x 224 pixels, five captions each. Every picture depends only on `seed` and
+    its number: captions and splits are the same on every machine, pixels and boxes up to the Pillow version's rounding.
+    The folder appears complete or not at all.
+
+    Args:
+        seed: any int.   num_images: at least 10, so that no split is empty.   force: draw again over what is there.
+    Returns: `folder` as a Path. It holds Images/, captions.txt (CSV `image,caption`), sample.{train,dev,test}Images.txt
+        and boxes.json: {file name: [{"names": [noun, plural], "box": [x0, y0, x1, y1]}, ...]}, x and y in 0..1.
+    Raises: ValueError for too few images, or if `folder` holds something else.
+    """
+    folder = Path(folder)
+    if num_images < 10:
+        raise ValueError(f"num_images must be at least 10, got {num_images}")
+    names = [f"sample_{seed}_{number:04d}.jpg" for number in range(num_images)]
+    if not force and holds_something(folder):
+        verify_sample(folder, names)
+        return folder
+    with new_folder(folder, replace=force) as partial:
+        (partial / "Images").mkdir()
+        write_sample_dataset(partial, seed, names)
+    return folder
+
+
+def verify_sample(folder, names=None):
+    """(images, captions) of a sample dataset. Raises ValueError unless it is whole (and has these file names)."""
+    try:
+        boxes = json.loads((folder / "boxes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        boxes = {}
+    present = {path.name for path in images_in(folder)}
+    if not boxes or not isinstance(boxes, dict) or boxes.keys() != present or present != set(names or boxes):
+        raise ValueError(
+            f"{folder}: not the complete sample dataset with these settings; "
+            "draw it again with: python download_datasets.py --dataset sample --force"
+        )
+    captions = count_captions(folder)
+    if captions != 5 * len(boxes):
+        raise ValueError(f"{folder}: {captions} captions, expected {5 * len(boxes)}; draw it again with --force")
+    return len(boxes), captions
+
+
+# ---- folders that appear complete or not at all ----
+
+
+def holds_something(folder):
+    """Whether `folder` exists and is not empty."""
+    return folder.exists() and any(folder.iterdir())
+
+
+@contextmanager
+def new_folder(folder, replace=False):
+    """An empty sibling folder to fill, renamed to `folder` on leaving and removed on an exception.
+
+    What `folder` holds by then is kept (another process was faster) unless `replace` is on.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists() and (replace or not holds_something(folder)):
+            folder.rename(old)
+        if not folder.exists():
+            partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---- downloading ----
+
+
+def fetch(url, part, size):
+    """Download `url` into the file `part` until it has `size` bytes, going on where an earlier attempt stopped.
+
+    Raises: DownloadError if the server refuses, offers another size, or sends nothing new ATTEMPTS times in a row.
+    """
+    failures, best = 0, part.stat().st_size if part.exists() else 0
+    while True:
+        try:
+            return fetch_once(url, part, size)
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code != 429:
+                raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from None
+            reason = f"HTTP {error.code} {error.reason}"
+        except urllib.error.URLError as error:  # no connection: not worth repeating for a wrong name or certificate
+            if isinstance(error.reason, socket.gaierror | ssl.SSLCertVerificationError):
+                raise DownloadError(f"{url}: {error.reason}") from None
+            reason = error.reason
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            reason = error
+        reached = part.stat().st_size if part.exists() else 0
+        failures = 0 if reached > best else failures + 1
+        best = max(best, reached)
+        if failures >= ATTEMPTS:
+            raise DownloadError(f"{url}: {reason}")
+        time.sleep(RETRY_SECONDS * 2 ** max(failures - 1, 0))
+
+
+def fetch_once(url, part, size):
+    """One request for the bytes that `part` still lacks. Raises ConnectionError if the connection ends early."""
+    have = part.stat().st_size if part.exists() else 0
+    if have >= size:
+        return
+    request = urllib.request.Request(url, headers={"User-Agent": "download_datasets.py", "Range": f"bytes={have}-"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if response.status == 206 and not resumed:
+            raise DownloadError(f"{url}: sent another range than asked for: {response.headers.get('Content-Range')}")
+        have = have if resumed else 0
+        if response.length is not None and have + response.length != size:
+            raise DownloadError(f"{url}: offers {have + response.length:,} bytes, expected {size:,}")
+        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None, leave=False)
+        with bar, part.open("ab" if resumed else "wb") as file:
+            while have < size and (chunk := response.read(min(1 << 20, size - have))):
+                file.write(chunk)
+                have += len(chunk)
+                bar.update(len(chunk))
+    if have < size:
+        raise ConnectionError(f"the connection ended at {have:,} of {size:,} bytes")
+
+
+def check_file(path, remote):
+    """Raise DownloadError unless `path` has the size and checksum of `remote`."""
+    algorithm, _, expected = remote.checksum.partition(":")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if path.stat().st_size != remote.size or found != expected:
+        raise DownloadError(f"{path}: {algorithm} is {found}, expected {expected}")
+
+
+def download(remote, folder):
+    """`remote` as a checked file in `folder`, from the first address that serves it; DownloadError if none does."""
+    target = folder / remote.name
+    part = folder / f"{remote.name}.part"
+    folder.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(part)  # checked again below
+    leftover = part.exists()  # may be what is wrong: then every address gets a second chance
+    for url in remote.urls * (2 if leftover else 1):
+        try:
+            fetch(url, part, remote.size)
+            try:
+                check_file(part, remote)
+            except DownloadError as error:
+                part.unlink()
+                raise DownloadError(f"{url}: wrong content, deleted: {error}") from None
+            part.rename(target)
+            return target
+        except DownloadError as error:
+            print(error, file=sys.stderr)
+    raise DownloadError(f"{remote.name}: no source works")
+
+
+# ---- unpacking: archives are hostile until checked ----
+
+
+def members_of_zip(archive):
+    """(name, size, is a plain file, open) of each member that is not a folder."""
+    for info in archive.infolist():
+        kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive was not made on Unix
+        if not info.is_dir():
+            plain = kind in (0, stat.S_IFREG) and not info.flag_bits & 1  # bit 0: encrypted
+            yield info.filename, info.file_size, plain, lambda info=info: archive.open(info)
+
+
+def members_of_tar(archive):
+    """(name, size, is a plain file, open) of each member that is not a folder."""
+    for info in archive:
+        if not info.isdir():
+            yield info.name, info.size, info.isreg(), lambda info=info: archive.extractfile(info)
+
+
+def unpack(path, folder, keep):
+    """Unpack what fits a pattern in `keep` from a zip or tar: pictures into folder/Images, the rest into `folder`.
+
+    Folders inside the archive are dropped, so nothing can land elsewhere; an archive that tries is refused whole.
+    Raises: DownloadError for a damaged archive, an absolute or `..` path, a link, device or encrypted member, two
+    members of one name, more than MAX_MEMBERS members or more than MAX_UNPACKED_BYTES bytes.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return write_members(path, members_of_zip(archive), folder, keep)
+        with tarfile.open(path) as archive:
+            return write_members(path, members_of_tar(archive), folder, keep)
+    except (zipfile.BadZipFile, tarfile.TarError, *DAMAGE) as error:
+        raise DownloadError(f"{path}: not a whole zip or tar archive: {str(error).partition(chr(10))[0]}") from None
+
+
+def write_members(path, members, folder, keep):
+    """The checks and copies of `unpack`. Returns the number of files written."""
+    written = total = 0
+    for number, (name, size, plain, open_member) in enumerate(members, start=1):
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if not plain or parts.is_absolute() or ".." in parts.parts or ":" in name:
+            raise DownloadError(
+                f"{path}: refused, it holds a link, a device, or a path that leads outside: {name[:60]!r}"
+            )
+        total += size
+        if number > MAX_MEMBERS or total > MAX_UNPACKED_BYTES:
+            raise DownloadError(
+                f"{path}: refused, it unpacks to more than {MAX_MEMBERS:,} files or {MAX_UNPACKED_BYTES:,} bytes"
+            )
+        if parts.name.startswith(".") or not any(fnmatch(parts.name, pattern) for pattern in keep):
+            continue
+        target = folder / "Images" / parts.name if parts.suffix.lower() in PICTURES else folder / parts.name
+        target.parent.mkdir(exist_ok=True)
+        try:
+            with open_member() as source, target.open("xb") as copy:
+                shutil.copyfileobj(source, copy)
+        except FileExistsError:
+            raise DownloadError(f"{path}: refused, it holds {parts.name!r} twice") from None
+        written += 1
+    if not written:
+        raise DownloadError(f"{path}: holds no {' or '.join(keep)}")
+    return written
+
+
+# ---- datasets ----
+
+
+def images_in(folder):
+    """The files of folder/Images that begin as a JPEG or PNG does."""
+    paths = sorted((folder / "Images").iterdir()) if (folder / "Images").is_dir() else []
+    return [path for path in paths if path.suffix.lower() in PICTURES and starts_as_picture(path)]
+
+
+def starts_as_picture(path):
+    """Whether the first bytes are JPEG's or PNG's."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"\xff\xd8", b"\x89PNG"))
+
+
+def count_captions(folder):
+    """The number of captions in the folder's captions file. Raises ValueError if there is none or it cannot be read."""
+    path = next((path for pattern in CAPTION_FILES for path in sorted(folder.glob(pattern))), None)
+    if path is None:
+        raise ValueError(f"{folder}: no captions file, expected one of {', '.join(CAPTION_FILES)}")
+    if path.suffix == ".json":
+        try:
+            return sum(len(image["sentences"]) for image in json.loads(path.read_bytes())["images"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not one of Karpathy's dataset files: {error!r}") from None
+    with path.open("rb") as file:
+        rows = [line[:5] for line in file if line.strip()]
+    return len(rows) - (rows[:1] == [b"image"])  # without the header
+
+
+def verify_dataset(name, folder):
+    """(images, captions) in the folder of a dataset. Raises ValueError if it is absent or holds less than EXPECTED."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not there; get it with: python download_datasets.py --dataset {name}")
+    if name == "sample":
+        return verify_sample(folder)
+    found = len(images_in(folder)), count_captions(folder)
+    for what, count, expected in zip(("images", "captions"), found, EXPECTED[name], strict=True):
+        if count < expected:
+            raise ValueError(f"{folder}: {count:,} {what}, expected at least {expected:,}; get it again with --force")
+    return found
+
+
+def download_dataset(name, data_dir, force=False):
+    """Flickr8k or Flickr30k, downloaded, unpacked and checked into data_dir/name, unless it is there already.
+
+    Archives stay in data_dir/.downloads until the dataset is complete: a second call goes on where the first stopped.
+    Raises: DownloadError if no source works; ValueError if the folder holds something incomplete and `force` is off;
+    OSError if the disk is too small.
+    """
+    folder, downloads = data_dir / name, data_dir / ".downloads"
+    if not force and holds_something(folder):
+        return verify_dataset(name, folder)
+    needed = 2 * sum(alternatives[0].size for alternatives in DATASETS[name])  # packed and unpacked
+    check_free_space(data_dir, needed - sum(path.stat().st_size for path in downloads.glob("*")))
+    with new_folder(folder, replace=force) as partial:
+        for alternatives in DATASETS[name]:
+            get_part(name, alternatives, downloads, partial)
+        found = verify_dataset(name, partial)
+    for alternatives in DATASETS[name]:
+        for remote in alternatives:
+            (downloads / remote.name).unlink(missing_ok=True)
+    return found
+
+
+def get_part(name, alternatives, downloads, folder):
+    """Download and unpack the first archive of `alternatives` that works into `folder`."""
+    for remote in alternatives:
+        try:
+            archive = download(remote, downloads)
+            with new_folder(folder / remote.name) as unpacked:
+                unpack(archive, unpacked, remote.keep)
+        except DownloadError as error:
+            print(error, file=sys.stderr)
+            continue
+        for entry in (folder / remote.name).iterdir():
+            entry.rename(folder / entry.name)
+        (folder / remote.name).rmdir()
+        return
+    raise DownloadError(
+        f"{name}: no source of {alternatives[0].name} works; ask for it at {MANUAL[name]} and put the pictures into "
+        f"{folder.parent / name / 'Images'} and the captions file beside that folder"
+    )
+
+
+def check_free_space(folder, needed):
+    """Raise OSError unless the disk of `folder` has `needed` bytes free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{needed / 1e9:.1f} GB of free disk space needed, {free / 1e9:.1f} GB there", str(folder)
+        )
+
+
+def download_weights(folder, force=False):
+    """Document A's ResNet50 weights in `folder`, checked. Returns their path; DownloadError if there is no source."""
+    if (folder / RESNET50.name).exists() and not force:
+        return verify_weights(folder)
+    check_free_space(folder, RESNET50.size)
+    return download(RESNET50, folder)
+
+
+def verify_weights(folder):
+    """The path of the ResNet50 weights in `folder`. Raises DownloadError unless they are the published ones."""
+    path = folder / RESNET50.name
+    if not path.exists():
+        raise DownloadError(f"{path}: not there; get it with: python download_datasets.py --dataset resnet50")
+    check_file(path, RESNET50)
+    return path
+
+
+# ---- command line ----
+
+
+def get(name, args):
+    """Get or verify one thing. Returns the line to print."""
+    if name == "resnet50":
+        path = verify_weights(WEIGHTS_DIR) if args.verify_only else download_weights(WEIGHTS_DIR, args.force)
+        return f"resnet50: {path}, checksum as published"
+    folder = args.data_dir / name
+    if args.verify_only:
+        images, captions = verify_dataset(name, folder)
+    elif name == "sample":
+        images, captions = verify_sample(draw_sample_dataset(folder, force=args.force))
+    else:
+        images, captions = download_dataset(name, args.data_dir, args.force)
+    return f"{name}: {images:,} images and {captions:,} captions in {folder}"
+
+
+def parse_args(argv=None):
+    """The options; a mistake exits with status 2 and one line."""
+    parser = argparse.ArgumentParser(
+        usage="download_datasets.py [--dataset NAME] [--data_dir DIR] [--force | --verify_only]",
+        description="Download, check and unpack the datasets and weights, or draw the sample dataset.",
+    )
+    parser.add_argument("--dataset", default="both", choices=["flickr8k", "flickr30k", "both", "sample", "resnet50"])
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="where the dataset folders are (default: data)"
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--force", action="store_true", help="get it again, replacing what is there once the new one is complete"
+    )
+    action.add_argument(
+        "--verify_only", "--verify-only", action="store_true", help="only count and check what is there"
+    )
+    args = parser.parse_args(argv)
+    if args.data_dir.exists() and not args.data_dir.is_dir():
+        parser.error(f"--data_dir {args.data_dir}: is a file, expected a folder")
+    return args
+
+
+def main(argv=None):
+    """The command. Returns its exit status; a failure of one dataset does not keep the next from being got."""
+    args = parse_args(argv)
+    status = 0
+    for name in ("flickr8k", "flickr30k") if args.dataset == "both" else (args.dataset,):
+        try:
+            print(get(name, args))
+        except (OSError, ValueError) as error:
+            print(f"download_datasets.py: error: {error}", file=sys.stderr)
+            status = 1
+        except KeyboardInterrupt:
+            print("download_datasets.py: interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

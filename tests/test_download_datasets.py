@@ -1,0 +1,636 @@
+"""Tests of download_datasets.py: a local server that misbehaves, hostile archives, and the sample dataset.
+
+python -m pytest tests/test_download_datasets.py
+"""
+
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import download_datasets as dd
+
+JPEG = b"\xff\xd8\xff\xe0 a picture"
+
+
+# ---- a server whose paths misbehave as asked ----
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.files[path]: content, status, drops (bytes sent before the connection ends, per request), ..."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        file = self.server.files.get(self.path, {"status": 404})
+        content, start = file.get("content", b""), 0
+        asked = self.headers.get("Range")
+        self.server.requests.append((self.path, asked))
+        if asked and not file.get("ignores_range"):
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        status = file.get("status", 206 if asked and not file.get("ignores_range") else 200)
+        status = status.pop(0) if isinstance(status, list) else status
+        self.send_response(status)
+        self.send_header("Content-Type", file.get("type", "application/octet-stream"))
+        if not file.get("no_length"):
+            self.send_header("Content-Length", str(len(content) - start))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        drops = file.get("drops", [])
+        self.wfile.write(content[start:][: drops.pop(0)] if drops else content[start:])
+        self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A running server; `server.url(path, **behaviour)` adds a file and returns its address."""
+    monkeypatch.setattr(dd, "RETRY_SECONDS", 0.0)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.requests = {}, []
+
+    def url(path, **behaviour):
+        server.files[path] = behaviour
+        return f"http://127.0.0.1:{server.server_port}{path}"
+
+    server.url = url
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def remote(content, *urls, name="file.zip", keep=("*.jpg",)):
+    return dd.Remote(name, len(content), f"sha256:{hashlib.sha256(content).hexdigest()}", urls, keep)
+
+
+CONTENT = bytes(range(256)) * 1000  # 256,000 bytes, no two neighbouring blocks of which can be exchanged unnoticed
+
+
+def test_a_dropped_connection_goes_on_where_it_stopped(server, tmp_path):
+    url = server.url("/a", content=CONTENT, drops=[100_000, 50_000])
+    path = dd.download(remote(CONTENT, url), tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert [asked for _, asked in server.requests] == ["bytes=0-", "bytes=100000-", "bytes=150000-"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.zip"]
+
+
+def test_a_part_file_of_an_earlier_run_is_used(server, tmp_path):
+    (tmp_path / "file.zip.part").write_bytes(CONTENT[:200_000])
+    dd.download(remote(CONTENT, server.url("/a", content=CONTENT)), tmp_path)
+    assert server.requests == [("/a", "bytes=200000-")]
+
+
+def test_a_server_that_ignores_range_is_read_from_the_beginning(server, tmp_path):
+    url = server.url("/a", content=CONTENT, drops=[100_000], ignores_range=True)
+    assert dd.download(remote(CONTENT, url), tmp_path).read_bytes() == CONTENT
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_never_gets_further_is_given_up(server, tmp_path):
+    url = server.url("/a", content=CONTENT, drops=[1000] * 50, ignores_range=True)
+    with pytest.raises(dd.DownloadError, match=r"the connection ended at 1,000 of 256,000 bytes"):
+        dd.fetch(url, tmp_path / "part", len(CONTENT))
+    assert len(server.requests) == 1 + dd.ATTEMPTS
+
+
+def test_a_busy_server_is_asked_again(server, tmp_path):
+    url = server.url("/a", content=CONTENT, status=[503, 429, 206])
+    assert dd.download(remote(CONTENT, url), tmp_path).read_bytes() == CONTENT
+
+
+def test_wrong_content_is_deleted_and_the_next_source_tried(server, tmp_path, capsys):
+    wrong = server.url("/wrong", content=CONTENT[::-1])  # the right size
+    right = server.url("/right", content=CONTENT)
+    assert dd.download(remote(CONTENT, wrong, right), tmp_path).read_bytes() == CONTENT
+    assert server.requests == [("/wrong", "bytes=0-"), ("/right", "bytes=0-")]
+    assert "/wrong: wrong content, deleted" in capsys.readouterr().err
+
+
+def test_nothing_is_left_when_the_only_source_is_wrong(server, tmp_path):
+    with pytest.raises(dd.DownloadError, match=r"file\.zip: no source works"):
+        dd.download(remote(CONTENT, server.url("/wrong", content=CONTENT[::-1])), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ({"status": 404}, "HTTP 404"),
+        ({"content": b"<html>Sign in</html>", "status": 200, "type": "text/html"}, "offers 20 bytes, expected 256,000"),
+        ({"content": CONTENT + b"x"}, "offers 256,001 bytes, expected 256,000"),
+    ],
+)
+def test_a_page_in_place_of_the_file_is_refused_before_it_is_stored(server, tmp_path, capsys, behaviour, message):
+    path = dd.download(remote(CONTENT, server.url("/page", **behaviour), server.url("/a", content=CONTENT)), tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert message in capsys.readouterr().err
+    assert server.requests == [("/page", "bytes=0-"), ("/a", "bytes=0-")]
+
+
+def test_a_page_of_unknown_length_is_refused_by_its_content(server, tmp_path):
+    page = server.url("/page", content=b"<html>" * 100_000, no_length=True, ignores_range=True)  # longer than the file
+    assert dd.download(remote(CONTENT, page, server.url("/a", content=CONTENT)), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_damaged_leftover_does_not_condemn_the_only_source(server, tmp_path):
+    (tmp_path / "file.zip").write_bytes(b"x" * len(CONTENT))
+    url = server.url("/a", content=CONTENT)
+    assert dd.download(remote(CONTENT, url), tmp_path).read_bytes() == CONTENT
+    dd.download(remote(CONTENT, url), tmp_path)  # now whole: not asked for again
+    assert len(server.requests) == 1
+
+
+def test_certificates_are_checked():
+    source = Path(dd.__file__).read_text(encoding="utf-8")
+    assert not any(word in source for word in ("_create_unverified", "CERT_NONE", "check_hostname", "context="))
+    urls = [url for parts in dd.DATASETS.values() for part in parts for file in part for url in file.urls]
+    assert all(url.startswith("https://") for url in (*urls, *dd.RESNET50.urls))
+
+
+# ---- archives ----
+
+
+def zip_of(*members):
+    """Bytes of a zip of (name or ZipInfo, content) pairs."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tar_of(*members):
+    """Bytes of a tar.gz of (TarInfo, content) pairs."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for info, content in members:
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def tar_member(name, kind=tarfile.REGTYPE, linkname=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, linkname
+    return info
+
+
+def zip_link(name):
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+def encrypted_zip():
+    content = bytearray(zip_of(("a.jpg", JPEG)))
+    content[6] |= 1  # flag bits of the local header
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # and of the central directory
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [
+        zip_of(("Flicker8k_Dataset/a.jpg", JPEG), ("__MACOSX/._a.jpg", b"mac"), ("x/notes.txt", b"1"), ("b.py", b"2")),
+        tar_of(
+            (tar_member("flickr30k-images", tarfile.DIRTYPE), b""),
+            (tar_member("flickr30k-images/a.jpg"), JPEG),
+            (tar_member("notes.txt"), b"1"),
+        ),
+    ],
+    ids=["zip", "tar"],
+)
+def test_unpack_sorts_the_wanted_members(tmp_path, archive):
+    path, folder = tmp_path / "archive", tmp_path / "out"
+    path.write_bytes(archive)
+    folder.mkdir()
+    assert dd.unpack(path, folder, ("*.jpg", "notes.txt")) == 2
+    assert {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")} == {
+        str(Path("Images/a.jpg")): JPEG,
+        "notes.txt": b"1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("archive", "message"),
+    [
+        (zip_of(("../a.jpg", JPEG)), "leads outside"),
+        (zip_of(("/tmp/a.jpg", JPEG)), "leads outside"),
+        (zip_of(("..\\..\\a.jpg", JPEG)), "leads outside"),
+        (zip_of(("C:\\a.jpg", JPEG)), "leads outside"),
+        (zip_of((zip_link("a.jpg"), "/etc/passwd")), "a link"),
+        (encrypted_zip(), "refused"),
+        (zip_of(("x/a.jpg", JPEG), ("y/a.jpg", JPEG)), "'a.jpg' twice"),
+        (zip_of(("a.jpg", bytes(3_000_000))), "unpacks to more than"),
+        (zip_of(*((f"{number}.jpg", b"") for number in range(60))), "unpacks to more than"),
+        (zip_of(("a.jpg", JPEG * 10)).replace(b"PK\x01\x02", b"PK\x01\x03"), "not a whole"),
+        (zip_of(("a.txt", b"")), r"holds no \*.jpg"),
+        (b"<html>Sign in</html>", "not a whole zip or tar"),
+        (tar_of((tar_member("../a.jpg"), JPEG)), "leads outside"),
+        (tar_of((tar_member("/tmp/a.jpg"), JPEG)), "leads outside"),
+        (tar_of((tar_member("a.jpg", tarfile.SYMTYPE, "/etc/passwd"), b"")), "a link"),
+        (tar_of((tar_member("a.jpg", tarfile.LNKTYPE, "/etc/passwd"), b"")), "a link"),
+        (tar_of((tar_member("a.jpg", tarfile.CHRTYPE), b"")), "a device"),
+        (tar_of((tar_member("a.jpg", tarfile.FIFOTYPE), b"")), "a device"),
+        (tar_of((tar_member("a.jpg"), bytes(3_000_000))), "unpacks to more than"),
+        (tar_of((tar_member("a.jpg"), bytes(range(256)) * 1000))[:-300], "not a whole"),
+    ],
+)
+def test_a_hostile_archive_is_refused_and_writes_nothing_outside(tmp_path, monkeypatch, archive, message):
+    monkeypatch.setattr(dd, "MAX_UNPACKED_BYTES", 2_000_000)
+    monkeypatch.setattr(dd, "MAX_MEMBERS", 50)
+    path, folder = tmp_path / "archive", tmp_path / "in" / "out"
+    path.write_bytes(archive)
+    folder.mkdir(parents=True)
+    with pytest.raises(dd.DownloadError, match=message) as failure:
+        dd.unpack(path, folder, ("*.jpg",))
+    assert "\n" not in str(failure.value)
+    outside = {file for file in tmp_path.rglob("*") if file.is_file() and folder not in file.parents}
+    assert outside == {path}
+    assert not any(file.is_symlink() for file in folder.rglob("*"))
+
+
+def test_a_flipped_bit_is_noticed_by_the_archive_itself(tmp_path):
+    content = bytearray(zip_of((zipfile.ZipInfo("a.jpg"), JPEG)))  # stored, not deflated
+    content[content.index(JPEG) + 5] ^= 1
+    (tmp_path / "archive").write_bytes(content)
+    with pytest.raises(dd.DownloadError, match="Bad CRC-32"):
+        dd.unpack(tmp_path / "archive", tmp_path, ("*.jpg",))
+
+
+# ---- whole datasets ----
+
+TOKENS = "".join(f"{number}.jpg#{k}\ta dog runs .\n" for number in range(4) for k in range(5)).encode()
+IMAGES_ZIP = zip_of(*((f"Flicker8k_Dataset/{number}.jpg", JPEG) for number in range(4)))
+TEXT_ZIP = zip_of(("Flickr8k.token.txt", TOKENS), ("Flickr_8k.trainImages.txt", b"0.jpg\n"), ("readme.txt", b"hello"))
+
+
+@pytest.fixture
+def tiny(server, monkeypatch):
+    """A Flickr8k of 4 images and 20 captions on the local server; returns its two Remotes."""
+    images = remote(IMAGES_ZIP, server.url("/images", content=IMAGES_ZIP), name="images.zip")
+    keep = ("Flickr8k.token.txt", "Flickr_8k.*Images.txt")
+    text = remote(TEXT_ZIP, server.url("/text", content=TEXT_ZIP), name="text.zip", keep=keep)
+    monkeypatch.setattr(dd, "DATASETS", {"flickr8k": ((images,), (text,)), "flickr30k": ((images,), (text,))})
+    monkeypatch.setattr(dd, "EXPECTED", {"flickr8k": (4, 20), "flickr30k": (5, 25)})
+    return images, text
+
+
+def test_a_dataset_is_downloaded_once(server, tiny, tmp_path, capsys):
+    command = ["--dataset", "flickr8k", "--data_dir", str(tmp_path / "data")]
+    assert dd.main(command) == 0
+    folder = tmp_path / "data" / "flickr8k"
+    assert capsys.readouterr().out == f"flickr8k: 4 images and 20 captions in {folder}\n"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "Flickr8k.token.txt",
+        "Flickr_8k.trainImages.txt",
+        "Images",
+    ]
+    assert sorted(path.name for path in (folder / "Images").iterdir()) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert list((tmp_path / "data" / ".downloads").iterdir()) == []
+    assert dd.main(command) == 0 and len(server.requests) == 2
+    (folder / "mine.txt").touch()
+    assert dd.main([*command, "--force"]) == 0 and len(server.requests) == 4
+    assert not (folder / "mine.txt").exists()
+
+
+def test_both_by_default_and_one_failure_does_not_stop_the_other(tiny, tmp_path, capsys):
+    assert dd.main(["--data_dir", str(tmp_path)]) == 1  # flickr30k is one image short
+    shown = capsys.readouterr()
+    assert shown.out.startswith("flickr8k: 4 images") and "flickr30k" not in shown.out
+    assert "4 images, expected at least 5" in shown.err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".downloads", "flickr8k"]
+
+
+def test_a_second_archive_stands_in_for_the_first(server, tiny, tmp_path, monkeypatch):
+    images, text = tiny
+    hostile = zip_of(("a.jpg", JPEG), ("../b.jpg", JPEG))
+    first = remote(hostile, server.url("/hostile", content=hostile), name="hostile.zip")
+    monkeypatch.setitem(dd.DATASETS, "flickr8k", ((first, images), (text,)))
+    assert dd.download_dataset("flickr8k", tmp_path) == (4, 20)
+    assert sorted(path.name for path in (tmp_path / "flickr8k" / "Images").iterdir())[0] == "0.jpg"
+
+
+def test_no_source_works_says_where_to_ask_and_goes_on_later(server, tiny, tmp_path, capsys):
+    del server.files["/text"]
+    command = ["--dataset", "flickr8k", "--data_dir", str(tmp_path)]
+    assert dd.main(command) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert dd.MANUAL["flickr8k"] in shown.err.splitlines()[-1]
+    assert not (tmp_path / "flickr8k").exists()
+    server.url("/text", content=TEXT_ZIP)
+    assert dd.main(command) == 0
+    assert [path for path, _ in server.requests] == ["/images", "/text", "/text"]
+
+
+def test_a_folder_with_something_else_is_left_alone(tiny, tmp_path, capsys):
+    (tmp_path / "flickr8k").mkdir()
+    (tmp_path / "flickr8k" / "thesis.txt").write_text("mine")
+    assert dd.main(["--dataset", "flickr8k", "--data_dir", str(tmp_path)]) == 1
+    assert "no captions file" in capsys.readouterr().err
+    assert (tmp_path / "flickr8k" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_found_before_the_download(server, tiny, tmp_path, monkeypatch, capsys):
+    usage = dd.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(dd.shutil, "disk_usage", lambda path: usage._replace(free=len(IMAGES_ZIP)))
+    assert dd.main(["--dataset", "flickr8k", "--data_dir", str(tmp_path)]) == 1
+    assert "free disk space needed" in capsys.readouterr().err and server.requests == []
+
+
+def test_resnet50_is_checked(server, tmp_path, monkeypatch, capsys):
+    weights = remote(CONTENT, server.url("/w", content=CONTENT), name="resnet50-19c8e357.pth")
+    monkeypatch.setattr(dd, "RESNET50", weights)
+    monkeypatch.setattr(dd, "WEIGHTS_DIR", tmp_path / "resources" / "models")
+    assert dd.main(["--dataset", "resnet50", "--verify_only"]) == 1
+    assert dd.main(["--dataset", "resnet50"]) == 0
+    assert dd.main(["--dataset", "resnet50", "--verify_only"]) == 0
+    path = tmp_path / "resources" / "models" / "resnet50-19c8e357.pth"
+    path.write_bytes(CONTENT[:-1] + b"x")
+    assert dd.main(["--dataset", "resnet50", "--verify_only"]) == 1
+    assert dd.main(["--dataset", "resnet50"]) == 1
+    assert "sha256 is" in capsys.readouterr().err
+    assert dd.main(["--dataset", "resnet50", "--force"]) == 0
+    assert path.read_bytes() == CONTENT
+
+
+def test_resnet50s_checksum_begins_with_the_digits_in_its_name():
+    assert dd.RESNET50.checksum.startswith("sha256:19c8e357") and len(dd.RESNET50.checksum) == 7 + 64
+
+
+# ---- --verify_only ----
+
+
+@pytest.fixture
+def flickr8k(tmp_path, monkeypatch):
+    """A good Flickr8k folder of 4 images and 20 captions below tmp_path."""
+    monkeypatch.setattr(dd, "EXPECTED", {"flickr8k": (4, 20)})
+    folder = tmp_path / "flickr8k"
+    (folder / "Images").mkdir(parents=True)
+    for number in range(4):
+        (folder / "Images" / f"{number}.jpg").write_bytes(JPEG)
+    (folder / "captions.txt").write_bytes(
+        b"image,caption\n" + b"".join(b"%d.jpg,a dog .\n" % (row // 5) for row in range(20))
+    )
+    return folder
+
+
+def verify(folder):
+    return dd.main(["--dataset", "flickr8k", "--data_dir", str(folder.parent), "--verify-only"])
+
+
+def test_verify_only_accepts_each_captions_format(flickr8k, capsys):
+    assert verify(flickr8k) == 0
+    (flickr8k / "captions.txt").unlink()
+    (flickr8k / "results.csv").write_text(
+        "image_name| comment_number| comment\n" + "".join(f"{row // 5}.jpg| {row % 5}| a dog .\n" for row in range(20))
+    )
+    assert verify(flickr8k) == 0
+    (flickr8k / "results.csv").unlink()
+    (flickr8k / "Flickr8k.token.txt").write_bytes(TOKENS)
+    assert verify(flickr8k) == 0
+    (flickr8k / "Flickr8k.token.txt").unlink()
+    images = [{"filename": f"{number}.jpg", "sentences": [{"raw": "a dog ."}] * 5} for number in range(4)]
+    (flickr8k / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
+    assert verify(flickr8k) == 0
+    assert capsys.readouterr().out == f"flickr8k: 4 images and 20 captions in {flickr8k}\n" * 4
+
+
+def remove_one_image(folder):
+    (folder / "Images" / "2.jpg").unlink()
+
+
+def replace_one_image(folder):
+    (folder / "Images" / "2.jpg").write_text("<html>")
+
+
+def cut_the_captions(folder):
+    content = (folder / "captions.txt").read_bytes()
+    (folder / "captions.txt").write_bytes(content[: len(content) // 2])
+
+
+def remove_the_captions(folder):
+    (folder / "captions.txt").unlink()
+
+
+def spoil_the_json(folder):
+    (folder / "captions.txt").rename(folder / "dataset_flickr8k.json")
+
+
+def remove_everything(folder):
+    folder.rename(folder.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_one_image, "3 images, expected at least 4"),
+        (replace_one_image, "3 images, expected at least 4"),
+        (cut_the_captions, "captions, expected at least 20"),
+        (remove_the_captions, "no captions file"),
+        (spoil_the_json, "not one of Karpathy's dataset files"),
+        (remove_everything, "not there; get it with: python download_datasets.py --dataset flickr8k"),
+    ],
+)
+def test_verify_only_names_what_is_damaged(flickr8k, capsys, damage, message):
+    damage(flickr8k)
+    assert verify(flickr8k) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and message in shown.err and len(shown.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--dataset", "imagenet"],
+        ["--force", "--verify_only"],
+        ["--data_dir", "{file}"],
+        ["--dataset", "sample", "extra"],
+    ],
+)
+def test_misuse_is_one_line_and_status_2(tmp_path, arguments):
+    (tmp_path / "file").touch()
+    arguments = [argument.format(file=tmp_path / "file") for argument in arguments]
+    run = subprocess.run([sys.executable, dd.__file__, *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stdout == ""
+    usage, error = run.stderr.splitlines()
+    assert usage.startswith("usage:") and "error:" in error
+
+
+# ---- the sample dataset ----
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    return dd.draw_sample_dataset(tmp_path_factory.mktemp("data") / "sample", seed=3, num_images=60)
+
+
+def read_captions(folder):
+    """{file name: its captions}, read without the csv module: no caption here needs quotes."""
+    header, *rows = (folder / "captions.txt").read_text(encoding="utf-8").splitlines()
+    assert header == "image,caption"
+    captions = {}
+    for row in rows:
+        name, caption = row.split(",", 1)
+        captions.setdefault(name, []).append(caption)
+    return captions
+
+
+def test_the_sample_dataset_is_the_same_again_and_each_picture_depends_on_its_number_alone(sample, tmp_path):
+    again = dd.draw_sample_dataset(tmp_path / "again", seed=3, num_images=20)
+    for path in sorted((again / "Images").iterdir()):
+        assert path.read_bytes() == (sample / "Images" / path.name).read_bytes()
+    assert read_captions(again).items() <= read_captions(sample).items()
+    other = dd.draw_sample_dataset(tmp_path / "other", seed=4, num_images=20)
+    assert list(read_captions(other).values()) != list(read_captions(again).values())
+
+
+def test_the_captions_of_seed_0_are_pinned(tmp_path):
+    captions = read_captions(dd.draw_sample_dataset(tmp_path / "sample", num_images=10))
+    assert captions["sample_0_0000.jpg"] == [
+        "The picture shows a green car above a purple house in the snow.",
+        "This is a picture of a green car above a purple house in the snow.",
+        "Someone drew a purple house below a green car in the snow.",
+        "There is a green car above a purple house in the snow.",
+        "A green car is above a purple house in the snow.",
+    ]
+
+
+def test_every_sample_picture_has_five_different_captions_and_a_split(sample):
+    captions = read_captions(sample)
+    names = [path.name for path in sorted((sample / "Images").iterdir())]
+    assert list(captions) == names and len(names) == 60
+    assert all(len(set(five)) == 5 for five in captions.values())
+    lists = [(sample / f"sample.{split}Images.txt").read_text().split() for split in ("dev", "test", "train")]
+    assert [len(members) for members in lists] == [6, 6, 48]
+    assert sorted(itertools.chain(*lists)) == names
+    with Image.open(sample / "Images" / names[0]) as picture:
+        assert picture.size == (224, 224) and picture.mode == "RGB"
+
+
+def test_sample_boxes_lie_inside_apart_and_are_named_in_every_caption(sample):
+    captions, boxes = read_captions(sample), json.loads((sample / "boxes.json").read_text())
+    counts = {"a": 1, "an": 1, "two": 2, "three": 3}
+    for name, objects in boxes.items():
+        for thing in objects:
+            x0, y0, x1, y1 = thing["box"]
+            assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+            assert 0.045 < (x1 - x0) * (y1 - y0) < 0.125
+            for caption in captions[name]:
+                words = caption.lower().rstrip(".").split()
+                noun = next(word for word in words if word in thing["names"])
+                number = words[words.index(noun) - 2]  # "two red balls"
+                assert counts[number] == sum(other["names"] == thing["names"] for other in objects)
+        for one, other in itertools.combinations((thing["box"] for thing in objects), 2):
+            assert one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
+
+
+def test_sample_captions_say_where_things_are(sample):
+    captions, boxes = read_captions(sample), json.loads((sample / "boxes.json").read_text())
+    told = 0
+    for name, objects in boxes.items():
+        centre = {
+            noun: ((t["box"][0] + t["box"][2]) / 2, (t["box"][1] + t["box"][3]) / 2)
+            for t in objects
+            for noun in t["names"]
+        }
+        for caption in captions[name]:
+            for phrase, axis, sign in (
+                (" above ", 1, 1),
+                (" below ", 1, -1),
+                ("the left of", 0, 1),
+                ("the right of", 0, -1),
+            ):
+                before, found, after = caption.lower().rstrip(".").partition(phrase)
+                if found:
+                    first, second = (next(w for w in half.split() if w in centre) for half in (before, after))
+                    assert sign * (centre[second][axis] - centre[first][axis]) > 0, caption
+                    told += 1
+    assert told > 50
+
+
+def test_sample_objects_have_the_colour_the_caption_names(sample):
+    captions, boxes = read_captions(sample), json.loads((sample / "boxes.json").read_text())
+    for name, objects in boxes.items():
+        with Image.open(sample / "Images" / name) as picture:
+            for thing in objects:
+                words = captions[name][0].lower().rstrip(".").split()
+                named = words[next(i for i, word in enumerate(words) if word in thing["names"]) - 1]
+                box = np.asarray(picture.crop([round(edge * 224) for edge in thing["box"]])).astype(int)
+                close = {  # share of the box within 40 of a colour in every channel
+                    colour: (abs(box - rgb).max(axis=-1) < 40).mean() for colour, rgb in dd.SAMPLE_COLOURS.items()
+                }
+                assert close[named] > 0.15 and close[named] == max(close.values()), (name, thing, close)
+
+
+def test_a_complete_sample_is_left_alone_and_another_is_refused(sample):
+    before = {path: path.stat().st_mtime_ns for path in sample.rglob("*")}
+    assert dd.draw_sample_dataset(sample, seed=3, num_images=60) == sample
+    with pytest.raises(ValueError, match="not the complete sample dataset with these settings"):
+        dd.draw_sample_dataset(sample, seed=3, num_images=70)
+    assert {path: path.stat().st_mtime_ns for path in sample.rglob("*")} == before
+
+
+def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(rng, tiles):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dd, "draw_scene", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dd.draw_sample_dataset(tmp_path / "sample", num_images=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drawing_that_finishes_second_keeps_the_first(tmp_path):
+    folder = tmp_path / "sample"
+    with dd.new_folder(folder) as partial:
+        (partial / "slow").touch()
+        folder.mkdir()
+        (folder / "fast").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["sample", "sample/fast"]
+
+
+def test_too_few_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_images must be at least 10, got 9"):
+        dd.draw_sample_dataset(tmp_path / "sample", num_images=9)
+
+
+def test_the_sample_command_draws_verifies_and_mends(tmp_path, monkeypatch, capsys):
+    draw = dd.draw_sample_dataset
+    monkeypatch.setattr(dd, "draw_sample_dataset", lambda folder, force: draw(folder, num_images=10, force=force))
+    command = ["--dataset", "sample", "--data_dir", str(tmp_path)]
+    assert dd.main([*command, "--verify_only"]) == 1
+    assert dd.main(command) == 0
+    assert dd.main([*command, "--verify_only"]) == 0
+    assert capsys.readouterr().out == f"sample: 10 images and 50 captions in {tmp_path / 'sample'}\n" * 2
+    (tmp_path / "sample" / "Images" / "sample_0_0003.jpg").unlink()
+    assert dd.main([*command, "--verify_only"]) == 1
+    assert dd.main(command) == 1
+    assert dd.main([*command, "--force"]) == 0
+    (tmp_path / "sample" / "boxes.json").write_text("[1]")
+    assert dd.main([*command, "--verify_only"]) == 1
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q"]))
