@@ -1,0 +1,952 @@
+"""Caption datasets: files of any common format -> one table of (image, captions, split) -> words, features, batches.
+
+    dataset = load_dataset("flickr8k")                        # ./data/flickr8k, checked, split by image
+    vocabulary = Vocabulary.build(training_captions, 5)       # words seen at least five times
+    features, unreadable = cached_features(paths, encode, cache_dir=..., key=..., ...)  # each picture encoded once
+    for batch in CaptionBatches(word_ids, 128, 50, seed=0).epoch(0): ...
+
+Nothing here knows a model: `encode` is any function from pixels to features, and ids mean words only.
+
+Axes: N images, B captions, P = h * w grid cells, F feature channels, T steps (words and <EOS>).
+"""
+
+import contextlib
+import csv
+import errno
+import functools
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import sys
+import time
+import unicodedata
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import pandas as pd
+import regex
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets: where they lie, and one table from any of their formats
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_FOLDERS = ("Images", "images", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset")
+CAPTIONS_FILES = (
+    "captions.txt",
+    "captions.csv",
+    "results.csv",
+    "Flickr8k.token.txt",
+    "results_20130124.token",
+    "dataset_{}.json",
+    "captions.json",
+)
+SPLITS = ("train", "val", "test")
+LIST_WORDS = {"train": "train", "val": "val|dev", "test": "test"}  # in the names of split lists
+SPLIT_WORDS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "valid": "val", "validation": "val"}
+SPLIT_WORDS |= {"test": "test", "": None}
+IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename")
+CAPTION_COLUMNS = ("caption", "comment", "text")
+MAX_FILE_BYTES = 2**31  # the largest public captions file (COCO, all splits) has 0.1 GB
+MAX_CAPTION_CHARACTERS = 2_000  # spaCy takes quadratic time for a run of quotes
+SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON allows and no file can hold
+TOKEN_LINE = re.compile(r"[^\t]+#\d+\t")
+PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|tiff?|webp)\b", re.IGNORECASE)
+
+
+@dataclass
+class Dataset:
+    """A captioned image collection, split by image.
+
+    table: one row per image: `image` (str, path below image_dir), `captions` (list of str), `split` (train|val|test).
+    notes: lines for the console: what was read, which splits, what was skipped and why.
+    bad_images: {image: reason} of the images skipped so far; at most max_bad_fraction of the `images_named`.
+    """
+
+    table: pd.DataFrame
+    image_dir: Path
+    captions_file: Path
+    notes: list[str]
+    max_bad_fraction: float
+    images_named: int
+    bad_images: dict[str, str] = field(default_factory=dict)
+
+    def split_names(self) -> dict[str, list[str]]:
+        """{"train": [image, ...], "val": ..., "test": ...}: what a checkpoint keeps; comes back as `splits`."""
+        return {split: self.table.image[self.table.split == split].tolist() for split in SPLITS}
+
+    def drop_unreadable(self, reasons: dict[str, str]) -> str:
+        """Leave these images ({image: reason}) out, counted with those skipped before; returns the line about them.
+
+        Raises: ValueError when too many images are bad by now, or a split has none left.
+        """
+        if not reasons:
+            return ""
+        self.bad_images |= reasons
+        bad = [*self.bad_images.items()]
+        note = _counted(self.captions_file, "images", bad, self.images_named, self.max_bad_fraction)
+        self.table = self.table[~self.table.image.isin(list(reasons))].reset_index(drop=True)
+        _check_splits(self.table, self.captions_file)
+        self.notes.append(note)
+        return note
+
+
+def load_dataset(
+    dataset_type: str,
+    image_dir: str | Path | None = None,
+    captions_file: str | Path | None = None,
+    *,
+    split_seed: int = 42,
+    splits: dict[str, list[str]] | None = None,
+    max_bad_fraction: float = 0.01,
+    max_train_images: int | None = None,
+) -> Dataset:
+    """Read, check and split a dataset. `dataset_type` names the default folder only, see `find_dataset`.
+
+    Args:
+        split_seed: for a split drawn here, and for the choice of `max_train_images`.
+        splits: names per split as `Dataset.split_names` gave them; wins over every other source.
+        max_bad_fraction: 0..1, how many rows, and how many images, may be bad before this is an error.
+        max_train_images: keep only so many training images, chosen by `split_seed`; val and test stay whole.
+    Raises: ValueError or FileNotFoundError, one line each, naming the file or flag.
+    """
+    image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file)
+    rows, problems = read_captions(captions_file)
+    total_rows = len(rows) + len(problems)
+    captions, recorded, bad_images = _group_by_image(rows, problems)
+    skipped_rows = _counted(captions_file, "rows", problems, total_rows, max_bad_fraction)
+
+    split_of, split_note = resolve_splits(list(captions), recorded, captions_file, split_seed, splits)
+    on_disk = {name: os.path.isfile(image_dir / name) for name in split_of}  # noqa: PTH113 - takes over-long names
+    bad_images |= {name: f"not in {image_dir}" for name, present in on_disk.items() if not present}
+    images_named = len(split_of.keys() | bad_images.keys())
+    skipped_images = _counted(captions_file, "images", [*bad_images.items()], images_named, max_bad_fraction)
+
+    names = [name for name, present in on_disk.items() if present]
+    table = pd.DataFrame({"image": names})
+    table["captions"] = [captions[name] for name in names]
+    table["split"] = [split_of[name] for name in names]
+    if max_train_images is not None:
+        table = _fewer_train_images(table, max_train_images, split_seed)
+    _check_splits(table, captions_file)
+
+    uncaptioned = sum(path.name not in captions for path in image_dir.iterdir() if PICTURE_NAME.search(path.name))
+    notes = [
+        f"{captions_file}: {sum(map(len, captions.values()))} captions of {len(captions)} images",
+        skipped_rows,
+        skipped_images,
+        f"{image_dir}: {uncaptioned} images have no captions and are left out" if uncaptioned else "",
+        split_note,
+        ", ".join(f"{split} {(table.split == split).sum()}" for split in SPLITS) + " images",
+    ]
+    notes = [note for note in notes if note]
+    return Dataset(table, image_dir, captions_file, notes, max_bad_fraction, images_named, bad_images)
+
+
+def find_dataset(dataset_type, image_dir=None, captions_file=None) -> tuple[Path, Path]:
+    """(image folder, captions file) of ./data/<dataset_type>, unless given; `custom` has no folder of its own.
+
+    Raises: FileNotFoundError saying which command gets the dataset, ValueError when `custom` lacks a path.
+    """
+    if dataset_type == "custom" and not (image_dir and captions_file):
+        raise ValueError("--dataset_type custom needs both --image_dir and --captions_file")
+    root = Path("data") / dataset_type
+    image_dir = Path(image_dir) if image_dir else _first_of(root, IMAGE_FOLDERS, "image folder")
+    captions_file = Path(captions_file) if captions_file else _first_of(root, CAPTIONS_FILES, "captions file")
+    if not image_dir.is_dir():
+        raise FileNotFoundError(f"--image_dir {image_dir}: no such folder; expected the folder that holds the images")
+    if not captions_file.is_file():
+        raise FileNotFoundError(f"--captions_file {captions_file}: no such file; expected a captions CSV, TXT or JSON")
+    return image_dir, captions_file
+
+
+def _first_of(root: Path, names: Sequence[str], what: str) -> Path:
+    candidates = [root / name.format(root.name) for name in names]
+    for path in candidates:
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        f"{root}: no {what} (looked for {', '.join(path.name for path in candidates)}); "
+        f"get the dataset with: python download_datasets.py --dataset {root.name}"
+    )
+
+
+def _group_by_image(rows, problems):
+    """(captions {image: [caption, ...]}, recorded {image: split}, bad names {image: reason}) from rows.
+
+    A name that leads out of the image folder is bad. A row whose split contradicts its image's first is a problem.
+    """
+    captions, recorded, bad_names, clean = {}, {}, {}, {}
+    for image, caption, split in rows:
+        if image not in clean:
+            clean[image] = _inside(image)
+        if (name := clean[image]) is None:
+            bad_names[image] = "not a relative path below the image folder"
+        elif recorded.setdefault(name, split) != split:
+            problems.append((f"{image!r} {caption[:40]!r}", f"image is in split {recorded[name]} already, not {split}"))
+        else:
+            captions.setdefault(name, []).append(caption)
+    return captions, recorded, bad_names
+
+
+def _inside(name: str) -> str | None:
+    """The name in its plainest form ("./a.jpg" is "a.jpg"), or None when it may lead out of the image folder."""
+    path = PurePosixPath(name)
+    if path.anchor or PureWindowsPath(name).anchor or ".." in re.split(r"[\\/]", name) or "\0" in name:
+        return None
+    return str(path)
+
+
+def _counted(path: Path, what: str, bad: list[tuple[str, str]], total: int, max_bad_fraction: float) -> str:
+    """One line that counts bad rows or images and names the first ten; "" without any, ValueError with too many."""
+    if not bad:
+        return ""
+    named = "; ".join(f"{name} ({reason})" for name, reason in bad[:10])
+    line = f"{path}: {len(bad)} of {total} {what} skipped: {named}" + ("; ..." if len(bad) > 10 else "")
+    line = line.encode("unicode_escape").decode() if not line.isprintable() else line  # no control codes on a terminal
+    if len(bad) > max_bad_fraction * total:
+        raise ValueError(f"{line}: more than --max_bad_fraction {max_bad_fraction:g}; mend the dataset or raise it")
+    return line
+
+
+def _check_splits(table: pd.DataFrame, captions_file: Path):
+    for split in SPLITS:
+        if not (table.split == split).any():
+            raise ValueError(f"{captions_file}: the {split} split has no images; train, val and test need one each")
+
+
+def _fewer_train_images(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    if count < 1:
+        raise ValueError(f"--max_train_images {count}: expected at least 1")
+    train = sorted(table.image[table.split == "train"])
+    random.Random(seed).shuffle(train)
+    return table[(table.split != "train") | table.image.isin(train[:count])].reset_index(drop=True)
+
+
+# Splits, always by image
+
+
+def resolve_splits(
+    names: list[str],
+    recorded: dict[str, str | None],
+    captions_file: Path,
+    split_seed: int,
+    splits: dict[str, list[str]] | None = None,
+) -> tuple[dict[str, str], str]:
+    """({image: split}, note): from `splits`, else as recorded in the file, else lists beside it, else drawn.
+
+    Images that no split holds are left out; they are counted in the note, as are names that are not in the data.
+    Lists: *train*.txt, *dev*.txt or *val*.txt, *test*.txt, an image name per line, with or without its extension.
+    Raises: ValueError when an image is in two splits, or lists are ambiguous or incomplete.
+    """
+    if splits is not None:
+        return _listed_splits(names, _checked_splits(splits), "the checkpoint")
+    if any(recorded.values()):
+        held = {name: recorded[name] for name in names if recorded[name]}
+        return held, f"splits: as recorded in {captions_file.name}{_left_out(len(names) - len(held))}"
+    if lists := _split_lists(names, captions_file):
+        listed = {split: path.read_text("utf-8-sig").splitlines() for split, path in lists.items()}
+        return _listed_splits(names, listed, ", ".join(path.name for path in lists.values()))
+    shuffled = sorted(names)
+    random.Random(split_seed).shuffle(shuffled)
+    tenth = max(1, round(len(names) / 10))
+    drawn = dict.fromkeys(shuffled[:tenth], "val") | dict.fromkeys(shuffled[tenth : 2 * tenth], "test")
+    return {name: drawn.get(name, "train") for name in names}, f"splits: drawn by image with --split_seed {split_seed}"
+
+
+def _checked_splits(splits):
+    lists = [splits.get(split) for split in SPLITS] if isinstance(splits, dict) else [None]
+    if any(not isinstance(names, list) or any(not isinstance(name, str) for name in names) for names in lists):
+        raise ValueError("the checkpoint's splits are damaged: expected lists of image names for train, val and test")
+    return dict(zip(SPLITS, lists, strict=True))
+
+
+def _listed_splits(names: list[str], lists: dict[str, list[str]], source: str) -> tuple[dict[str, str], str]:
+    by_name = {name.rpartition(".")[0]: name for name in names} | {name: name for name in names}
+    split_of, unknown = {}, 0
+    for split, listed in lists.items():
+        for line in filter(None, map(str.strip, listed)):
+            name = by_name.get(line)
+            if name is None:
+                unknown += 1
+            elif split_of.setdefault(name, split) != split:
+                raise ValueError(f"splits of {source}: {name!r} is in both {split_of[name]} and {split}")
+    absent = f"; {unknown} names are not in the data" if unknown else ""
+    ordered = {name: split_of[name] for name in names if name in split_of}
+    return ordered, f"splits: from {source}{_left_out(len(names) - len(ordered))}{absent}"
+
+
+def _left_out(count: int) -> str:
+    return f"; {count} images in no split are left out" if count else ""
+
+
+def _split_lists(names: list[str], captions_file: Path) -> dict[str, Path]:
+    """{split: list file} beside the captions file; {} without any. A *.txt that names no image of ours is no list."""
+    known = {*names, *(name.rpartition(".")[0] for name in names)} - {""}
+    found = {split: [] for split in SPLITS}
+    for path in sorted(captions_file.parent.glob("*.txt")):
+        split = next((split for split, word in LIST_WORDS.items() if re.search(word, path.name, re.IGNORECASE)), None)
+        if split and path != captions_file and _names_any(path, known):
+            found[split].append(path)
+    if not any(found.values()):
+        return {}
+    for split, paths in found.items():
+        if len(paths) != 1:
+            which = " and ".join(path.name for path in paths) or "none"
+            raise ValueError(f"{captions_file.parent}: expected one {split} list beside the captions, found {which}")
+    return {split: paths[0] for split, paths in found.items()}
+
+
+def _names_any(path: Path, known: set[str]) -> bool:
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            return any(line.strip() in known for line in lines)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+# Formats, recognised by content
+
+
+def read_captions(path: Path) -> tuple[list[tuple[str, str, str | None]], list[tuple[str, str]]]:
+    """Rows (image, caption, split or None) of a captions file, and its malformed rows as (where, reason).
+
+    Recognised by content: Flickr8k/Flickr30k `name.jpg#k<TAB>caption`; CSV with , ; | or tab and a header that names an
+    image and a caption column (Kaggle's captions.txt, Flickr30k's results.csv, one's own); Karpathy's dataset_*.json;
+    COCO captions JSON; JSON lists of {image, caption or captions[, split]} and {image: captions}.
+    Raises: ValueError when the file is none of these, or holds no caption at all.
+    """
+    rows, problems = [], []
+    for where, entry in _recognise(path, _read_text(path)):
+        fault = entry if isinstance(entry, str) else _fault(*entry)
+        if fault:
+            problems.append((where, fault))
+        else:
+            image, caption, split = entry
+            rows.append((image.strip(), " ".join(caption.split()), SPLIT_WORDS[(split or "").strip().lower()]))
+    if not rows:
+        first = " ({}: {})".format(*problems[0]) if problems else ""
+        raise ValueError(f"{path}: no captions in it{first}")
+    return rows, problems
+
+
+def _fault(image, caption, split) -> str | None:
+    if not isinstance(image, str) or not image.strip():
+        return "no image name"
+    if not isinstance(caption, str) or not any(map(str.isalnum, caption)):
+        return "no words in its caption"
+    if SURROGATE.search(image + caption):
+        return "half a character (a lone surrogate)"
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        return f"its caption has {len(caption)} characters, more than {MAX_CAPTION_CHARACTERS}"
+    if not isinstance(split or "", str) or (split or "").strip().lower() not in SPLIT_WORDS:
+        return f"unknown split {str(split)[:20]!r}, expected train, val or test"
+    return None
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such captions file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes, more than the {MAX_FILE_BYTES} a captions file may have"
+        )
+    content = path.read_bytes()
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # "Unicode text" of spreadsheet programs
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    if "\0" in text:
+        raise ValueError(f"{path}: a binary file, expected captions as text")
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty, expected captions")
+    return text
+
+
+def _recognise(path: Path, text: str) -> Iterator[tuple[str, tuple | str]]:
+    """The entries of a captions file, each (where, (image, caption, split)) or (where, what is wrong)."""
+    if text.lstrip()[0] in "[{":
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: damaged JSON ({error})") from None
+        return _json_entries(data)
+    lines = [line for line in text.lstrip()[:100_000].splitlines() if line.strip()]
+    if any(TOKEN_LINE.match(line) for line in lines[:20]):
+        return _token_entries(text)
+    for delimiter in ",;\t|":
+        header = [name.strip().lower() for name in next(csv.reader(lines[:1], delimiter=delimiter))]
+        image, caption = (
+            next((header.index(name) for name in names if name in header), None)
+            for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)
+        )
+        if image is not None and caption is not None:
+            return _csv_entries(path, text, delimiter, header, image, caption)
+    raise ValueError(
+        f"{path}: not a captions file: expected JSON, lines 'image.jpg#0<TAB>caption' or a header with "
+        f"image and caption columns, got {lines[0][:60]!r}"
+    )
+
+
+def _token_entries(text: str):
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        head, tab, caption = line.partition("\t")
+        image, _, ordinal = head.rpartition("#")
+        if tab and image and ordinal.isdecimal():
+            yield f"line {number}", (image, caption, None)
+        elif line.strip():
+            yield f"line {number}", f"expected 'image.jpg#0<TAB>caption', got {line.strip()[:40]!r}"
+
+
+def _csv_entries(path, text, delimiter, header, image, caption):
+    split = header.index("split") if "split" in header else None
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    first = 1
+    try:
+        for row in reader:
+            lines = range(first, reader.line_num + 1)
+            first = lines.stop
+            if not any(map(str.strip, row)) or [name.strip().lower() for name in row] == header:
+                continue
+            if len(row) < len(header) or any(map(str.strip, row[len(header) :])):
+                yield f"line {lines[0]}", f"{len(row)} fields, expected {len(header)}"
+            elif len(lines) > 1 and PICTURE_NAME.search("".join(row)):
+                yield from ((f"line {line}", f"in a quote opened on line {lines[0]}") for line in lines)
+            else:
+                yield f"line {lines[0]}", (row[image], row[caption], None if split is None else row[split])
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {first}: damaged CSV ({error}); is a quote left open?") from None
+
+
+def _get(entry, key):
+    return entry.get(key) if isinstance(entry, dict) else None
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _json_entries(data):
+    if isinstance(data, dict) and isinstance(data.get("annotations"), list) and isinstance(data.get("images"), list):
+        yield from _coco_entries(data)
+    elif isinstance(data, dict) and isinstance(data.get("images"), list):
+        yield from _karpathy_entries(data["images"])
+    elif isinstance(data, dict):
+        for image, captions in data.items():
+            for caption in _listed(captions) or [None]:
+                yield f"image {image[:80]!r}", (image, caption, None)
+    else:
+        for number, entry in enumerate(data, start=1):
+            image = next((value for key in IMAGE_COLUMNS if (value := _get(entry, key)) is not None), None)
+            captions = _get(entry, "captions") or _get(entry, "caption")
+            for caption in _listed(captions) or [None]:
+                yield f"entry {number}", (image, caption, _get(entry, "split"))
+
+
+def _coco_entries(data):
+    names = {str(_get(image, "id")): _get(image, "file_name") for image in data["images"]}
+    for number, annotation in enumerate(data["annotations"], start=1):
+        image = names.get(str(_get(annotation, "image_id")))
+        yield f"annotation {number}", (image, _get(annotation, "caption"), None)
+
+
+def _karpathy_entries(images):
+    for number, image in enumerate(images, start=1):
+        name = _get(image, "filename")
+        if isinstance(folder := _get(image, "filepath"), str) and folder and isinstance(name, str):
+            name = f"{folder}/{name}"
+        for sentence in _listed(_get(image, "sentences")) or [None]:
+            yield f"image {number}", (name, _get(sentence, "raw"), _get(image, "split"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------------------------
+
+UNSPACED = regex.compile(  # a character of a script that puts no spaces between words, with its combining marks
+    r"(?V1)[[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}]&&[\p{L}\p{N}]]\p{M}*"
+)
+INVISIBLE = regex.compile(r"(?V1)[\p{Cf}--[\u200c\u200d]]")  # direction marks and the like; joiners belong to words
+WORD = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # what a stored vocabulary may hold
+
+
+@functools.cache
+def _spacy_tokenizer():
+    """spaCy's English tokenizer, which splits other scripts well too; a hyphen inside a word no longer splits it."""
+    import spacy  # takes seconds, and captioning a picture needs none of it
+    from spacy.lang.char_classes import HYPHENS
+
+    language = spacy.blank("en")
+    infixes = [rule.replace(HYPHENS, "--+|–|—+|~") for rule in language.Defaults.infixes]  # noqa: RUF001
+    language.tokenizer.infix_finditer = spacy.util.compile_infix_regex(infixes).finditer
+    return language.tokenizer
+
+
+def tokenize(text: str) -> list[str]:
+    """Words of a caption: lower case, NFC, without punctuation and symbols; "A t-shirt!" -> ["a", "t-shirt"].
+
+    In scripts without spaces (Han, Kana, Thai, Lao, Khmer, Burmese) every character with its marks is a word.
+    """
+    text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    text = UNSPACED.sub(r" \g<0> ", text)
+    return [word for token in _spacy_tokenizer()(text) if any(map(str.isalnum, word := token.lower_))]
+
+
+class Vocabulary:
+    """Words and their ids, the four specials first; a caption's words are lower case, so never one of these."""
+
+    pad, sos, eos, unk = range(4)
+    SPECIALS = ("<PAD>", "<SOS>", "<EOS>", "<UNK>")
+
+    def __init__(self, words: Sequence[str]):
+        """words: all of them in the order of their ids, specials included."""
+        self.words = list(words)
+        self.ids = {word: index for index, word in enumerate(self.words)}
+
+    @classmethod
+    def build(cls, captions: Iterable[str], freq_threshold: int = 5) -> "Vocabulary":
+        """Words seen at least `freq_threshold` times in these (training) captions, the most frequent first."""
+        counts = Counter(word for caption in captions for word in tokenize(caption))
+        kept = [word for word, count in counts.items() if count >= freq_threshold]
+        return cls([*cls.SPECIALS, *sorted(kept, key=lambda word: (-counts[word], word))])
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        """Word ids of a caption, without <SOS> and <EOS>; unknown words are `unk`."""
+        return [self.ids.get(word, self.unk) for word in tokenize(text)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The caption up to <EOS>, other specials dropped; no spaces beside characters of unspaced scripts."""
+        words = []
+        for index in map(int, ids):
+            if index == self.eos:
+                break
+            if index >= len(self.SPECIALS):
+                words.append(self.words[index])
+        unspaced = [bool(UNSPACED.match(word)) for word in words]
+        gaps = ["" if i == 0 or unspaced[i - 1] or unspaced[i] else " " for i in range(len(words))]
+        return "".join(gap + word for gap, word in zip(gaps, words, strict=True))
+
+    def to_plain(self) -> dict:
+        """What a checkpoint stores."""
+        return {"words": self.words}
+
+    @classmethod
+    def from_plain(cls, plain: dict) -> "Vocabulary":
+        """The vocabulary a checkpoint stored. Raises: ValueError when it is damaged."""
+        words = plain.get("words") if isinstance(plain, dict) else None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("vocabulary: expected {'words': [...]}, a list of words")
+        if tuple(words[:4]) != cls.SPECIALS or len(set(words)) != len(words):
+            raise ValueError(f"vocabulary: expected different words that begin with {' '.join(cls.SPECIALS)}")
+        if bad := [word for word in words if not WORD.fullmatch(word)]:
+            raise ValueError(f"vocabulary: {bad[0][:40]!r} is not a word")
+        return cls(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """B captions of N images, padded to the longest caption."""
+
+    image_rows: torch.Tensor  # (N,) int64, which images: positions in the list that CaptionBatches was given
+    captions: torch.Tensor  # (B, T + 1) int64, <SOS> words <EOS> <PAD>...
+    lengths: torch.Tensor  # (B,) int64, targets per caption: its words and <EOS>
+    image_index: torch.Tensor  # (B,) int64, 0..N-1: whose caption it is
+
+
+class CaptionBatches:
+    """Every caption once per epoch, `batch_size` captions at a time; captions of one image stay together.
+
+    Args:
+        captions: per image a list of captions, each a list of word ids without specials.
+        max_length: steps a caption may have, <EOS> among them; longer ones lose their last words.
+        seed: with the epoch it alone decides the order of the images.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], batch_size: int, max_length: int, seed: int):
+        rows = [
+            torch.tensor([Vocabulary.sos, *words[: max_length - 1], Vocabulary.eos], dtype=torch.int32)
+            for image in captions
+            for words in image
+        ]
+        if not rows:
+            raise ValueError("no captions to make batches of")
+        self.batch_size, self.seed = batch_size, seed
+        self.padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=Vocabulary.pad)
+        self.lengths = torch.tensor([len(row) - 1 for row in rows])
+        self.counts = torch.tensor([len(image) for image in captions])  # captions per image
+        self.first = self.counts.cumsum(0) - self.counts  # row of each image's first caption
+        self.num_batches = -(-len(rows) // batch_size)
+
+    def epoch(self, epoch: int, start: int = 0, shuffle: bool = True) -> Iterator[Batch]:
+        """Batches of an epoch from number `start` on: the same ones whatever `start`."""
+        images = torch.arange(len(self.counts))
+        if shuffle:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            images = torch.randperm(len(images), generator=generator)
+        counts = self.counts[images]
+        owner = images.repeat_interleave(counts)  # (captions,) image of each caption, in the order of this epoch
+        within = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        rows = self.first[owner] + within
+        for begin in range(start * self.batch_size, len(rows), self.batch_size):
+            batch = slice(begin, begin + self.batch_size)
+            lengths = self.lengths[rows[batch]]
+            image_rows, image_index = owner[batch].unique_consecutive(return_inverse=True)
+            captions = self.padded[rows[batch], : int(lengths.max()) + 1].long()
+            yield Batch(image_rows, captions, lengths, image_index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")  # none that starts a program
+BROKEN_IMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError)
+BROKEN_IMAGE += (MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture in its own size, turned as EXIF says, RGB.
+
+    Transparent pictures lie on white; 16-bit grey is scaled to 8 bits; of an animation the first frame is taken.
+    Raises: ValueError naming the file when it is not a readable image.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise ValueError("it is a folder" if path.is_dir() else "there is no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a readable image (none of {', '.join(IMAGE_FORMATS)})") from None
+    except BROKEN_IMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not a readable image ({reason})") from None
+
+
+def load_image(path: str | Path, size: int) -> np.ndarray:
+    """`open_image`, squashed whole to a square as encoders see it: (size, size, 3) uint8. Raises: as `open_image`."""
+    image = open_image(path)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Position -> (position, (3, size, size) uint8 pixels), or (position, reason) where the image cannot be read."""
+
+    def __init__(self, paths: Sequence[Path], size: int):
+        self.paths, self.size = paths, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, position: int):
+        try:
+            return position, load_image(self.paths[position], self.size).transpose(2, 0, 1)
+        except ValueError as error:
+            return position, str(error).removeprefix(f"{self.paths[position]}: ")
+
+
+def _collate(items):
+    """(positions of the readable ones, their pixels (n, 3, H, W) uint8 array, {position: reason} of the others).
+
+    Arrays travel through a pipe: tensors would fill /dev/shm, which is small inside a container.
+    """
+    good = [(position, pixels) for position, pixels in items if isinstance(pixels, np.ndarray)]
+    reasons = {position: reason for position, reason in items if isinstance(reason, str)}
+    pixels = np.stack([pixels for _, pixels in good]) if good else np.empty((0, 3, 0, 0), np.uint8)
+    return [position for position, _ in good], pixels, reasons
+
+
+def _worker_signals(_worker_id):
+    """Ctrl-C and SIGTERM are the main process's business; it stops its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _decoded(paths, size, batches: Sequence[Sequence[int]], num_workers: int) -> DataLoader:
+    return DataLoader(
+        ImageFiles(paths, size),
+        batch_sampler=batches,
+        collate_fn=_collate,
+        num_workers=min(num_workers, os.cpu_count() or 1, len(batches)),
+        worker_init_fn=_worker_signals,
+        generator=torch.Generator(),  # its own: a loader must not advance the global random state
+    )
+
+
+def image_loader(
+    paths: Sequence[Path], image_size: int, batches_of_rows: Sequence[Sequence[int]], num_workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """Pixels (n, 3, image_size, image_size) uint8 for each batch of positions in `paths`, in order.
+
+    Raises: ValueError naming the first image that cannot be read.
+    """
+    batches = [torch.as_tensor(rows).tolist() for rows in batches_of_rows]
+    for _, pixels, reasons in _decoded(paths, image_size, batches, num_workers):
+        for position, reason in reasons.items():
+            raise ValueError(f"{paths[position]}: {reason}")
+        yield torch.from_numpy(pixels)
+
+
+def find_unreadable(paths: Sequence[Path], *, num_workers: int = 0, progress: bool = True) -> dict[Path, str]:
+    """{path: reason} of the images that cannot be read: decodes each once, for runs without a feature cache."""
+    batches = [list(range(i, min(i + 32, len(paths)))) for i in range(0, len(paths), 32)]
+    unreadable = {}
+    with tqdm(total=len(paths), desc="checking", unit="image", disable=None if progress else True) as bar:
+        for positions, _, reasons in _decoded(paths, 8, batches, num_workers):
+            unreadable |= {paths[position]: reason for position, reason in reasons.items()}
+            bar.update(len(positions) + len(reasons))
+    return unreadable
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature cache: each picture is encoded once in its life
+# ---------------------------------------------------------------------------------------------------------------------
+
+CACHE_FORMAT = 1
+COMMIT_SECONDS = 2.0  # work that a killed run may lose
+
+
+class Features:
+    """Grid features of a list of images, float16, read from the cache's memory map.
+
+    `features[rows]` -> (n, P, F) float16 tensor for positions in the list; unreadable images must not be asked for.
+    """
+
+    def __init__(self, file: Path, rows: np.ndarray, cells: int, channels: int):
+        """rows: (images,) int64, where each image lies in the file; -1 for unreadable ones."""
+        stored = int(rows.max(initial=-1)) + 1
+        shape = (stored, cells, channels)
+        self.grid = np.memmap(file, np.float16, "r", shape=shape) if stored else np.empty(shape, np.float16)
+        self.rows = rows
+        self.nbytes_per_image = cells * channels * 2
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, positions) -> torch.Tensor:
+        rows = self.rows[np.asarray(positions)]
+        if (rows < 0).any():
+            raise IndexError("features of an unreadable image asked for")
+        return torch.from_numpy(self.grid[rows])
+
+    def mean(self, chunk: int = 256) -> torch.Tensor:
+        """(images, 1, F) float16 in memory: each grid's mean, summed in float32; 0 for unreadable images."""
+        pooled = torch.zeros(len(self.rows), 1, self.grid.shape[2], dtype=torch.float16)
+        for positions in torch.from_numpy((self.rows >= 0).nonzero()[0]).split(chunk):
+            pooled[positions] = self[positions].float().mean(dim=1, keepdim=True).half()
+        return pooled
+
+
+def cached_features(
+    paths: Sequence[Path],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    cache_dir: str | Path,
+    key: dict,
+    grid: tuple[int, int],
+    channels: int,
+    image_size: int,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    progress: bool = True,
+    desc: str = "encoding",
+) -> tuple[Features, dict[Path, str]]:
+    """Features of these images and {path: reason} of the unreadable ones; only what the cache lacks is encoded.
+
+    Args:
+        encode: (n, 3, image_size, image_size) uint8 on the CPU -> (n, P, F) float on any device.
+        key: JSON values that decide the features: `encoder` (its name), its weights' SHA-256, geometry.
+        grid, channels: (h, w) and F, so P = h * w.
+    The cache is a folder per key: `features.f16` (a row per image), `index` (which file each row came from: path, size,
+    modification time), `key.json`. Rows reach the disk before the index names them, so a run that is killed at any
+    moment leaves a cache that the next one continues; a second run waits for the first.
+    Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow float16.
+    """
+    cells = grid[0] * grid[1]
+    full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "format": CACHE_FORMAT}
+    folder = _cache_folder(Path(cache_dir), full_key)
+    with _locked(folder), _Store(folder, (cells, channels)) as store:
+        stamps, unreadable = _stamps(paths)
+        todo = {stamp: path for path, stamp in stamps.items() if stamp not in store.row_of}  # one path per file
+        _check_free_space(folder, len(todo) * store.row_bytes)
+        bar = tqdm(total=len(todo), desc=desc, unit="image", disable=None if progress and todo else True)
+        with bar:
+            failed = _encode_missing(store, todo, encode, image_size, batch_size, num_workers, bar)
+    unreadable |= {path: failed[stamp] for path, stamp in stamps.items() if stamp in failed}
+    rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
+    return Features(folder / "features.f16", rows, cells, channels), unreadable
+
+
+def _encode_missing(store, todo, encode, image_size, batch_size, num_workers, bar) -> dict[tuple, str]:
+    """Append the features of {stamp: path} to the store; returns {stamp: reason} of the unreadable ones."""
+    stamps, paths, failed = list(todo), list(todo.values()), {}
+    batches = [range(i, min(i + batch_size, len(paths))) for i in range(0, len(paths), batch_size)]
+    for positions, pixels, reasons in _decoded(paths, image_size, batches, num_workers) if batches else ():
+        failed |= {stamps[position]: reason for position, reason in reasons.items()}
+        if positions:
+            with torch.inference_mode():
+                features = encode(torch.from_numpy(pixels)).half()  # (n, P, F)
+            low, high = features.flatten(1).aminmax(dim=1)  # both nan where any is
+            for position, finite in zip(positions, (low.isfinite() & high.isfinite()).tolist(), strict=True):
+                if not finite:
+                    raise ValueError(
+                        f"{paths[position]}: the encoder's output overflows float16; "
+                        "use --no_feature_cache with this encoder"
+                    )
+            store.append([stamps[position] for position in positions], features.contiguous().cpu().numpy())
+        bar.update(len(positions) + len(reasons))
+    return failed
+
+
+def _stamps(paths: Sequence[Path]) -> tuple[dict[Path, tuple], dict[Path, str]]:
+    """{path: (resolved path, size in bytes, modification time in ns)} and {path: reason} of files that have none."""
+    stamps, missing = {}, {}
+    for path in paths:
+        try:
+            status = path.stat()
+            stamps[path] = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        except OSError as error:
+            missing[path] = error.strerror
+    return stamps, missing
+
+
+def _cache_folder(cache_dir: Path, key: dict) -> Path:
+    """The folder of this key, made if needed."""
+    text = json.dumps(key, sort_keys=True, indent=1)
+    name = re.sub(r"[^\w.-]", "_", str(key.get("encoder", "encoder")))
+    folder = cache_dir / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").touch()
+        if not (folder / "key.json").exists():
+            partial = folder / f"key.json.{os.getpid()}"
+            partial.write_text(text)
+            partial.replace(folder / "key.json")
+    except OSError as error:
+        raise ValueError(
+            f"--cache_dir {cache_dir}: cannot be used ({error.strerror}); expected a folder to write in"
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for another run that fills {folder}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_free_space(folder: Path, needed: int):
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"--cache_dir {folder.parent}: the features need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "make room, name another --cache_dir or use --no_feature_cache"
+        )
+
+
+class _Store:
+    """The two files of a cache folder, opened for appending: rows reach the disk first, then their index lines."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int]):
+        self.row_bytes = shape[0] * shape[1] * 2
+        self.data = (folder / "features.f16").open("ab", buffering=0)
+        self.index = (folder / "index").open("a+b", buffering=0)
+        self.row_of = self._repair()  # {stamp: row}
+        self.rows = self.data.tell() // self.row_bytes
+        self.pending, self.committed_at = [], time.monotonic()
+
+    def _repair(self) -> dict[tuple, int]:
+        """Cut off what a killed run left half-written; what remains is {stamp: row}."""
+        stored, row_of, whole = self.data.seek(0, os.SEEK_END) // self.row_bytes, {}, 0
+        self.index.seek(0)
+        for line in self.index.readall().splitlines(keepends=True):
+            try:
+                row, path, size, modified = json.loads(line)
+                if not line.endswith(b"\n") or not 0 <= row < stored:
+                    break
+                row_of[path, size, modified] = row
+            except (ValueError, TypeError):
+                break
+            whole += len(line)
+        self.index.truncate(whole)
+        self.data.truncate((max(row_of.values(), default=-1) + 1) * self.row_bytes)
+        self.data.seek(0, os.SEEK_END)
+        return row_of
+
+    def append(self, stamps: list[tuple], block: np.ndarray):
+        """Add rows (n, P, F) float16 for these files."""
+        if self.data.write(block) != block.nbytes:  # a short write: the disk is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.data.name)
+        for row, stamp in enumerate(stamps, start=self.rows):
+            self.pending.append((row, *stamp))
+        self.rows += len(stamps)
+        if time.monotonic() - self.committed_at > COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self):
+        """Make the rows so far durable. An interrupted commit may name a row twice, which is harmless."""
+        os.fsync(self.data.fileno())
+        lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in self.pending)
+        if self.index.write(lines) != len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.index.name)
+        os.fsync(self.index.fileno())
+        self.row_of |= {tuple(stamp): row for row, *stamp in self.pending}
+        self.pending, self.committed_at = [], time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        try:
+            self.commit()
+        finally:
+            self.data.close()
+            self.index.close()

@@ -1,0 +1,554 @@
+"""caption_data.py: words, batches, pixels and the feature cache. Datasets and splits are in test_dataset_support.py."""
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import caption_data
+from caption_data import (
+    CaptionBatches,
+    Vocabulary,
+    cached_features,
+    find_unreadable,
+    image_loader,
+    load_image,
+    open_image,
+    tokenize,
+)
+
+UNIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and FIFOs")
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A man in a T-shirt , jumps .", "a man in a t-shirt jumps"),
+        ("The dog's owner doesn't run!", "the dog 's owner does n't run"),
+        ("dog--brown and dog\u2014black", "dog brown and dog black"),
+        ("jumps.The dog (black/white) & $5 🐕", "jumps the dog black white 5"),
+        ("cafe\u0301 \u00c9T\u00c9", "caf\u00e9 \u00e9t\u00e9"),
+        ("Две собаки бегут по снегу.", "две собаки бегут по снегу"),
+        ("दो कुत्ते बर्फ में दौड़ रहे हैं।", "दो कुत्ते बर्फ में दौड़ रहे हैं"),
+        ("\u200fيركض كلب؟", "يركض كلب"),
+        ("שני כְּלָבִים רצים", "שני כְּלָבִים רצים"),
+        ("می\u200cروند", "می\u200cروند"),
+        ("두 마리의 개가 달린다.", "두 마리의 개가 달린다"),
+        ("两只狗,2人。", "两 只 狗 2 人"),
+        ("犬がスーパー", "犬 が ス ー パ ー"),
+        ("วิ่งอยู่", "วิ่ ง อ ยู่"),
+        ("... !? — 🐕", ""),
+    ],
+)
+def test_words_of_a_caption(text, words):
+    assert tokenize(text) == words.split(" ") if words else tokenize(text) == []
+
+
+def test_words_are_stable_under_a_second_tokenisation():
+    text = "The dogs' owner can't see a t-shirt; 两只狗 at 10:30"
+    assert tokenize(" ".join(tokenize(text))) == tokenize(text)
+
+
+def test_vocabulary_counts_orders_and_cuts():
+    vocabulary = Vocabulary.build(["b b b a a c", "A d", "d d"], freq_threshold=2)
+    assert vocabulary.words == ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "b", "d"]  # three each: alphabetical; c once
+    assert (vocabulary.pad, vocabulary.sos, vocabulary.eos, vocabulary.unk, len(vocabulary)) == (0, 1, 2, 3, 7)
+    assert vocabulary.encode("D, a c <EOS>") == [6, 4, 3, 3]  # a typed <EOS> is a word, not the special
+    assert vocabulary.decode([1, 4, 3, 5, 0, 2, 6]) == "a b"
+
+
+@pytest.mark.parametrize("caption", ["a dog runs", "两只狗在雪地里奔跑", "2人が走る", "वह दौड़ रहे", "วิ่งอยู่", "穿t恤的人"])
+def test_encode_then_decode_gives_the_caption(caption):
+    vocabulary = Vocabulary.from_plain(Vocabulary.build([caption], 1).to_plain())
+    assert vocabulary.decode(vocabulary.encode(caption)) == caption
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        None,
+        {},
+        {"words": "abc"},
+        {"words": ["<PAD>", "<SOS>", "<EOS>"]},
+        {"words": ["<SOS>", "<PAD>", "<EOS>", "<UNK>", "a"]},
+        {"words": [*Vocabulary.SPECIALS, "a", "a"]},
+        {"words": [*Vocabulary.SPECIALS, 5]},
+        {"words": [*Vocabulary.SPECIALS, ""]},
+        {"words": [*Vocabulary.SPECIALS, "two words"]},
+        {"words": [*Vocabulary.SPECIALS, "\x1b[2J"]},
+        {"words": [*Vocabulary.SPECIALS, "\ud800"]},
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(plain):
+    with pytest.raises(ValueError, match=r"^vocabulary: "):
+        Vocabulary.from_plain(plain)
+
+
+# Batches
+
+CAPTIONS = [[[4, 5], [6]], [[7, 8, 9]], [], [[10], [11, 12], [13]]]  # of four images, one without any
+
+
+def test_batches_worked_by_hand():
+    batches = list(CaptionBatches(CAPTIONS, batch_size=4, max_length=3, seed=0).epoch(0, shuffle=False))
+    first, second = batches
+    assert first.image_rows.tolist() == [0, 1, 3]
+    assert first.image_index.tolist() == [0, 0, 1, 2]
+    assert first.captions.tolist() == [[1, 4, 5, 2], [1, 6, 2, 0], [1, 7, 8, 2], [1, 10, 2, 0]]  # 9 is beyond step 3
+    assert first.lengths.tolist() == [3, 2, 3, 2]
+    assert second.image_rows.tolist() == [3]
+    assert second.captions.tolist() == [[1, 11, 12, 2], [1, 13, 2, 0]]
+    assert all(tensor.dtype == torch.int64 for tensor in first)
+
+
+def _sequence(batches):
+    return [[tensor.tolist() for tensor in batch] for batch in batches]
+
+
+def test_an_epoch_is_decided_by_seed_and_number_alone():
+    captions = [[[10 * image + k] for k in range(1 + image % 5)] for image in range(1, 40)]
+    batches = CaptionBatches(captions, 7, 20, seed=3)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    straight = _sequence(batches.epoch(5))
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(straight) == batches.num_batches == 17  # 114 captions
+    assert straight == _sequence(CaptionBatches(captions, 7, 20, seed=3).epoch(5))
+    for start in (1, 16, 17, 30):
+        assert _sequence(batches.epoch(5, start=start)) == straight[start:]
+    assert straight != _sequence(batches.epoch(6))
+    assert straight != _sequence(CaptionBatches(captions, 7, 20, seed=4).epoch(5))
+
+
+def test_every_caption_comes_once_with_its_own_image():
+    captions = [[[1000 * image + k] for k in range(5)] for image in range(1, 30)]
+    seen = []
+    for batch in CaptionBatches(captions, 8, 20, seed=0).epoch(2):
+        owners = batch.image_rows[batch.image_index]
+        words = batch.captions[:, 1]
+        assert torch.equal(words // 1000, owners + 1)
+        seen += words.tolist()
+        assert (batch.image_index.diff() >= 0).all()  # captions of an image lie together
+    assert sorted(seen) == sorted(caption[0] for image in captions for caption in image)
+
+
+# Pixels
+
+
+def _save(path: Path, image: Image.Image, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def _quarters() -> Image.Image:
+    """2 x 2 blocks of 8 pixels: red, green / blue, white."""
+    colours = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+    return Image.fromarray(colours.repeat(8, 0).repeat(8, 1))
+
+
+def test_a_picture_of_the_right_size_is_unchanged(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
+    assert np.array_equal(load_image(_save(tmp_path / "a.png", Image.fromarray(pixels)), 24), pixels)
+
+
+def test_a_picture_is_squashed_whole_without_a_crop(tmp_path):
+    wide = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 60, 1).repeat(30, 0))  # 30 x 120, black | white
+    pixels = load_image(_save(tmp_path / "a.png", wide), 20)
+    assert pixels.shape == (20, 20, 3)
+    assert (pixels[:, :9] == 0).all()
+    assert (pixels[:, 11:] == 255).all()
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate 90 degrees clockwise to show"
+    path = _save(tmp_path / "a.png", _quarters(), exif=exif)
+    pixels = load_image(path, 16)
+    assert pixels[4, 4].tolist() == [0, 0, 255]  # the left column, read upwards, is the top row now
+    assert pixels[4, 12].tolist() == [255, 0, 0]
+    wide = _save(tmp_path / "b.png", Image.new("L", (40, 10), 7), exif=exif)
+    assert (open_image(wide).size, open_image(wide).mode, open_image(wide).getpixel((0, 0))) == (
+        (10, 40),
+        "RGB",
+        (7, 7, 7),
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm", "a.avif"])
+def test_every_format_is_read(tmp_path, name):
+    pixels = load_image(_save(tmp_path / name, _quarters()), 16).astype(int)
+    assert np.abs(pixels[4, 4] - [255, 0, 0]).max() < 40
+    assert np.abs(pixels[12, 12] - 255).max() < 40
+
+
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        (Image.new("L", (8, 8), 100), [100, 100, 100]),
+        (Image.new("1", (8, 8), 1), [255, 255, 255]),
+        (Image.new("P", (8, 8), 3), None),
+        (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), [255, 255, 255]),  # transparent: white shows
+        (Image.new("RGBA", (8, 8), (10, 20, 30, 255)), [10, 20, 30]),
+        (Image.new("LA", (8, 8), (50, 255)), [50, 50, 50]),
+        (Image.fromarray(np.full((8, 8), 0x8040, np.uint16)), [128, 128, 128]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, image, colour):
+    pixels = load_image(_save(tmp_path / "a.png", image), 8)
+    assert pixels.shape == (8, 8, 3)
+    assert pixels.dtype == np.uint8
+    assert colour is None or pixels[0, 0].tolist() == colour
+
+
+def test_cmyk_and_palette_transparency(tmp_path):
+    cmyk = load_image(_save(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0))), 8)
+    assert np.abs(cmyk.astype(int) - [255, 0, 0]).max() < 12
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    assert (load_image(_save(tmp_path / "b.png", palette, transparency=0), 8) == 255).all()
+
+
+def _bomb(side: int) -> bytes:
+    """A PNG header that promises side x side pixels and holds none."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def _unreadable_files(folder: Path) -> dict[str, Path]:
+    folder.mkdir()
+    whole = io.BytesIO()
+    _quarters().resize((300, 300)).save(whole, "JPEG")
+    contents = {
+        "text.jpg": b"not an image",
+        "empty.jpg": b"",
+        "truncated.jpg": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "bomb_warning.png": _bomb(11_000),
+        "bomb_error.png": _bomb(30_000),
+        "program.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nquit\n",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.jpg").mkdir()
+    _save(folder / "float.tif", Image.new("F", (4, 4)))
+    return {path.name: path for path in folder.iterdir()} | {"missing.jpg": folder / "missing.jpg"}
+
+
+def test_an_unreadable_image_is_one_line_that_names_it(tmp_path):
+    files = _unreadable_files(tmp_path / "bad")
+    expected = {
+        "text.jpg": "none of JPEG",
+        "truncated.jpg": "truncated",
+        "bomb_warning.png": "bomb",
+        "bomb_error.png": "bomb",
+        "program.eps": "none of JPEG",
+        "folder.jpg": "it is a folder",
+        "missing.jpg": "there is no such file",
+        "float.tif": "no fixed range",
+    }
+    for name, path in files.items():
+        with pytest.raises(ValueError) as caught:
+            load_image(path, 32)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: not a readable image ("), message
+        assert expected.get(name, "") in message
+        assert "\n" not in message
+
+
+@UNIX
+def test_a_fifo_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="not a readable image"):
+        load_image(tmp_path / "pipe.jpg", 8)
+
+
+def _grey(folder: Path, count: int, start: int = 0) -> list[Path]:
+    """Images whose grey level is their number."""
+    return [_save(folder / f"{i}.png", Image.new("RGB", (8, 8), (i, i, i))) for i in range(start, start + count)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_keeps_order_and_leaves_the_random_state_alone(tmp_path, num_workers):
+    paths = _grey(tmp_path, 6)
+    batches = [torch.tensor([5, 0]), [3], range(1, 3)]
+    state = torch.get_rng_state()
+    pixels = list(image_loader(paths, 4, batches, num_workers))
+    assert [batch[:, 0, 0, 0].tolist() for batch in pixels] == [[5, 0], [3], [1, 2]]
+    assert pixels[0].shape == (2, 3, 4, 4)
+    assert pixels[0].dtype == torch.uint8
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_unreadable_images_are_found_without_a_cache(tmp_path):
+    paths = [*_grey(tmp_path, 2), tmp_path / "none.png"]
+    assert find_unreadable(paths) == {paths[2]: "not a readable image (there is no such file)"}
+    with pytest.raises(ValueError, match=r"none\.png: not a readable image"):
+        list(image_loader(paths, 4, [[0, 2]], 0))
+
+
+# The feature cache
+
+
+class FakeEncoder:
+    """Grid of 2 x 2 cells with 3 channels: grey level + 10 * cell + channel / 8. Counts the images it was given."""
+
+    def __init__(self, break_after=None, error=None, overflow=None, seconds=0.0):
+        """overflow: (grey level, the value one of its features takes)."""
+        self.images, self.break_after, self.error = 0, break_after, error
+        self.overflow, self.seconds = overflow, seconds
+
+    def __call__(self, pixels):
+        if self.break_after is not None and self.images >= self.break_after:
+            raise self.error
+        self.images += len(pixels)
+        time.sleep(self.seconds)
+        level = pixels[:, 0, 0, 0].float()
+        features = level[:, None, None] + 10.0 * torch.arange(4)[:, None] + torch.arange(3) / 8  # (n, 4, 3)
+        if self.overflow is not None:
+            features[level == self.overflow[0], 3, 1] = self.overflow[1]
+        return features
+
+
+def _expected(levels):
+    levels = torch.tensor(levels, dtype=torch.float16)
+    return levels[:, None, None] + 10 * torch.arange(4)[:, None] + torch.arange(3) / 8
+
+
+def _cached(paths, encode, cache_dir, batch_size=2, **options):
+    options = {"key": {"encoder": "fake/net", "sha256": "0"}, "grid": (2, 2), "channels": 3, "image_size": 8} | options
+    return cached_features(paths, encode, cache_dir=cache_dir, batch_size=batch_size, progress=False, **options)
+
+
+def _folder(cache_dir: Path) -> Path:
+    (folder,) = cache_dir.iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_picture_is_encoded_once(tmp_path, num_workers):
+    paths, cache, encoder = _grey(tmp_path / "i", 5), tmp_path / "cache", FakeEncoder()
+    features, unreadable = _cached(paths, encoder, cache, num_workers=num_workers)
+    assert unreadable == {}
+    assert encoder.images == 5
+    assert torch.equal(features[torch.tensor([4, 0, 4])], _expected([4, 0, 4]))
+    assert features[[1]].dtype == torch.float16
+    assert features.nbytes_per_image == 4 * 3 * 2
+    again, _ = _cached(paths[::-1], FakeEncoder(break_after=0, error=AssertionError), cache)
+    assert torch.equal(again[range(5)], _expected([4, 3, 2, 1, 0]))
+    folder = _folder(cache)
+    assert folder.name.startswith("fake_net_")
+    assert json.loads((folder / "key.json").read_text())["sha256"] == "0"
+    assert (folder / "features.f16").stat().st_size == 5 * 24
+
+
+def test_the_mean_of_the_grid(tmp_path):
+    paths = [*_grey(tmp_path / "i", 3), tmp_path / "none.png"]
+    features, _ = _cached(paths, FakeEncoder(), tmp_path / "cache")
+    mean = features.mean(chunk=2)
+    assert mean.shape == (4, 1, 3)
+    assert mean.dtype == torch.float16
+    assert mean[:, 0].tolist() == [[15, 15.125, 15.25], [16, 16.125, 16.25], [17, 17.125, 17.25], [0, 0, 0]]
+
+
+def test_another_key_is_another_cache(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 2), tmp_path / "cache"
+    for options in ({}, {"key": {"encoder": "fake/net", "sha256": "1"}}, {"image_size": 4}):
+        encoder = FakeEncoder()
+        _cached(paths, encoder, cache, **options)
+        assert encoder.images == 2
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_added_and_changed_pictures_encode_only_themselves(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 4), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    paths += _grey(tmp_path / "i", 1, start=4)
+    _save(paths[1], Image.new("RGB", (8, 8), (99, 99, 99)))
+    os.utime(paths[1], ns=(1, 1))
+    os.link(paths[2], tmp_path / "i" / "other_name.png")
+    (tmp_path / "i" / "link.png").symlink_to(paths[3])
+    encoder = FakeEncoder()
+    features, _ = _cached([*paths, tmp_path / "i" / "link.png"], encoder, cache)
+    assert encoder.images == 2
+    assert torch.equal(features[range(6)], _expected([0, 99, 2, 3, 4, 3]))
+
+
+def test_unreadable_images_are_returned(tmp_path):
+    files = _unreadable_files(tmp_path / "bad")
+    good = _grey(tmp_path / "i", 3)
+    paths = [good[0], *files.values(), *good[1:]]
+    encoder = FakeEncoder()
+    features, unreadable = _cached(paths, encoder, tmp_path / "cache")
+    assert set(unreadable) == set(files.values())
+    assert unreadable[files["truncated.jpg"]].startswith("not a readable image (")
+    assert unreadable[files["missing.jpg"]] == "No such file or directory"
+    assert encoder.images == 3
+    assert torch.equal(features[[0, len(paths) - 1]], _expected([0, 2]))
+    with pytest.raises(IndexError, match="unreadable"):
+        features[[0, 1]]
+
+
+def test_nothing_readable(tmp_path):
+    features, unreadable = _cached([tmp_path / "none.png"], FakeEncoder(), tmp_path / "cache")
+    assert list(unreadable) == [tmp_path / "none.png"]
+    assert features.mean().tolist() == [[[0, 0, 0]]]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError("a broken disk")])
+def test_an_interrupted_cache_is_continued(tmp_path, error):
+    paths, cache = _grey(tmp_path / "i", 7), tmp_path / "cache"
+    with pytest.raises(type(error)):
+        _cached(paths, FakeEncoder(break_after=4, error=error), cache)
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert encoder.images == 3
+    assert torch.equal(features[range(7)], _expected(range(7)))
+
+
+def _tear(file: Path, change):
+    content = file.read_bytes()
+    file.write_bytes(change(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "encoded_again"),
+    [
+        ("features.f16", lambda data: data + b"torn row", 0),  # rows the index does not name yet
+        ("features.f16", lambda data: data + bytes(24), 0),
+        ("features.f16", lambda data: data[:-5], 1),  # a disk that kept the index and lost the data
+        ("features.f16", lambda data: b"", 5),
+        ("index", lambda lines: lines[:-1], 1),  # no line end: torn
+        ("index", lambda lines: lines[:-20], 1),
+        ("index", lambda lines: lines + b'[5, "/no/such', 0),
+        ("index", lambda lines: lines + b'[99, "/x.png", 1, 1]\n', 0),  # a row that is not there
+        ("index", lambda lines: lines + lines.splitlines(keepends=True)[-1], 0),  # named twice
+        ("index", lambda lines: lines.splitlines(keepends=True)[0] + b"\xff\0garbage\n" + lines, 4),
+        ("index", lambda lines: b"[[],[],[],[]]\n" + lines, 5),
+        ("index", lambda lines: b"", 5),
+    ],
+)
+def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, encoded_again):
+    paths, cache = _grey(tmp_path / "i", 5), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    _tear(_folder(cache) / name, change)
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert encoder.images == encoded_again
+    assert torch.equal(features[range(5)], _expected(range(5)))
+    last, _ = _cached(paths, FakeEncoder(break_after=0, error=AssertionError), cache)
+    assert torch.equal(last[range(5)], _expected(range(5)))
+    assert (_folder(cache) / "features.f16").stat().st_size == 5 * 24
+
+
+@pytest.mark.parametrize("value", [65_520.0, -70_000.0, float("nan")])  # the largest float16 is 65,504
+def test_features_beyond_float16_are_refused_and_the_rest_is_kept(tmp_path, value):
+    paths, cache = _grey(tmp_path / "i", 6), tmp_path / "cache"
+    with pytest.raises(ValueError, match=r"4\.png: the encoder's output overflows float16"):
+        _cached(paths, FakeEncoder(overflow=(4, value)), cache)
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert encoder.images == 2
+    assert torch.equal(features[range(6)], _expected(range(6)))
+
+
+def test_free_space_is_checked_first(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(caption_data.shutil, "disk_usage", lambda _path: usage._replace(free=71))
+    paths, encoder = _grey(tmp_path / "i", 3), FakeEncoder()  # 72 bytes
+    with pytest.raises(ValueError, match=r"--cache_dir .*--no_feature_cache"):
+        _cached(paths, encoder, tmp_path / "cache")
+    assert encoder.images == 0
+    _cached(paths[:2], encoder, tmp_path / "cache")
+    assert encoder.images == 2
+
+
+def test_a_cache_dir_that_is_a_file(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ValueError, match=r"--cache_dir .*cannot be used"):
+        _cached(_grey(tmp_path / "i", 1), FakeEncoder(), tmp_path / "cache")
+
+
+def _fill(paths, cache, seconds, queue, file_size_limit=None):
+    """In a process of its own: fill the cache and report (images encoded, error)."""
+    caption_data.COMMIT_SECONDS = -1.0
+    torch.set_num_threads(1)  # the parent's thread pool does not survive a fork
+    if file_size_limit:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+    encoder, error = FakeEncoder(seconds=seconds), None
+    sys.stderr = captured = io.StringIO()
+    try:
+        features, _ = _cached(paths, encoder, cache)
+        assert torch.equal(features[range(len(paths))], _expected(range(len(paths))))
+    except OSError as caught:
+        error = type(caught).__name__
+    queue.put((encoder.images, error, captured.getvalue()))
+
+
+def _start(*arguments):
+    queue = multiprocessing.get_context("fork").Queue()
+    process = multiprocessing.get_context("fork").Process(target=_fill, args=(*arguments[:3], queue, *arguments[3:]))
+    process.start()
+    return process, queue
+
+
+@UNIX
+def test_a_second_run_waits_for_the_first_and_reuses_it(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 8), tmp_path / "cache"
+    runs = [_start(paths, cache, 0.15) for _ in range(2)]
+    results = sorted(queue.get(timeout=60) for _, queue in runs)
+    assert [images for images, _, _ in results] == [0, 8]
+    assert results[0][2].startswith("waiting for another run that fills ")
+    assert results[0][2].count("\n") == 1
+    assert results[1][2] == ""
+
+
+@UNIX
+def test_a_killed_run_is_continued(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 40), tmp_path / "cache"
+    process, _ = _start(paths, cache, 0.1)
+    deadline = time.monotonic() + 60
+    while not (list(cache.glob("*/index")) and _folder(cache).joinpath("index").stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert 0 < encoder.images < 40
+    assert torch.equal(features[range(40)], _expected(range(40)))
+
+
+@UNIX
+def test_a_full_disk_leaves_a_usable_cache(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 8), tmp_path / "cache"
+    process, queue = _start(paths, cache, 0.0, 700)  # bytes per file: six index lines and no more
+    images, error, _ = queue.get(timeout=60)
+    process.join()
+    assert error == "OSError"
+    kept = len((_folder(cache) / "index").read_bytes().splitlines())
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert 0 < encoder.images < 8
+    assert torch.equal(features[range(8)], _expected(range(8)))
+    assert images >= kept > 0

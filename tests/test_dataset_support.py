@@ -1,0 +1,520 @@
+"""Datasets: default folders, file formats, splits, bad rows. Also runs as python tests/test_dataset_support.py.
+
+Old bugs kept away: splits drawn by caption row (DEFECT 2), references looked up by position (DEFECT 3), a vocabulary
+that had read validation captions (DEFECT 4).
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the run without pytest
+
+from caption_data import CaptionBatches, Vocabulary, load_dataset, read_captions
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickr8k"
+
+
+def _write(path: Path, text: str, encoding="utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def _images(folder: Path, names) -> Path:
+    """Empty files: a dataset is read without opening its pictures."""
+    for name in names:
+        _write(folder / name, "")
+    return folder
+
+
+def _names(count: int) -> list[str]:
+    return [f"{i:03}.jpg" for i in range(count)]
+
+
+def _csv(names, captions_each=2) -> str:
+    rows = [f"{name},a picture number {name[:3]} told {k} times" for name in names for k in range(captions_each)]
+    return "\n".join(["image,caption", *rows]) + "\n"
+
+
+def _dataset(folder: Path, count=20, text=None, **options):
+    names = _names(count)
+    captions = _write(folder / "captions.txt", _csv(names) if text is None else text)
+    return load_dataset("custom", _images(folder / "Images", names), captions, **options)
+
+
+def _rows(dataset):
+    return [*dataset.table.itertuples(index=False, name=None)]
+
+
+# Folders
+
+
+@pytest.mark.parametrize(
+    ("dataset_type", "folder", "file", "text"),
+    [
+        ("flickr8k", "Images", "captions.txt", "image,caption\n{0},one dog\n{1},two dogs\n{2},three dogs\n"),
+        ("flickr8k", "Flicker8k_Dataset", "Flickr8k.token.txt", "{0}#0\tone dog\n{1}#0\ttwo dogs\n{2}#0\tthree dogs\n"),
+        (
+            "flickr30k",
+            "flickr30k_images",
+            "results.csv",
+            "image_name| comment_number| comment\n{0}| 0| one dog\n{1}| 0| two dogs\n{2}| 0| three dogs\n",
+        ),
+        (
+            "flickr30k",
+            "flickr30k-images",
+            "results_20130124.token",
+            "{0}#0\tone dog\n{1}#0\ttwo dogs\n{2}#0\tthree dogs\n",
+        ),
+        (
+            "flickr30k",
+            "images",
+            "dataset_flickr30k.json",
+            '{{"{0}": ["one dog"], "{1}": "two dogs", "{2}": ["three dogs"]}}',
+        ),
+        ("sample", "Images", "captions.txt", "image,caption\n{0},one dog\n{1},two dogs\n{2},three dogs\n"),
+    ],
+)
+def test_default_folders(tmp_path, monkeypatch, dataset_type, folder, file, text):
+    monkeypatch.chdir(tmp_path)
+    names = _names(3)
+    _images(Path("data") / dataset_type / folder, names)
+    _write(Path("data") / dataset_type / file, text.format(*names))
+    dataset = load_dataset(dataset_type)
+    assert dataset.image_dir == Path("data") / dataset_type / folder
+    assert dataset.captions_file == Path("data") / dataset_type / file
+    assert [row[:2] for row in _rows(dataset)] == list(
+        zip(names, [["one dog"], ["two dogs"], ["three dogs"]], strict=True)
+    )
+    assert sorted(dataset.table.split) == ["test", "train", "val"]
+
+
+def test_a_missing_dataset_says_which_command_gets_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dataset_type in ("flickr8k", "flickr30k", "sample"):
+        with pytest.raises(FileNotFoundError, match=f"python download_datasets.py --dataset {dataset_type}$"):
+            load_dataset(dataset_type)
+    _images(Path("data/flickr8k/Images"), ["a.jpg"])
+    with pytest.raises(FileNotFoundError, match=r"data/flickr8k: no captions file .*--dataset flickr8k$"):
+        load_dataset("flickr8k")
+
+
+def test_paths_given_by_hand(tmp_path):
+    with pytest.raises(ValueError, match="--image_dir and --captions_file"):
+        load_dataset("custom", image_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"--image_dir .*none: no such folder"):
+        load_dataset("custom", tmp_path / "none", _write(tmp_path / "c.csv", ""))
+    with pytest.raises(FileNotFoundError, match=r"--captions_file .*none: no such file"):
+        load_dataset("custom", tmp_path, tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"--captions_file .*: no such file"):
+        load_dataset("custom", tmp_path, tmp_path)  # a folder
+
+
+# Formats
+
+TWO = [("a.jpg", "A dog, running", None), ("b.jpg", 'The "big" cat', None)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'image,caption\na.jpg,"A dog, running"\nb.jpg,"The ""big"" cat"\n',
+        '\ufeffimage,caption\r\na.jpg,"A dog, running"\r\n\r\nb.jpg,"The ""big"" cat"\r\n',
+        '"Caption";"id";"File_Name"\n"A dog, running";1;a.jpg\n"The ""big"" cat";2;b.jpg',
+        'text\tfilename\nA dog, running\ta.jpg\nThe "big" cat\tb.jpg\n',
+        'image_name| comment_number| comment\na.jpg| 0| A dog, running\nb.jpg| 0| The "big" cat\n',
+        'a.jpg#0\tA dog, running\nb.jpg#0\tThe "big" cat\n',
+        'a.jpg#0\tA dog, running\r\nb.jpg#0\tThe "big" cat\r\n',
+        'image,caption\n./a.jpg,"A dog,\n  running"\n b.jpg ,"The ""big"" cat",,\n',
+        '[{"image": "a.jpg", "caption": "A dog, running"}, {"file_name": "b.jpg", "captions": ["The \\"big\\" cat"]}]',
+        '{"a.jpg": ["A dog, running"], "b.jpg": "The \\"big\\" cat"}',
+        '{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}, {"id": 9, "file_name": "c"}],'
+        ' "annotations": [{"image_id": 7, "caption": "A dog, running"},'
+        ' {"image_id": 8, "caption": "The \\"big\\" cat"}]}',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_formats_are_recognised_by_content(tmp_path, text, encoding):
+    rows, problems = read_captions(_write(tmp_path / "no_matter.xyz", text, encoding))
+    assert [(name.removeprefix("./"), caption, split) for name, caption, split in rows] == TWO
+    assert problems == []
+
+
+def test_karpathy_json(tmp_path):
+    def image(name, split, *captions, **more):
+        return {"filename": name, "split": split, "sentences": [{"raw": raw} for raw in captions], **more}
+
+    images = [
+        image("a.jpg", "train", "a dog", "the dog", filepath="val2014"),
+        image("b.jpg", "restval", "a cat"),
+        image("c.jpg", "val", "a cow"),
+        image("d.jpg", "test", "an owl"),
+    ]
+    captions = _write(tmp_path / "k.json", json.dumps({"dataset": "coco", "images": images}))
+    _images(tmp_path, ["val2014/a.jpg", "b.jpg", "c.jpg", "d.jpg"])
+    assert _rows(load_dataset("custom", tmp_path, captions)) == [
+        ("val2014/a.jpg", ["a dog", "the dog"], "train"),
+        ("b.jpg", ["a cat"], "train"),
+        ("c.jpg", ["a cow"], "val"),
+        ("d.jpg", ["an owl"], "test"),
+    ]
+
+
+def test_names_and_captions_in_any_script(tmp_path):
+    names = ["犬 1.jpg", "щчж.jpg", "café.jpg", "a,b.jpg"]
+    text = 'image,caption\n犬 1.jpg,两只狗。\nщчж.jpg,Две собаки.\ncafé.jpg,दो कुत्ते\n"a,b.jpg",كلبان\n'
+    captions = _write(tmp_path / "c.csv", text)
+    dataset = load_dataset("custom", _images(tmp_path, names), captions)
+    assert dataset.table.image.tolist() == names
+    assert dataset.table.captions.tolist() == [["两只狗。"], ["Две собаки."], ["दो कुत्ते"], ["كلبان"]]
+
+
+MALFORMED = {
+    "image,caption\na.jpg\na.jpg,x y,z\na.jpg,a dog\n": [
+        "line 2: 1 fields, expected 2",
+        "line 3: 3 fields, expected 2",
+    ],
+    "image,caption\n,a dog\na.jpg,\na.jpg, . !\na.jpg,a dog\n": [
+        "line 2: no image name",
+        "line 3: no words in its caption",
+        "line 4: no words in its caption",
+    ],
+    "image,caption,split\na.jpg,a dog,train\na.jpg,a cat,exam\n": [
+        "line 3: unknown split 'exam', expected train, val or test",
+    ],
+    "image_name| comment_number| comment\na.jpg| 3| a dog\na.jpg| 4   A dog runs .\n": [
+        "line 3: 2 fields, expected 3",  # the real results.csv has such a row
+    ],
+    'image,caption\na.jpg,a dog\nb.jpg,"an open quote\nc.jpg,a cat\nd.jpg,a cow\n': [
+        f"line {line}: in a quote opened on line 3" for line in (3, 4, 5)
+    ],
+    f"image,caption\na.jpg,a dog\na.jpg,{'x' * 2001}\n": [
+        "line 3: its caption has 2001 characters, more than 2000",
+    ],
+    "a.jpg#0\ta dog\nno tab\n\nb.jpg\tx\n": [
+        "line 2: expected 'image.jpg#0<TAB>caption', got 'no tab'",
+        "line 4: expected 'image.jpg#0<TAB>caption', got 'b.jpg\\tx'",
+    ],
+    '[{"image": "a.jpg", "caption": "a dog"}, 5, {"image": 3, "caption": "x"}, {"image": "b", "captions": []}]': [
+        "entry 2: no image name",
+        "entry 3: no image name",
+        "entry 4: no words in its caption",
+    ],
+    '{"a.jpg": ["a dog", null, "\\ud800 dog"], "b.jpg": []}': [
+        "image 'a.jpg': no words in its caption",
+        "image 'a.jpg': half a character (a lone surrogate)",
+        "image 'b.jpg': no words in its caption",
+    ],
+    '{"images": [{"id": 1, "file_name": "a.jpg"}, 4], "annotations": [{"image_id": 1, "caption": "a dog"},'
+    ' {"image_id": 2, "caption": "a cat"}, "x", {"image_id": [1], "caption": "x"}]}': [
+        f"annotation {number}: no image name" for number in (2, 3, 4)
+    ],
+    '{"images": [{"filename": "a.jpg", "sentences": [{"raw": "a dog"}, 1]}, {"filename": "b.jpg"}, 7]}': [
+        "image 1: no words in its caption",
+        "image 2: no words in its caption",
+        "image 3: no image name",
+    ],
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), MALFORMED.items())
+def test_malformed_rows_are_named(tmp_path, text, expected):
+    rows, problems = read_captions(_write(tmp_path / "c", text))
+    assert rows == [("a.jpg", "a dog", "train" if "split" in text.partition("\n")[0] else None)]
+    assert [f"{where}: {reason}" for where, reason in problems] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b" \n\n", "the file is empty"),
+        (b"image,caption\n", "no captions in it"),
+        (b"image,caption\na.jpg,...\n", r"no captions in it \(line 2: no words in its caption\)"),
+        (b"[]", "no captions in it"),
+        (b"{}", "no captions in it"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "not a text file in UTF-8"),
+        (b"GIF89a\0\0\0", "a binary file"),
+        (b"\xff\xfe\x00\xd8", "not a text file"),
+        (b"a,b\n1,2\n", "not a captions file: .*got 'a,b'"),
+        (b"hello\n", "not a captions file"),
+        (b'{"a.jpg": ["a dog"', "damaged JSON"),
+        (b"[" * 100_000, "damaged JSON"),
+        (b"[" + b"9" * 10_000 + b"]", "damaged JSON"),
+        (b'image,caption\na.jpg,"' + b"x" * 200_000, "line 2: damaged CSV"),
+        (b'"image,caption' + b"x" * 200_000, "not a captions file"),
+    ],
+)
+def test_a_file_without_captions_is_one_line(tmp_path, content, reason):
+    (tmp_path / "c.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_captions(tmp_path / "c.txt")
+    assert str(caught.value).startswith(f"{tmp_path / 'c.txt'}: ")
+    assert "\n" not in str(caught.value)
+
+
+# What is skipped
+
+
+def test_duplicates_merge_and_captions_follow_the_image_name(tmp_path):
+    text = "image,caption\n" + "".join(
+        f"{prefix}{name},{prefix or 'plain'} {name[:3]}\n" for prefix in ("", "./") for name in _names(20)
+    )
+    dataset = _dataset(tmp_path, text=text)
+    assert dataset.table.image.tolist() == _names(20)
+    assert dataset.table.captions.tolist() == [[f"plain {name[:3]}", f"./ {name[:3]}"] for name in _names(20)]
+
+
+def test_bad_rows_and_images_are_counted_named_and_bounded(tmp_path):
+    names = _names(200)
+    stray = "2258277193_586949ec62.jpg.1"  # Flickr8k.token.txt names it, no such file exists
+    text = "".join(f"{name}#{k}\ta dog number {k}\n" for name in [*names, stray] for k in range(2)) + "stray row\n"
+    dataset = _dataset(tmp_path, 200, text=text)
+    assert len(dataset.table) == 200
+    assert dataset.bad_images == {stray: f"not in {tmp_path / 'Images'}"}
+    notes = "\n".join(dataset.notes)
+    assert "1 of 403 rows skipped: line 403 (expected 'image.jpg#0<TAB>caption', got 'stray row')" in notes
+    assert f"1 of 201 images skipped: {stray} (not in " in notes
+    with pytest.raises(ValueError, match=r"1 of 403 rows skipped: .* --max_bad_fraction 0.001"):
+        _dataset(tmp_path, 200, text=text, max_bad_fraction=0.001)
+    with pytest.raises(ValueError, match=r"1 of 201 images skipped: .* --max_bad_fraction 0.004"):
+        _dataset(tmp_path, 200, text=text, max_bad_fraction=0.004)
+
+
+def test_only_ten_are_named(tmp_path):
+    dataset = _dataset(tmp_path, 60, text=_csv(_names(60)) + "x\n" * 12, max_bad_fraction=0.5)
+    (note,) = [note for note in dataset.notes if "rows skipped" in note]
+    assert note.count("line ") == 10
+    assert note.endswith("; ...")
+    assert "\n" not in note
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "C:\\x.jpg", "..\\x.jpg", "C:/x.jpg", "n" * 5000]
+)
+def test_a_name_that_leads_out_of_the_folder_is_a_bad_image(tmp_path, name):
+    _write(tmp_path / "x.jpg", "")
+    text = _csv(_names(20)) + f"{name},a dog\n"
+    assert list(_dataset(tmp_path, text=text, max_bad_fraction=0.1).bad_images) == [name]
+    with pytest.raises(ValueError, match="1 of 21 images skipped"):
+        _dataset(tmp_path, text=text)
+
+
+def test_control_codes_of_a_hostile_file_do_not_reach_the_terminal(tmp_path):
+    dataset = _dataset(tmp_path, text=_csv(_names(20)) + "\x1b[2J.jpg,a dog\n", max_bad_fraction=0.1)
+    assert all(note.isprintable() for note in dataset.notes)
+    assert "\\x1b[2J.jpg" in "\n".join(dataset.notes)
+
+
+def test_pictures_without_captions_are_left_out_and_counted(tmp_path):
+    _images(tmp_path / "Images", ["extra.jpg", "notes.txt"])
+    dataset = _dataset(tmp_path)
+    assert len(dataset.table) == 20
+    assert f"{tmp_path / 'Images'}: 1 images have no captions and are left out" in dataset.notes
+
+
+def test_unreadable_images_are_dropped_and_counted_with_the_missing(tmp_path):
+    text = _csv([*_names(20), "missing.jpg"])
+    dataset = _dataset(tmp_path, text=text, max_bad_fraction=0.1)
+    line = dataset.drop_unreadable({"003.jpg": "truncated"})
+    assert "2 of 21 images skipped: missing.jpg (not in " in line
+    assert "003.jpg (truncated)" in line
+    assert dataset.notes[-1] == line
+    assert dataset.table.image.tolist() == [name for name in _names(20) if name != "003.jpg"]
+    assert dataset.table.index.tolist() == list(range(19))
+    assert dataset.drop_unreadable({}) == ""
+    with pytest.raises(ValueError, match=r"3 of 21 images skipped: .*--max_bad_fraction 0.1"):
+        dataset.drop_unreadable({"004.jpg": "truncated"})
+
+
+def test_a_split_that_loses_its_last_image_is_an_error(tmp_path):
+    dataset = _dataset(tmp_path, max_bad_fraction=1.0)
+    with pytest.raises(ValueError, match="the val split has no images"):
+        dataset.drop_unreadable(dict.fromkeys(dataset.split_names()["val"], "truncated"))
+
+
+# Splits
+
+
+def test_drawn_splits_are_disjoint_by_image(tmp_path):
+    """DEFECT 2: the old program split caption rows, so other captions of a validation picture were trained on."""
+    dataset = _dataset(tmp_path, 60)
+    names = dataset.split_names()
+    assert {split: len(listed) for split, listed in names.items()} == {"train": 48, "val": 6, "test": 6}
+    assert sorted(name for listed in names.values() for name in listed) == _names(60)
+    told = {split: {c for cs in dataset.table.captions[dataset.table.split == split] for c in cs} for split in names}
+    assert len(told["train"]) == 2 * 48
+    assert not told["train"] & (told["val"] | told["test"])
+    assert names == _dataset(tmp_path, 60).split_names()
+    assert names != _dataset(tmp_path, 60, split_seed=43).split_names()
+    assert names["val"] != _names(60)[:6]
+
+
+def test_a_missing_image_does_not_reshuffle_the_others(tmp_path):
+    before = _dataset(tmp_path / "a", 60).split_names()
+    _dataset(tmp_path / "b", 60)
+    gone = before["train"][0]
+    (tmp_path / "b" / "Images" / gone).unlink()
+    after = load_dataset("custom", tmp_path / "b" / "Images", tmp_path / "b" / "captions.txt", max_bad_fraction=0.1)
+    assert after.split_names() == before | {"train": before["train"][1:]}
+
+
+def _lists(folder: Path, names=("train_images.txt", "Flickr_8k.devImages.txt", "TEST.txt"), extra=""):
+    images = _names(20)
+    for name, listed in zip(names, (images[:10], images[10:12], images[12:15]), strict=True):
+        _write(folder / name, "\r\n".join(listed) + "\r\n" + extra)
+
+
+def test_lists_beside_the_captions_file(tmp_path):
+    _lists(tmp_path)
+    _write(tmp_path / "readme of the test.txt", "No image is named here.\n")
+    _write(tmp_path / "validation results.txt", "\xff\n", "latin-1")
+    dataset = _dataset(tmp_path)
+    assert {split: len(names) for split, names in dataset.split_names().items()} == {"train": 10, "val": 2, "test": 3}
+    (note,) = [note for note in dataset.notes if note.startswith("splits: ")]
+    assert note == (
+        "splits: from train_images.txt, Flickr_8k.devImages.txt, TEST.txt; 5 images in no split are left out"
+    )
+
+
+def test_lists_without_extensions_and_with_unknown_names(tmp_path):
+    for name, listed in {"train": ["000", "001", "404"], "val": ["002"], "test": ["003"]}.items():
+        _write(tmp_path / f"{name}.txt", "\n".join(listed))
+    dataset = _dataset(tmp_path, 4)
+    assert dataset.split_names() == {"train": ["000.jpg", "001.jpg"], "val": ["002.jpg"], "test": ["003.jpg"]}
+    assert "splits: from train.txt, val.txt, test.txt; 1 names are not in the data" in dataset.notes
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: (folder / "TEST.txt").unlink(), "one test list .* found none"),
+        (lambda folder: _write(folder / "my_test.txt", "001.jpg"), "one test list .* found TEST.txt and my_test.txt"),
+        (lambda folder: _write(folder / "TEST.txt", "012.jpg\n001.jpg"), "'001.jpg' is in both train and test"),
+    ],
+)
+def test_incomplete_ambiguous_or_leaking_lists(tmp_path, change, reason):
+    _lists(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        _dataset(tmp_path)
+
+
+def test_a_recorded_split_wins_over_lists(tmp_path):
+    _lists(tmp_path)
+    split = {0: "dev", 1: "test", 2: ""}
+    rows = [f"{name},a dog,{split.get(i, 'Train')}" for i, name in enumerate(_names(20))]
+    dataset = _dataset(tmp_path, text="\n".join(["image,caption,split", *rows]))
+    assert dataset.split_names() == {"train": _names(20)[3:], "val": ["000.jpg"], "test": ["001.jpg"]}
+    assert "splits: as recorded in captions.txt; 1 images in no split are left out" in dataset.notes
+
+
+def test_an_image_recorded_in_two_splits_stays_in_its_first(tmp_path):
+    rows = [f"{name},a dog,{'val' if i == 0 else 'test' if i == 1 else 'train'}" for i, name in enumerate(_names(20))]
+    text = "\n".join(["image,caption,split", *rows, "000.jpg,a leak,train"])
+    dataset = _dataset(tmp_path, text=text, max_bad_fraction=0.1)
+    assert dataset.table.captions[0] == ["a dog"]
+    assert "1 of 21 rows skipped: '000.jpg' 'a leak' (image is in split val already, not train)" in "\n".join(
+        dataset.notes
+    )
+
+
+def test_splits_of_a_checkpoint_win_over_all(tmp_path):
+    _lists(tmp_path)
+    splits = {"train": ["005.jpg", "gone.jpg"], "val": ["001.jpg"], "test": ["000.jpg", "002.jpg"]}
+    dataset = _dataset(tmp_path, splits=splits)
+    assert dataset.split_names() == splits | {"train": ["005.jpg"]}
+    assert (
+        "splits: from the checkpoint; 16 images in no split are left out; 1 names are not in the data" in dataset.notes
+    )
+    assert _dataset(tmp_path, splits=dataset.split_names()).split_names() == dataset.split_names()
+
+
+@pytest.mark.parametrize("splits", [[], {}, {"train": [], "val": []}, {"train": [5], "val": [], "test": []}])
+def test_damaged_splits_of_a_checkpoint(tmp_path, splits):
+    with pytest.raises(ValueError, match="the checkpoint's splits are damaged"):
+        _dataset(tmp_path, splits=splits)
+
+
+def test_an_empty_split_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="the val split has no images"):
+        _dataset(tmp_path, splits={"train": ["001.jpg"], "val": [], "test": ["002.jpg"]})
+    with pytest.raises(ValueError, match="the train split has no images"):
+        _dataset(tmp_path / "two", 2)
+
+
+def test_max_train_images_takes_a_random_few(tmp_path):
+    whole = _dataset(tmp_path, 100).split_names()
+    few = _dataset(tmp_path, 100, max_train_images=8).split_names()
+    assert (few["val"], few["test"]) == (whole["val"], whole["test"])
+    assert len(few["train"]) == 8
+    assert set(few["train"]) < set(whole["train"])
+    assert few["train"] != whole["train"][:8]
+    assert few == _dataset(tmp_path, 100, max_train_images=8).split_names()
+    assert set(few["train"]) < set(_dataset(tmp_path, 100, max_train_images=9).split_names()["train"])
+    assert _dataset(tmp_path, 100, max_train_images=8, splits=few).split_names() == few  # as a resumed run asks
+    assert _dataset(tmp_path, 100, max_train_images=800).split_names() == whole
+    with pytest.raises(ValueError, match="--max_train_images 0: expected at least 1"):
+        _dataset(tmp_path, max_train_images=0)
+
+
+# What training sees
+
+
+def _training(dataset):
+    return dataset.table[dataset.table.split == "train"]
+
+
+def test_vocabulary_from_training_captions_only(tmp_path):
+    """DEFECT 4: the old program counted words of validation captions too."""
+    splits = {"train": _names(20)[:16], "val": _names(20)[16:18], "test": _names(20)[18:]}
+    rows = [f"{name},a dog seen in {'summer' if name in splits['train'] else 'winter'}" for name in _names(20)]
+    dataset = _dataset(tmp_path, text="\n".join(["image,caption", *rows]), splits=splits)
+    vocabulary = Vocabulary.build((caption for captions in _training(dataset).captions for caption in captions), 2)
+    assert vocabulary.words[4:] == ["a", "dog", "in", "seen", "summer"]
+    assert vocabulary.decode(vocabulary.encode("in winter")) == "in"
+
+
+def test_references_follow_the_image_through_the_batches(tmp_path):
+    """DEFECT 3: the old program looked references up by loader position, in the full set, and scored against others."""
+    dataset = _dataset(tmp_path, 60)
+    val = dataset.table[dataset.table.split == "val"].reset_index(drop=True)
+    words = [[int(caption.split()[3]) for caption in captions] for captions in val.captions]  # 7: of 007.jpg
+    assert [[name[:3]] * 2 for name in val.image] == [[f"{n:03}" for n in numbers] for numbers in words]
+    ids = [[[4 + number] for number in numbers] for numbers in words]
+    seen = 0
+    for batch in CaptionBatches(ids, batch_size=5, max_length=9, seed=0).epoch(0):
+        for row, word in zip(batch.image_rows[batch.image_index], batch.captions[:, 1], strict=True):
+            assert val.image[int(row)] == f"{int(word) - 4:03}.jpg"
+            seen += 1
+    assert seen == 12
+
+
+def test_flickr30k_takes_seconds(tmp_path):
+    names = [f"{i:08}.jpg" for i in range(31_783)]
+    rows = (f"{name}| {k}| Two young men , {name} , are hanging out {k}" for name in names for k in range(5))
+    captions = _write(tmp_path / "results.csv", "image_name| comment_number| comment\n" + "\n".join(rows))
+    start = time.perf_counter()
+    rows, problems = read_captions(captions)
+    assert time.perf_counter() - start < 10
+    assert (len(rows), problems) == (158_915, [])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/flickr8k")
+def test_real_flickr8k():
+    dataset = load_dataset("flickr8k", SHARED / "Images", SHARED / "captions.txt")
+    sizes = {split: len(names) for split, names in dataset.split_names().items()}
+    assert sizes == {"train": 6000, "val": 500, "test": 500}
+    assert dataset.table.captions.map(len).eq(5).all()
+    assert dataset.split_names()["test"] == sorted((SHARED / "Flickr_8k.testImages.txt").read_text().split())
+    assert dataset.bad_images == {}
+    vocabulary = Vocabulary.build((caption for captions in _training(dataset).captions for caption in captions), 5)
+    assert 2400 < len(vocabulary) < 2700
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, "-v"]))
