@@ -623,6 +623,7 @@ class CaptionBatches:
 # Images
 # ---------------------------------------------------------------------------------------------------------------------
 
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")  # none that starts a program
 BROKEN_IMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError)
 BROKEN_IMAGE += (MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -667,6 +668,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def pictures_in(path):
+    """A file as it is, a folder's pictures in the order of their names. Raises: FileNotFoundError, ValueError."""
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"--images {path}: no such file or folder")
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not found:
+        raise ValueError(f"--images {path}: no pictures in this folder ({' '.join(sorted(PICTURE_SUFFIXES))})")
+    return found
 
 
 class ImageFiles(torch.utils.data.Dataset):

@@ -505,7 +505,7 @@ def write_sample_dataset(folder, seed, names):
         (folder / f"sample.{split}Images.txt").write_text("".join(f"{name}\n" for name in members))
 
 
-def draw_sample_dataset(folder, seed=0, num_images=600, force=False):
+def draw_sample_dataset(folder, seed=0, num_images=900, force=False):
     """Draw the sample dataset into `folder`, in Flickr8k's layout, or find it there and do nothing.
 
     Scenes of one to three toy objects, 224 x 224 pixels, five captions each. Every picture depends only on `seed` and

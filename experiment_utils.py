@@ -23,6 +23,7 @@ import platform
 import random
 import re
 import shlex
+import signal
 import struct
 import subprocess
 import tempfile
@@ -106,6 +107,64 @@ def set_random_state(state):
         torch.cuda.set_rng_state(device_state, device)
     if state["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
+
+
+# ------------------------------------------------------------------------------------------------ device and signals
+
+
+def resolve_device(name):
+    """--device -> torch.device; auto takes CUDA, then MPS, then the CPU. Raises: ValueError when it is not there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name}: not to be had here ({reason}): give auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    return device
+
+
+def resolve_precision(name, device):
+    """--precision -> float32, bfloat16 or float16; auto takes the fastest that the hardware computes itself."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    native = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return "bfloat16" if native else "float32"
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived. `args[0]` is its number."""
+
+
+@contextlib.contextmanager
+def listen_for_stop():
+    """Yield a list that SIGINT and SIGTERM are appended to; a second one acts at once, as without us."""
+    received = []
+
+    def note(signum, _frame):
+        received.append(signum)
+        signal.signal(signum, before[signum])
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def until_stopped(received, items):
+    """Yield from `items`; raise Stopped between two of them once a signal has arrived."""
+    for item in items:
+        yield item
+        if received:
+            raise Stopped(received[0])
 
 
 # ------------------------------------------------------------------------------------------------------ atomic files

@@ -323,6 +323,23 @@ def union_area(boxes):
     return float((covered * np.outer(np.diff(y), np.diff(x))).sum())
 
 
+def scores_table(scores):
+    """What `CaptionScorer.score` found with `bootstrap`, as lines for a console: each metric with its interval."""
+    lines = ["0-1 scale, CIDEr 0-10; bootstrap 95 % intervals over images"]
+    for name in METRIC_NAMES:
+        low, high = scores["intervals"].get(name, (0.0, 0.0))
+        value = "not computed" if scores[name] is None else f"{scores[name]:.4f}  [{low:.4f}, {high:.4f}]"
+        lines.append(f"  {name + ' (nltk)' * (name == 'METEOR'):17}{value}")
+    plain = ("caption_length", "vocabulary_used", "share_unique", "share_copied", "share_cut")
+    lines += [f"  {name:17}{scores[name]:.4g}" for name in plain if scores.get(name) is not None]
+    if scores.get("attention", {}).get("nouns"):
+        found = scores["attention"]
+        lines.append(
+            f"  attention peak in its noun's box: {found['peak_in_box']:.3f}, {found['ratio']:.1f} times chance"
+        )
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------------------------ command
 
 

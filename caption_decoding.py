@@ -1,0 +1,199 @@
+"""Write captions with any decoder that has `start` and `step`: greedy decoding, beam search and sampling are one loop.
+
+    hypotheses = generate(decoder, features, vocabulary, algorithm="beam", beam_size=5)   # best first, per image
+    caption = vocabulary.decode(hypotheses[0][0].tokens)
+
+Greedy decoding is a beam of one; sampling draws the next word where beam search ranks it. All images are searched
+together and leave the batch when they are done. Axes: N images, K hypotheses per image, P grid cells, T steps, V words.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+ALGORITHMS = ("greedy", "beam", "sample")
+
+
+class Hypothesis(NamedTuple):
+    """One caption. `attention` is None for decoders without attention."""
+
+    tokens: list[int]  # T word ids; <SOS> and <EOS> are not among them
+    log_prob: float  # nats, the decoder's own, summed over the words and <EOS>
+    score: float  # log_prob / (tokens counting <EOS>) ** length_penalty: what the search ranks by
+    finished: bool  # False: cut at max_length before <EOS>
+    attention: torch.Tensor | None  # (T, P): row t is where the decoder looked to write word t; each row sums to 1
+
+
+def map_tensors(function, tree):
+    """`function` applied to every tensor of nested tuples and dicts."""
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(map_tensors(function, value) for value in tree)
+    return function(tree)
+
+
+def select(tree, rows):
+    """Keep the images in `rows`, a mask or an index over axis N of every tensor."""
+    return map_tensors(lambda tensor: tensor[rows], tree)
+
+
+def follow(tree, parents):
+    """Give every hypothesis its parent's state: tensors (N, K, ...) and parents (N, W) -> tensors (N, W, ...)."""
+    images = torch.arange(parents.size(0), device=parents.device).unsqueeze(1)
+    return map_tensors(lambda tensor: tensor[images, parents], tree)
+
+
+def forbid(log_probs, tokens, vocabulary, min_length, no_repeat_ngram_size):
+    """Mask what may not be written next: log_probs (N, K, V), tokens (N, K, 1 + t) with <SOS> first -> (N, K, V).
+
+    <PAD>, <SOS> and <UNK> are never written, <EOS> not before `min_length` words, and no word that would complete an
+    n-gram a second time. A hypothesis with no word left may end.
+    """
+    allowed = log_probs.clone()
+    allowed[
+        ..., [i for i in (vocabulary.pad, vocabulary.sos, vocabulary.unk) if i not in (None, vocabulary.eos)]
+    ] = -torch.inf
+    written = tokens[:, :, 1:]
+    if written.size(-1) < min_length:
+        allowed[..., vocabulary.eos] = -torch.inf
+    n = no_repeat_ngram_size
+    if n and written.size(-1) >= n:
+        ngrams = written.unfold(-1, n, 1)  # (N, K, m, n)
+        recent = written[..., written.size(-1) - n + 1 :].unsqueeze(2)  # (N, K, 1, n - 1)
+        repeats = (ngrams[..., :-1] == recent).all(-1)  # (N, K, m)
+        ceiling = torch.full_like(repeats, torch.inf, dtype=allowed.dtype).masked_fill(repeats, -torch.inf)
+        allowed = allowed.scatter_reduce(-1, ngrams[..., -1], ceiling, "amin")
+    stuck = allowed.isneginf().all(-1)
+    allowed[..., vocabulary.eos] = torch.where(stuck, log_probs[..., vocabulary.eos], allowed[..., vocabulary.eos])
+    return allowed
+
+
+def rank(log_prob, log_probs, done, width, pad):
+    """Beam search's choice: the `width` best continuations of each image -> parents (N, W), tokens (N, W).
+
+    log_prob (N, K) so far, log_probs (N, K, V) of the next word, done (N, K). A finished hypothesis keeps its place in
+    the beam, so the beam narrows as captions end and a beam of one stops at its first <EOS>.
+    """
+    totals = (log_prob.unsqueeze(-1) + log_probs).masked_fill(done.unsqueeze(-1), -torch.inf)  # (N, K, V)
+    totals[..., pad] = totals[..., pad].masked_fill(done, torch.inf)
+    words = totals.size(-1)
+    index = totals.flatten(1).topk(min(width, totals[0].numel())).indices
+    return index // words, index % words
+
+
+def draw(log_probs, done, pad, temperature, top_k, top_p, generator):
+    """Sampling's choice, one word per hypothesis: log_probs (N, K, V) -> parents (N, K), tokens (N, K).
+
+    `top_k` keeps the k likeliest words (0: all); `top_p` the fewest that together reach that probability (nucleus
+    sampling, Holtzman et al. 2020, section 3.1).
+    """
+    logits = log_probs / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the likeliest word always stays
+        logits = logits.masked_fill(beyond.gather(-1, index.argsort(-1)), -torch.inf)
+    tokens = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(done.shape)
+    parents = torch.arange(done.size(1), device=done.device).expand_as(done)
+    return parents, tokens.masked_fill(done, pad)
+
+
+def harvest(tokens, log_prob, lengths, done, attention, length_penalty, count):
+    """The `count` best hypotheses of one image: finished ones first, then by score. Arguments have no N axis."""
+    scores = log_prob / lengths**length_penalty
+    ranked = sorted(range(len(scores)), key=lambda k: (bool(done[k]), float(scores[k])), reverse=True)
+    hypotheses = []
+    for k in [k for k in ranked if not log_prob[k].isneginf()][:count]:
+        finished, words = bool(done[k]), int(lengths[k]) - int(done[k])
+        maps = None if attention is None else attention[k, :words].float().cpu()
+        hypotheses.append(
+            Hypothesis(tokens[k, 1 : words + 1].tolist(), float(log_prob[k]), float(scores[k]), finished, maps)
+        )
+    return hypotheses
+
+
+@torch.inference_mode()
+def generate(
+    decoder,
+    features,
+    vocabulary,
+    *,
+    algorithm="beam",
+    beam_size=5,
+    max_length=40,
+    min_length=0,
+    length_penalty=0.0,
+    no_repeat_ngram_size=0,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    num_captions=1,
+    generator=None,
+):
+    """Caption N images.
+
+    Args:
+        decoder: has `start(features) -> state` and `step(tokens (N, K), state) -> logits (N, K, V), state, attention
+            (N, K, P) or None`; state is (per_image, per_hypothesis), nested tuples or dicts of tensors.
+        features: what `decoder.start` takes; the first axis is N.
+        vocabulary: has ids `pad`, `sos`, `eos`, `unk` (`unk` may be None).
+        max_length: most tokens written, <EOS> counted; a caption cut there is returned unfinished rather than lost.
+        generator: torch.Generator for `sample`; None uses torch's global one.
+    Returns: per image a list of at most `num_captions` Hypothesis, best first.
+    Source: beam search as Vinyals et al. 2015, section 3.1.
+    """
+    width = {"greedy": 1, "beam": beam_size, "sample": num_captions}[algorithm]
+    images = torch.arange(len(features), device=features.device)  # which image each remaining row is
+    results = [None] * len(features)
+    state = decoder.start(features)
+    first = width if algorithm == "sample" else 1
+    state = (state[0], follow(state[1], images.new_zeros(len(images), first)))
+    tokens = torch.full((len(images), first, 1), vocabulary.sos, device=images.device)  # (N, K, 1 + t)
+    log_prob = torch.zeros(len(images), first, device=images.device)  # (N, K)
+    lengths = log_prob.clone()  # tokens written, <EOS> counted
+    done = torch.zeros_like(lengths, dtype=torch.bool)
+    attention = None  # (N, K, t, P)
+    for step in range(1, max_length + 1):
+        logits, state, alphas = decoder.step(tokens[..., -1], state)
+        log_probs = logits.float().log_softmax(-1)  # (N, K, V)
+        log_probs = forbid(log_probs, tokens, vocabulary, min_length, no_repeat_ngram_size)
+        if algorithm == "sample":
+            parents, words = draw(log_probs, done, vocabulary.pad, temperature, top_k, top_p, generator)
+        else:
+            parents, words = rank(log_prob, log_probs, done, width, vocabulary.pad)
+        if alphas is not None:
+            alphas = alphas.unsqueeze(2)
+            attention = alphas if attention is None else torch.cat([attention, alphas], dim=2)
+            attention = follow(attention, parents)
+        log_probs = log_probs.masked_fill(done.unsqueeze(-1), -torch.inf)  # what is finished only waits, at no cost
+        log_probs[..., vocabulary.pad] = log_probs[..., vocabulary.pad].masked_fill(done, 0.0)
+        log_prob = log_prob.gather(1, parents) + follow(log_probs, parents).gather(-1, words.unsqueeze(-1)).squeeze(-1)
+        lengths = lengths.gather(1, parents) + ~done.gather(1, parents)
+        done = done.gather(1, parents) | (words == vocabulary.eos)
+        tokens = torch.cat([follow(tokens, parents), words.unsqueeze(-1)], dim=-1)
+        state = (state[0], follow(state[1], parents))
+
+        live = log_prob.masked_fill(done, -torch.inf)
+        reachable = (
+            live.amax(1) / (max_length if length_penalty > 0 else step) ** length_penalty
+        )  # no live one can beat this
+        ended = (log_prob / lengths**length_penalty).masked_fill(~done, -torch.inf)
+        wanted = ended.topk(min(num_captions, ended.size(1))).values[:, -1]
+        leave = live.isneginf().all(1) | (step == max_length)
+        if algorithm != "sample":
+            leave |= wanted >= reachable
+        if leave.any():
+            for row in leave.nonzero().flatten().tolist():
+                maps = None if attention is None else attention[row]
+                results[images[row]] = harvest(
+                    tokens[row], log_prob[row], lengths[row], done[row], maps, length_penalty, num_captions
+                )
+            stay = ~leave
+            images, tokens, log_prob, lengths, done = (t[stay] for t in (images, tokens, log_prob, lengths, done))
+            attention = None if attention is None else attention[stay]
+            state = select(state, stay)
+            if not len(images):
+                break
+    return results
