@@ -1,0 +1,1173 @@
+"""Caption photographs: frozen torchvision encoder -> LSTM, with or without attention -> beam search.
+
+    python flickr_image_caption.py --dataset_type flickr8k --decoder attention --epochs 15 --learning_rate 0.001
+    python flickr_image_caption.py --mode test --model_path saved_models/flickr8k/resnet_attention/best.pt
+    python flickr_image_caption.py --mode caption --model_path best.pt --images dog.jpg holiday_folder
+
+Pictures are encoded once into a feature cache; training then reads features only. Every run writes its own folder below
+--model_save_dir. Shapes: N images, B captions, K hypotheses per image, P grid cells (7 * 7), F feature channels (2048),
+E embedding, H hidden and A attention units, L layers, T steps, V words.
+[1] Vinyals et al. 2015, Show and Tell.   [2] Xu et al. 2015, Show, Attend and Tell.   [3] Bahdanau et al. 2015.
+"""
+
+import argparse
+import math
+import sys
+
+# torchvision family: the modules from the picture to the last grid before pooling, and its members
+ENCODER_FAMILIES = {
+    "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4": """resnet18 resnet34 resnet50 resnet101 resnet152
+        resnext50_32x4d resnext101_32x8d resnext101_64x4d wide_resnet50_2 wide_resnet101_2""",
+    "features": """mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_b1 efficientnet_b2
+        efficientnet_b3 efficientnet_b4 efficientnet_v2_s efficientnet_v2_m vgg11 vgg11_bn
+        vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn convnext_tiny convnext_small convnext_base squeezenet1_0
+        squeezenet1_1""",
+    "conv1 maxpool stage2 stage3 stage4 conv5": "shufflenet_v2_x0_5 shufflenet_v2_x1_0",
+    "layers": "mnasnet0_5 mnasnet1_0",
+    "features norm permute": "swin_t swin_s swin_b swin_v2_t swin_v2_s swin_v2_b",
+}
+ENCODERS = {name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()}
+SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
+ARCHITECTURE = ("decoder", "encoder", "freq_threshold", "embed_size", "hidden_size", "num_layers", "attention_dim")
+THIS_RUN_ONLY = ("mode", "model_path", "resume", "images", "json", "output_dir", "split", "device", "epochs", "typed")
+
+
+def number(kind, low, high=math.inf, *, above=False):
+    """An argparse type: a `kind` in low..high, low itself excluded if `above`. nan and inf are refused."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (above and value == low) or math.isinf(value):
+            bounds = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser():
+    """Every option with its type, range and default; a default is written here and nowhere else."""
+    parser = Parser(
+        prog="flickr_image_caption.py",
+        usage="flickr_image_caption.py [--mode train|test|caption] [options]  (--help lists them)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    count, size, rate, share = number(int, 0), number(int, 1), number(float, 0, above=True), number(float, 0, 1)
+
+    add = parser.add_argument_group("what to do").add_argument
+    add("--mode", choices=("train", "test", "caption"), default="train", help="default: train")
+    add("--model_path", metavar="PATH", help="checkpoint, or a folder of runs: to resume (train), test or caption with")
+    add(
+        "--resume",
+        metavar="latest|PATH",
+        help="train: go on from the newest checkpoint of the newest run, or from PATH",
+    )
+    add("--model_save_dir", default="./saved_models", help="run folders go below it (%(default)s)")
+    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1")
+    add("--seed", type=count, default=0, help="fixes weights, batches and dropout (%(default)s)")
+    add(
+        "--num_workers", type=count, default=16, help="processes that decode images, at most one per core (%(default)s)"
+    )
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_type", choices=("flickr8k", "flickr30k", "sample", "custom"), default="flickr30k",
+        help="default folder ./data/<dataset_type>, and the run folder's name (%(default)s)")  # fmt: skip
+    add("--image_dir", help="folder of images, instead of the default one")
+    add("--captions_file", help="captions in any of the formats the README lists, instead of the default one")
+    add(
+        "--split_seed", type=count, default=42, help="draws the 0.8/0.1/0.1 split where the data has none (%(default)s)"
+    )
+    add("--freq_threshold", type=size, default=5, help="fewest times a word stands in training captions (%(default)s)")
+    add("--max_bad_fraction", type=share, default=0.01, help="most missing or malformed items tolerated (%(default)s)")
+    add("--max_train_images", type=size, help="use only so many training images, for smoke runs")
+
+    add = parser.add_argument_group("encoder").add_argument
+    add("--encoder", choices=tuple(ENCODERS), default="resnet50", metavar="NAME",
+        help="torchvision model, frozen (%(default)s); one of " + " ".join(ENCODERS))  # fmt: skip
+    add("--encoder_weights", "--resnet_weights", default="imagenet", metavar="imagenet|random|FILE",
+        help="torchvision's IMAGENET1K_V1, untrained ones from --seed, or a state dict (%(default)s)")  # fmt: skip
+    add("--cache_dir", default="./feature_cache", help="encoded images, shared by all runs (%(default)s)")
+    add("--no_feature_cache", action="store_true", help="encode images whenever they are needed and store nothing")
+
+    add = parser.add_argument_group("decoder").add_argument
+    add("--decoder", choices=("lstm", "attention"), default="lstm", help="default: lstm")
+    add("--embed_size", type=size, default=512, help="word and projected image size (%(default)s)")
+    add("--hidden_size", type=size, default=1024, help="LSTM units per layer (%(default)s)")
+    add("--num_layers", type=size, default=3, help="LSTM layers (%(default)s)")
+    add("--attention_dim", type=size, default=512, help="attention decoder: units that compare cells (%(default)s)")
+    add("--drop_prob", type=number(float, 0, 0.99), default=0.3, help="dropout probability (%(default)s)")
+    add(
+        "--alpha_c",
+        type=number(float, 0),
+        default=1.0,
+        help="attention decoder: doubly stochastic penalty (%(default)s)",
+    )
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=size, default=10, help="on resume: additional epochs (%(default)s)")
+    add("--batch_size", type=size, default=128, help="captions per step (%(default)s)")
+    add("--learning_rate", type=rate, default=0.0001, help="Adam's initial rate (%(default)s)")
+    add("--label_smoothing", type=number(float, 0, 0.99), default=0.0, help="spread over all words (%(default)s)")
+    add(
+        "--grad_clip", type=number(float, 0), default=5.0, help="largest L2 norm of the gradient, 0 = off (%(default)s)"
+    )
+    add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32")  # fmt: skip
+    add("--early_stopping_patience", type=count, default=0, help="epochs without a better CIDEr, 0 = off (%(default)s)")
+    add("--val_beam_size", type=size, default=1, help="beam for each epoch's validation captions (%(default)s)")
+    add("--keep_checkpoints", type=size, help="keep only so many of the newest model_epoch_N.pt (all)")
+
+    add = parser.add_argument_group("learning rate schedule").add_argument
+    add("--use_scheduler", action="store_true", help="without it the rate is constant")
+    add("--scheduler_type", choices=SCHEDULERS, default="reduce_lr_on_plateau", help="default: %(default)s")
+    add("--scheduler_patience", type=count, default=3, help="plateau: epochs without a better loss (%(default)s)")
+    add("--scheduler_factor", type=number(float, 0, 0.999, above=True), default=0.5, help="plateau: (%(default)s)")
+    add("--scheduler_step_size", type=size, default=7, help="step: epochs between decays (%(default)s)")
+    add("--scheduler_gamma", type=number(float, 0, 1, above=True), default=0.1, help="step, exponential: (%(default)s)")
+    add("--scheduler_t_max", type=size, default=10, help="cosine: epochs to the minimum (%(default)s)")
+    add("--min_lr", type=number(float, 0), default=1e-7, help="plateau, cosine: smallest rate (%(default)s)")
+    add("--warmup_epochs", type=count, default=0, help="one_cycle: epochs of rising rate (%(default)s)")
+
+    add = parser.add_argument_group("decoding, in test and caption mode").add_argument
+    add("--algorithm", choices=("greedy", "beam", "sample"), default="beam", help="default: beam")
+    add("--beam_size", type=size, default=5, help="beam: hypotheses kept per image (%(default)s)")
+    add("--max_length", type=size, default=40, help="most tokens in a caption, <EOS> counted (%(default)s)")
+    add("--min_length", type=count, default=0, help="fewest words in a caption (%(default)s)")
+    add("--length_penalty", type=number(float, -10, 10), default=0.0,
+        help="beam: score is log_prob / length ** penalty; above 0 favours long captions (%(default)s)")  # fmt: skip
+    add("--no_repeat_ngram_size", type=count, default=0, help="no n-gram of this size twice, 0 = off (%(default)s)")
+    add("--temperature", type=number(float, 1e-3), default=1.0, help="sample: below 1 sharpens (%(default)s)")
+    add("--top_k", type=count, default=0, help="sample: from the k likeliest words, 0 = all (%(default)s)")
+    add("--top_p", type=number(float, 0, 1, above=True), default=1.0, help="sample: nucleus probability (%(default)s)")
+    add("--num_captions", type=size, default=1, help="caption mode: captions per image (%(default)s)")
+
+    add = parser.add_argument_group("test and caption mode").add_argument
+    add("--split", choices=("train", "val", "test"), default="test", help="test: which images (%(default)s)")
+    add("--images", nargs="+", metavar="FILE_OR_FOLDER", help="caption: pictures, and folders of pictures")
+    add("--json", action="store_true", help="caption: one JSON object per line")
+    add("--output_dir", help="where test and caption mode write files (beside the checkpoint)")
+
+    add = parser.add_argument_group("attention pictures, attention decoder only").add_argument
+    add("--save_attention_viz", action="store_true", help="draw where the decoder looked, word by word")
+    add("--attention_viz_samples", type=size, default=3, help="train and test: how many images (%(default)s)")
+    add("--advanced_attention_viz", action="store_true", help="also raw maps, entropy and peaks")
+    return parser
+
+
+def parse_args(argv=None):
+    """Options of one run with `typed`, the names given on the command line. Misuse exits with status 2 and one line."""
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    typed = {name: value for name, value in typed.items() if value is not unset}
+    args = argparse.Namespace(**{**defaults, **typed}, typed=frozenset(typed))
+    if args.resume and args.model_path:
+        parser.error("--resume and --model_path name the same thing: give one of them")
+    args.model_path = args.model_path or args.resume
+    if args.resume and args.mode != "train":
+        parser.error(f"--resume belongs to --mode train, not {args.mode}: give --model_path")
+    if args.mode != "train" and not args.model_path:
+        parser.error(f"--mode {args.mode} needs --model_path, the checkpoint to use")
+    if (args.mode == "caption") != bool(args.images):
+        parser.error("--images is needed by --mode caption and unused by the other modes")
+    if args.model_path is None:  # with a checkpoint, the options it holds are checked together with the typed ones
+        try:
+            check_options(args)
+        except ValueError as error:
+            parser.error(str(error))
+    return args
+
+
+def check_options(args):
+    """Refuse options that contradict each other. Raises: ValueError naming the flags."""
+    args.save_attention_viz |= args.advanced_attention_viz
+    if args.save_attention_viz and args.decoder != "attention":
+        raise ValueError(
+            f"--save_attention_viz needs --decoder attention: the {args.decoder} decoder has no attention maps"
+        )
+    if args.min_length >= args.max_length:
+        raise ValueError(f"--min_length {args.min_length} must be below --max_length {args.max_length}")
+    most = {"greedy": 1, "beam": args.beam_size, "sample": math.inf}[args.algorithm]
+    if args.num_captions > most:
+        raise ValueError(f"--num_captions {args.num_captions} is more than --algorithm {args.algorithm} finds ({most})")
+    idle = {
+        "beam_size": "beam",
+        "length_penalty": "beam",
+        "temperature": "sample",
+        "top_k": "sample",
+        "top_p": "sample",
+    }
+    for name, algorithm in idle.items():
+        if name in args.typed and args.algorithm != algorithm:
+            raise ValueError(f"--{name} belongs to --algorithm {algorithm}, not {args.algorithm}")
+    if (
+        args.use_scheduler
+        and args.scheduler_type in ("reduce_lr_on_plateau", "cosine")
+        and args.min_lr > args.learning_rate
+    ):
+        raise ValueError(f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}")
+    new_plan = args.model_path is None  # a resumed one keeps the warm-up of its first plan
+    if new_plan and args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs:
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before torch, whose import takes seconds: --help and mistakes answer at once
+
+import hashlib
+import json
+import pickle
+import shutil
+import signal
+import time
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from tqdm import tqdm
+
+import attention_visualization
+import caption_data
+import download_datasets
+import experiment_utils
+import metrics_utils
+from caption_decoding import generate, select
+from experiment_utils import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
+
+WEIGHTS_DIR = download_datasets.WEIGHTS_DIR  # document A's place for downloaded weights
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
+DECODING_OPTIONS = (
+    "beam_size", "max_length", "min_length", "length_penalty", "no_repeat_ngram_size", "temperature", "top_k", "top_p",
+    "num_captions",
+)  # fmt: skip
+SCHEDULER_STATE = {"last_epoch", "_step_count", "_last_lr", "base_lrs", "best", "num_bad_epochs", "cooldown_counter"}
+SCHEDULER_STATE |= {"_schedule_phases"}  # OneCycle's plan; everything else a schedule holds follows from the options
+AT_EPOCH_START = {"batch": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0}  # of the counters, those of one epoch
+SAMPLE = 512  # training images that the features' mean and standard deviation are taken from
+LOOK_EVERY = 50  # steps between looks at the loss: each look waits for the device
+CHUNK = 100  # images decoded together
+
+# --------------------------------------------------------------------------------------------------------- the encoder
+
+
+class Encoder(nn.Module):
+    """A frozen torchvision trunk: pictures to the grid of features before pooling. BatchNorm never leaves eval mode."""
+
+    def __init__(self, name, state, weights):
+        """`name`: one of ENCODERS. `state`: torchvision's state dict, classifier ignored. `weights`: its origin.
+
+        Raises: ValueError when `state` is of another architecture.
+        """
+        super().__init__()
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, weights=None)
+        self.trunk = nn.Sequential()
+        for module in ENCODERS[name]:
+            self.trunk.add_module(module, getattr(model, module))
+        wanted = self.trunk.state_dict()
+        state = {key: torch.zeros_like(v) for key, v in wanted.items() if key.endswith("num_batches_tracked")} | state
+        missing = sorted(wanted.keys() - state.keys()) or sorted(state.keys() - model.state_dict().keys())
+        wrong = [key for key in wanted.keys() & state.keys() if wanted[key].shape != getattr(state[key], "shape", None)]
+        if missing or wrong:
+            fault = f"they differ in {missing[0]}" if missing else f"another shape of {min(wrong)}"
+            raise ValueError(f"--encoder_weights {weights}: not weights of --encoder {name} ({fault}): give both alike")
+        self.trunk.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True)
+        self.name = name
+        self.image_size = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            blank = torch.zeros(1, 3, self.image_size, self.image_size)
+            self.channels, *self.grid = self.trunk(blank).shape[1:]  # F, [h, w]
+
+    def train(self, mode=True):
+        """Stays in eval mode whatever `mode`: frozen BatchNorm must not drift."""
+        return super().train(False)
+
+    def forward(self, images):
+        """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
+        images = images.to(self.mean.device, memory_format=torch.channels_last)
+        grid = self.trunk((images / 255 - self.mean) / self.std)  # (N, F, h, w)
+        return grid.flatten(2).transpose(1, 2)
+
+    def key(self):
+        """What decides the features: the cache's key, and what a checkpoint says of its encoder."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.trunk.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return {
+            "name": self.name, "weights_sha256": digest.hexdigest(), "image_size": self.image_size,
+            "grid": list(self.grid), "channels": self.channels, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+        }  # fmt: skip
+
+
+def load_encoder_weights(name, source, seed):
+    """State dict of torchvision's `name` from `source`: imagenet, random (drawn from `seed`) or a file.
+
+    Raises: FileNotFoundError or ValueError that say how to get the weights: an encoder is never silently random.
+    """
+    if source == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return torchvision.models.get_model(name, weights=None).state_dict()
+    if source != "imagenet":
+        return read_weights(Path(source))
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    published = download_datasets.RESNET50  # document A's file, in a format older than weights_only
+    names = [published.name, Path(url).name] if name == "resnet50" else [Path(url).name]
+    for file in (WEIGHTS_DIR / name for name in names):
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            if not digest.startswith(file.stem.rpartition("-")[2]):
+                raise ValueError(f"{file}: its SHA-256 {digest[:8]}... is not the one in its name: fetch it again")
+            return read_weights(file, trusted=f"sha256:{digest}" == published.checksum)
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (urllib.error.URLError, OSError, pickle.UnpicklingError, *experiment_utils.UNREADABLE) as error:
+        reason = str(error).splitlines()[0] or type(error).__name__
+        raise FileNotFoundError(
+            f"--encoder_weights imagenet: cannot download {url} ({reason}): put the file into {WEIGHTS_DIR}/, "
+            "or give --encoder_weights FILE or random"
+        ) from error
+
+
+def read_weights(file, trusted=False):
+    """State dict in a file; unless `trusted`, no code in it runs. Raises: FileNotFoundError, ValueError naming it."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--encoder_weights {file}: no such file: give imagenet, random or a torchvision state dict"
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=not trusted)
+    except (pickle.UnpicklingError, *experiment_utils.UNREADABLE) as error:
+        raise ValueError(
+            f"--encoder_weights {file}: not a readable state dict: give a torchvision .pth file"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"--encoder_weights {file}: holds a {type(state).__name__}, expected a torchvision state dict")
+    return state
+
+
+def open_encoder(args, checkpoint=None):
+    """The encoder of this run, on its device: from the checkpoint's own weights where it has them.
+
+    Raises: ValueError when the weights differ from those the checkpoint was trained with.
+    """
+    stored = checkpoint["encoder"] if checkpoint else {}
+    if stored.get("weights") is not None and "encoder_weights" not in args.typed:
+        encoder = Encoder(args.encoder, stored["weights"], args.model_path)
+    else:
+        weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
+        encoder = Encoder(args.encoder, weights, args.encoder_weights)
+    if stored and encoder.key()["weights_sha256"] != stored["weights_sha256"]:
+        raise ValueError(
+            f"--encoder_weights {args.encoder_weights}: other weights than {args.model_path} was trained with: "
+            "give the same ones, or leave the option out and use best.pt, which holds them"
+        )
+    return encoder.to(args.device)
+
+
+# -------------------------------------------------------------------------------------------------------- the decoders
+
+
+class Decoder(nn.Module):
+    """What both decoders share: features are standardised per channel, so that any encoder's scale suits them."""
+
+    def __init__(self, feature_dim):
+        super().__init__()
+        self.register_buffer("feature_mean", torch.zeros(feature_dim))
+        self.register_buffer("feature_std", torch.ones(feature_dim))
+
+    def fit_features(self, features):
+        """Take mean and standard deviation of each channel from a sample (N, P, F) of the training images."""
+        std, mean = torch.std_mean(features, dim=(0, 1), correction=0)
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std.clamp_min(1e-3 * std.max() + 1e-12))  # a channel that never moves stays quiet
+
+    def standardise(self, features):
+        """(N, P, F) -> (N, P, F)."""
+        return (features - self.feature_mean) / self.feature_std
+
+
+class LSTMDecoder(Decoder):
+    """LSTM that is shown the image once, then the words. Source: [1] section 3.1, equations 10 to 12."""
+
+    options = ("embed_size", "hidden_size", "num_layers", "drop_prob")
+    pooled = True  # reads the mean over the grid only
+
+    def __init__(self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob):
+        super().__init__(feature_dim)
+        self.project_image = nn.Linear(feature_dim, embed_size)
+        self.embed = nn.Embedding(vocab_size, embed_size)
+        self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True, dropout=drop_prob * (num_layers > 1))
+        self.dropout = nn.Dropout(drop_prob)
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    def forward(self, features, captions, lengths, image_index):
+        """features (N, P, F), captions (B, T), lengths (B,), image_index (B,) -> logits (B, T, V), None.
+
+        Teacher forcing: step t is given token t and predicts token t + 1; logits beyond a caption's length are 0.
+        """
+        image = self.show(features)[image_index].unsqueeze(1)  # (B, 1, E)
+        inputs = self.dropout(torch.cat([image, self.embed(captions)], dim=1))  # (B, 1 + T, E)
+        packed = pack_padded_sequence(inputs, lengths.cpu() + 1, batch_first=True, enforce_sorted=False)
+        hidden, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=inputs.size(1))
+        return write_words(self, hidden[:, 1:], lengths), None  # what follows the image itself is no word
+
+    def show(self, features):
+        """features (N, P, F) -> the image as the LSTM's first input (N, E)."""
+        return self.project_image(self.standardise(features).mean(1))
+
+    def start(self, features):
+        """features (N, P, F) -> state once the image was shown, one hypothesis per image."""
+        _, (hidden, cell) = self.lstm(self.show(features).unsqueeze(1))  # (L, N, H) each
+        return (), (hidden.transpose(0, 1).unsqueeze(1), cell.transpose(0, 1).unsqueeze(1))  # (N, 1, L, H) each
+
+    def step(self, tokens, state):
+        """tokens (N, K), state -> logits (N, K, V), state, None."""
+        hidden, cell = (part.flatten(0, 1).transpose(0, 1).contiguous() for part in state[1])  # (L, N K, H)
+        output, new = self.lstm(self.embed(tokens).flatten(0, 1).unsqueeze(1), (hidden, cell))
+        new = tuple(part.transpose(0, 1).unflatten(0, tokens.shape) for part in new)  # (N, K, L, H)
+        return self.head(output).view(*tokens.shape, -1), ((), new), None
+
+
+class AttentionDecoder(Decoder):
+    """LSTM that looks at the grid before each word. Source: [2] sections 3.1.2 and 4.2, scores as in [3] section 3.1.
+
+    Departures: the context is a mean of projected cells, gated unit by unit; words are read off the LSTM's output.
+    """
+
+    options = ("embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim")
+    pooled = False
+
+    def __init__(self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob, attention_dim):
+        super().__init__(feature_dim)
+        self.project_features = nn.Linear(feature_dim, embed_size)
+        self.project_keys = nn.Linear(feature_dim, attention_dim)
+        self.project_query = nn.Linear(hidden_size, attention_dim, bias=False)  # the sum with the keys needs one bias
+        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a shared constant
+        self.gate = nn.Linear(hidden_size, embed_size)
+        self.start_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
+        self.start_cell = nn.Linear(feature_dim, num_layers * hidden_size)
+        self.embed = nn.Embedding(vocab_size, embed_size)
+        sizes = [2 * embed_size] + [hidden_size] * (num_layers - 1)
+        self.layers = nn.ModuleList(nn.LSTMCell(size, hidden_size) for size in sizes)
+        self.dropout = nn.Dropout(drop_prob)
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    def start(self, features):
+        """features (N, P, F) -> state: what is computed once per image, and LSTM layers made of the mean feature."""
+        features = self.standardise(features)
+        keys, values = self.project_keys(features), self.dropout(self.project_features(features))  # (N, P, A or E)
+        mean = features.mean(1, keepdim=True)
+        hidden, cell = (
+            layer(mean).tanh().chunk(len(self.layers), -1) for layer in (self.start_hidden, self.start_cell)
+        )
+        return (keys, values), tuple(zip(hidden, cell, strict=True))  # each (N, 1, H)
+
+    def look(self, query, keys, values):
+        """query (N, K, H), keys (N, P, A), values (N, P, E) -> context (N, K, E), alphas (N, K, P); rows sum to 1."""
+        energy = torch.tanh(keys.unsqueeze(1) + self.project_query(query).unsqueeze(2))  # (N, K, P, A)
+        alphas = self.score(energy).squeeze(-1).softmax(dim=-1)
+        return alphas @ values * self.gate(query).sigmoid(), alphas
+
+    def advance(self, embedded, state):
+        """One step: embedded words (N, K, E), state -> output (N, K, H), state, alphas (N, K, P)."""
+        per_image, layers = state
+        context, alphas = self.look(layers[-1][0], *per_image)  # the query: the top layer's output, one step ago
+        output, new = torch.cat([embedded, context], dim=-1), []
+        for cell, before in zip(self.layers, layers, strict=True):
+            inputs = (self.dropout(output) if new else output).flatten(0, 1)
+            after = cell(inputs, tuple(part.flatten(0, 1) for part in before))
+            new.append(tuple(part.unflatten(0, embedded.shape[:2]) for part in after))  # (N, K, H) each
+            output = new[-1][0]
+        return output, (per_image, tuple(new)), alphas
+
+    def step(self, tokens, state):
+        """tokens (N, K), state -> logits (N, K, V), state, alphas (N, K, P)."""
+        output, state, alphas = self.advance(self.embed(tokens), state)
+        return self.head(output), state, alphas
+
+    def forward(self, features, captions, lengths, image_index):
+        """features (N, P, F), captions (B, T), lengths (B,), image_index (B,) -> logits (B, T, V), alphas (B, T, P).
+
+        Teacher forcing, as `LSTMDecoder.forward`. An image's captions share its projections. Captions run longest
+        first, and those that are written leave, a fifth of the batch or more at a time: leaving costs a copy.
+        """
+        order = lengths.argsort(descending=True, stable=True)
+        state = select(self.start(features), image_index[order])  # (B, 1, ...): one hypothesis per caption
+        embedded = self.dropout(self.embed(captions[order])).unsqueeze(1)  # (B, 1, T, E)
+        outputs, looked, rows = [], [], len(order)
+        for t, writing in enumerate(token_mask(lengths, captions.size(1)).sum(0).tolist()):
+            if writing <= 0.8 * rows:
+                rows = writing
+                state = select(state, slice(rows))
+            output, state, alphas = self.advance(embedded[:rows, :, t], state)
+            idle = (0, 0, 0, len(order) - rows)
+            outputs.append(F.pad(output.squeeze(1), idle))
+            looked.append(F.pad(alphas.squeeze(1), idle))
+        outputs, alphas = (torch.stack(part, dim=1)[order.argsort()] for part in (outputs, looked))  # (B, T, H or P)
+        return write_words(self, outputs, lengths), alphas
+
+
+DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}
+
+
+def token_mask(lengths, steps):
+    """lengths (B,) -> (B, T) bool, False beyond each caption's length."""
+    return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def write_words(decoder, hidden, lengths):
+    """LSTM outputs (B, T, H) -> logits (B, T, V); the vocabulary's projection is spared where a caption has ended."""
+    is_token = token_mask(lengths, hidden.size(1))
+    words = decoder.head(decoder.dropout(hidden[is_token]))
+    logits = words.new_zeros(*is_token.shape, words.size(-1))
+    logits[is_token] = words
+    return logits
+
+
+def build_decoder(args, feature_dim, vocab_size, device=None):
+    """An untrained decoder with the sizes that `args` gives, on its device or the given one."""
+    decoder = DECODERS[args.decoder]
+    sizes = {name: getattr(args, name) for name in decoder.options}
+    return decoder(vocab_size, feature_dim, **sizes).to(device or args.device)
+
+
+# ------------------------------------------------------------------------------------------------- losses and schedules
+
+
+def doubly_stochastic_penalty(alphas, lengths):
+    """Penalise grid cells that receive more or less than one unit of attention over a whole caption.
+
+    Args: alphas (B, T, P), each row sums to 1; lengths (B,) tokens per caption, <EOS> counted.
+    Returns: () float, dimensionless: (1 - attention received) ** 2, averaged over cells and captions.
+    Source: [2] section 4.2.1, which sums over cells; the mean keeps alpha_c independent of the grid's size.
+    """
+    received = (alphas * token_mask(lengths, alphas.size(1)).unsqueeze(-1)).sum(dim=1)  # (B, P)
+    return (1 - received).square().mean()
+
+
+def cross_entropy(logits, captions, lengths, label_smoothing=0.0):
+    """logits (B, T, V), captions (B, T + 1), lengths (B,) -> (smoothed loss, plain loss), each () in nats per token.
+
+    Label smoothing spreads that share of the target evenly over the vocabulary (Szegedy et al. 2016, section 7). What
+    lies beyond a caption's length is left out by length: a padding id may also be a word.
+    """
+    is_token = token_mask(lengths, logits.size(1))
+    log_probs = logits[is_token].float().log_softmax(dim=-1)  # (tokens, V)
+    plain = F.nll_loss(log_probs, captions[:, 1:][is_token])
+    if not label_smoothing:
+        return plain, plain
+    return (1 - label_smoothing) * plain - label_smoothing * log_probs.mean(), plain
+
+
+def build_scheduler(optimizer, args, plan):
+    """The torch scheduler that `args` asks for, or None. `plan` holds `epochs` and `steps`, OneCycle's length."""
+    schedule = torch.optim.lr_scheduler
+    if not args.use_scheduler:
+        return None
+    if args.scheduler_type == "reduce_lr_on_plateau":
+        return schedule.ReduceLROnPlateau(
+            optimizer, factor=args.scheduler_factor, patience=args.scheduler_patience, min_lr=args.min_lr
+        )
+    if args.scheduler_type == "step":
+        return schedule.StepLR(optimizer, args.scheduler_step_size, args.scheduler_gamma)
+    if args.scheduler_type == "cosine":
+        return schedule.CosineAnnealingLR(optimizer, args.scheduler_t_max, args.min_lr)
+    if args.scheduler_type == "exponential":
+        return schedule.ExponentialLR(optimizer, args.scheduler_gamma)
+    warmup = min(1.0, args.warmup_epochs / args.epochs) + 1e-9  # torch divides 0 by 0 for a warm-up of one step
+    return schedule.OneCycleLR(optimizer, args.learning_rate, total_steps=plan["steps"], pct_start=warmup)
+
+
+def describe_scheduler(args, plan):
+    """What the console says of the schedule, such as `CosineAnnealingLR (T_max=20)`."""
+    return {
+        "reduce_lr_on_plateau": f"ReduceLROnPlateau (factor={args.scheduler_factor}, "
+                                f"patience={args.scheduler_patience})",
+        "step": f"StepLR (step_size={args.scheduler_step_size}, gamma={args.scheduler_gamma})",
+        "cosine": f"CosineAnnealingLR (T_max={args.scheduler_t_max})",
+        "exponential": f"ExponentialLR (gamma={args.scheduler_gamma})",
+        "one_cycle": f"OneCycleLR (max_lr={args.learning_rate:g}, warmup_epochs={args.warmup_epochs}, "
+                     f"steps={plan['steps']})",
+    }[args.scheduler_type] if args.use_scheduler else "none"  # fmt: skip
+
+
+def warn_about_schedule(args, epochs):
+    """Say on stderr what a schedule will do that its user may not expect."""
+    if args.use_scheduler and args.scheduler_type == "cosine" and epochs > args.scheduler_t_max:
+        print(f"warning: --epochs {epochs} is more than --scheduler_t_max {args.scheduler_t_max}: "
+              "the cosine's rate climbs again after its minimum", file=sys.stderr)  # fmt: skip
+    if args.use_scheduler and args.scheduler_type == "exponential" and args.scheduler_gamma <= 0.5:
+        print(f"warning: --scheduler_gamma {args.scheduler_gamma} multiplies the rate every epoch: after 3 epochs "
+              f"{args.scheduler_gamma**3:.2g} of it is left", file=sys.stderr)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ data, as the models want it
+
+
+class FeatureSource:
+    """Encoder output for a list of image files: from the feature cache, or encoded anew with --no_feature_cache."""
+
+    def __init__(self, args, encoder, paths, *, pooled):
+        """`pooled`: the grid's mean, as one cell, is enough. `unreadable` then maps paths to reasons."""
+        self.args, self.encoder, self.paths, self.pooled = args, encoder, paths, pooled
+        if args.no_feature_cache:
+            self.features, self.unreadable = None, caption_data.find_unreadable(paths, num_workers=args.num_workers)
+            return
+        key = encoder.key()
+        self.features, self.unreadable = caption_data.cached_features(
+            paths, encoder, cache_dir=args.cache_dir, key={"encoder": key.pop("name"), **key}, grid=tuple(encoder.grid),
+            channels=encoder.channels, image_size=encoder.image_size, num_workers=args.num_workers,
+        )  # fmt: skip
+        if pooled:
+            self.features = self.features.mean()
+
+    def stream(self, batches):
+        """For each batch of positions (n,) in the list: features (n, P, F) float32 on the device; P = 1 if pooled."""
+        if self.features is not None:
+            yield from (self.features[rows].to(self.args.device).float() for rows in batches)
+            return
+        loader = caption_data.image_loader(self.paths, self.encoder.image_size, batches, self.args.num_workers)
+        for images in loader:
+            with torch.inference_mode():
+                features = self.encoder(images)
+            yield (features.mean(1, keepdim=True) if self.pooled else features).clone()
+
+
+def open_dataset(args, checkpoint=None):
+    """The dataset, split as the checkpoint's was; another one, without any image in common, has its own split."""
+    stored = checkpoint["splits"] if checkpoint else None
+    if stored and {"dataset_type", "captions_file"} & args.typed:
+        _, captions_file = caption_data.find_dataset(args.dataset_type, args.image_dir, args.captions_file)
+        here = {row[0] for row in caption_data.read_captions(captions_file)[0]}
+        stored = stored if any(here.intersection(names) for names in stored.values()) else None
+    return caption_data.load_dataset(
+        args.dataset_type, args.image_dir, args.captions_file, split_seed=args.split_seed, splits=stored,
+        max_bad_fraction=args.max_bad_fraction, max_train_images=args.max_train_images,
+    )  # fmt: skip
+
+
+def open_features(args, encoder, dataset, split):
+    """(table of the images in `split`, their FeatureSource); unreadable images leave the dataset first."""
+
+    def source():
+        table = dataset.table[dataset.table.split == split].reset_index(drop=True)
+        paths = [dataset.image_dir / name for name in table.image]
+        return table, FeatureSource(args, encoder, paths, pooled=DECODERS[args.decoder].pooled)
+
+    table, features = source()
+    if features.unreadable:
+        reasons = {path.relative_to(dataset.image_dir).as_posix(): why for path, why in features.unreadable.items()}
+        print(dataset.drop_unreadable(reasons))
+        table, features = source()
+    return table, features
+
+
+def caption_images(decoder, grids, vocabulary, args, **search):
+    """Yield each image's hypotheses, best first, decoded without reference tokens.
+
+    `grids`: features (n, P, F), chunk by chunk. `search` overrides the decoding options of `args`.
+    """
+    search = {name: getattr(args, name) for name in ("algorithm", *DECODING_OPTIONS)} | search
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    decoder.eval()
+    for grid in grids:
+        with autocast(args):
+            found = generate(decoder, grid, vocabulary, generator=generator, **search)
+        yield from found
+
+
+def autocast(args):
+    """The context in which decoders compute, at --precision."""
+    return torch.autocast(args.device.type, getattr(torch, args.precision), enabled=args.precision != "float32")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train_step(run, features, batch):
+    """One update from one batch. Returns the plain loss before it: () float on the device, nats per token."""
+    args, device = run.args, run.args.device
+    captions, lengths, image_index = (part.to(device) for part in batch[1:])
+    with autocast(args):
+        logits, alphas = run.decoder(features, captions[:, :-1], lengths, image_index)
+    loss, plain = cross_entropy(logits, captions, lengths, args.label_smoothing)
+    if alphas is not None:
+        loss = loss + args.alpha_c * doubly_stochastic_penalty(alphas.float(), lengths)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    if args.grad_clip:
+        nn.utils.clip_grad_norm_(run.decoder.parameters(), args.grad_clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.per_step and run.scheduler.last_epoch + 1 < run.scheduler.total_steps:  # past its end the rate stays
+        run.scheduler.step()
+    return plain.detach()
+
+
+def train_epoch(run, received):
+    """Take the epoch's steps from where `run.progress` stands. Raises: Stopped, FloatingPointError."""
+    progress, unread = run.progress, []
+    todo = list(run.batches.epoch(progress["epoch"], start=progress["batch"]))
+    run.decoder.train()
+    bar = tqdm(todo, f"epoch {progress['epoch'] + 1}", unit="batch", disable=None, leave=False)
+    steps = zip(bar, run.features.stream([batch.image_rows for batch in todo]), strict=True)
+    try:
+        for batch, features in until_stopped(received, steps):
+            unread.append((train_step(run, features, batch), int(batch.lengths.sum())))
+            progress["batch"] += 1
+            progress["step"] += 1
+            if len(unread) == LOOK_EVERY:
+                bar.set_postfix(loss=f"{read_losses(progress, unread):.3f}")
+    finally:
+        read_losses(progress, unread)
+
+
+def read_losses(progress, unread):
+    """Move losses from the device into the epoch's sum; returns the last. Raises: FloatingPointError with the step."""
+    values = torch.stack([loss for loss, _ in unread]).tolist() if unread else []
+    for number, (value, (_, tokens)) in enumerate(zip(values, unread, strict=True)):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss became {value} at step {progress['step'] - len(values) + number + 1} (epoch "
+                f"{progress['epoch'] + 1}): lower --learning_rate or --grad_clip; the last good checkpoint is kept"
+            )
+        progress["loss_sum"] += value * tokens
+        progress["tokens"] += tokens
+    unread.clear()
+    return value if values else math.nan
+
+
+def validate(run, received):
+    """Plain validation loss in nats per token, then scores of captions decoded without reference tokens, one row."""
+    losses, tokens = 0.0, 0
+    batches = list(run.val_batches.epoch(0, shuffle=False))
+    run.decoder.eval()
+    stream = zip(batches, run.val_features.stream([batch.image_rows for batch in batches]), strict=True)
+    for batch, features in until_stopped(received, stream):
+        captions, lengths, image_index = (part.to(run.args.device) for part in batch[1:])
+        with torch.inference_mode(), autocast(run.args):
+            logits, _ = run.decoder(features, captions[:, :-1], lengths, image_index)
+            losses += float(cross_entropy(logits, captions, lengths)[1]) * int(batch.lengths.sum())
+        tokens += int(batch.lengths.sum())
+    if not math.isfinite(losses):
+        raise FloatingPointError(
+            f"the validation loss of epoch {run.progress['epoch'] + 1} is {losses}: lower --learning_rate"
+        )
+    grids = run.val_features.stream(torch.arange(len(run.val_table)).split(CHUNK))
+    greedy = {"algorithm": "beam", "beam_size": run.args.val_beam_size, "num_captions": 1}
+    found = caption_images(run.decoder, grids, run.vocabulary, run.args, **greedy)
+    best = [hypotheses[0] for hypotheses in until_stopped(received, found)]
+    captions = dict(zip(run.val_table.image, (run.vocabulary.decode(h.tokens) for h in best), strict=True))
+    scores, _ = run.scorer.score(captions)
+    del scores["METEOR"]
+    return {"val_loss": losses / tokens, **scores, "share_cut": sum(not h.finished for h in best) / len(best)}
+
+
+def finish_epoch(run, row):
+    """Book one epoch: schedule, history, best score, checkpoints, files and the console block."""
+    args, progress = run.args, run.progress
+    if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        run.scheduler.step(row["val_loss"])
+    elif run.scheduler and not run.per_step:
+        run.scheduler.step()
+    progress.update({**AT_EPOCH_START, "epoch": progress["epoch"] + 1})
+    is_best = progress["best_score"] is None or row["CIDEr"] > progress["best_score"]
+    progress["stale_epochs"] = 0 if is_best else progress["stale_epochs"] + 1
+    progress["best_score"] = row["CIDEr"] if is_best else progress["best_score"]
+    run.tracker.log_epoch(row)
+    if is_best:
+        save(run, "best.pt")
+    save(run, f"model_epoch_{progress['epoch']}.pt")
+    if args.keep_checkpoints:
+        experiment_utils.prune_checkpoints(run.run_dir, args.keep_checkpoints)
+    print(
+        f"Epoch {row['epoch']} completed ({row['epoch']}/{run.plan['epochs']}):\n"
+        f"  Training Loss: {row['train_loss']:.5f}\n"
+        f"  Validation Loss: {row['val_loss']:.5f}\n"
+        f"  Learning Rate: {row['learning_rate']:.6f}\n"
+        f"  Scheduler: {describe_scheduler(args, run.plan)}\n"
+        f"  Validation captions: BLEU-4 {row['BLEU-4']:.4f}, CIDEr {row['CIDEr']:.4f}, "
+        f"{row['share_unique']:.0%} unique, {row['share_cut']:.0%} cut at --max_length\n"
+        f"  Model checkpoint saved (best: {is_best})",
+        flush=True,
+    )
+    if row["share_unique"] * len(run.val_table) < 1.5 and len(run.val_table) > 1:
+        print("warning: every validation image got the same caption: the decoder does not see the images (yet); "
+              "lower --learning_rate if it stays so", file=sys.stderr)  # fmt: skip
+
+
+def save(run, name):
+    """Write the whole state of the run to a file of its directory; only best.pt holds the encoder's weights."""
+    progress = run.progress
+    weights = run.encoder.trunk.state_dict() if name == "best.pt" else None
+    experiment_utils.save_checkpoint(run.run_dir / name, {
+        "config": plain_config(run.args), "vocabulary": run.vocabulary.to_plain(), "model": run.decoder.state_dict(),
+        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "plan": run.plan,
+        "scheduler": run.scheduler and run.scheduler.state_dict(), "epoch": progress["epoch"], "step": progress["step"],
+        "data_position": {name: progress[name] for name in AT_EPOCH_START},
+        "history": run.tracker.history, "best_score": progress["best_score"],
+        "early_stopping": {"stale_epochs": progress["stale_epochs"]}, "random_state": experiment_utils.random_state(),
+        "encoder": {**run.encoder.key(), "weights": weights}, "splits": run.dataset.split_names(),
+    })  # fmt: skip
+
+
+def plain_config(args):
+    """Every option's value as plain types: what run_config.json and checkpoints store."""
+    return {name: str(value) if name == "device" else value for name, value in vars(args).items() if name != "typed"}
+
+
+def set_up(args, checkpoint):
+    """Everything a training run needs, new or as the checkpoint left it. Reads and encodes data; writes no run file."""
+    dataset = open_dataset(args, checkpoint)
+    print(*dataset.notes, sep="\n")
+    encoder = open_encoder(args, checkpoint)
+    table, features = open_features(args, encoder, dataset, "train")
+    val_table, val_features = open_features(args, encoder, dataset, "val")
+    texts = [caption for captions in table.captions for caption in captions]
+    experiment_utils.set_seed(args.seed)
+    if checkpoint:
+        vocabulary = caption_data.Vocabulary.from_plain(checkpoint["vocabulary"])
+        decoder = restore_decoder(args, checkpoint, len(vocabulary))
+    else:
+        vocabulary = caption_data.Vocabulary.build(texts, args.freq_threshold)
+        decoder = build_decoder(args, encoder.channels, len(vocabulary))
+        sample = torch.linspace(0, len(table) - 1, min(len(table), SAMPLE)).long()
+        decoder.fit_features(next(features.stream([sample])))
+    print(f"vocabulary: {len(vocabulary)} words, each in {len(texts)} captions {args.freq_threshold} times or more")
+    run = SimpleNamespace(
+        args=args, encoder=encoder, decoder=decoder, vocabulary=vocabulary, dataset=dataset,
+        features=features, batches=token_batches(table.captions, vocabulary, args),
+        val_table=val_table, val_features=val_features, val_batches=token_batches(val_table.captions, vocabulary, args),
+        scorer=metrics_utils.CaptionScorer(dict(zip(val_table.image, val_table.captions, strict=True)), texts),
+        optimizer=torch.optim.Adam(decoder.parameters(), lr=args.learning_rate, fused=True),
+        scaler=torch.amp.GradScaler(args.device.type, enabled=args.precision == "float16"),
+        progress={"epoch": 0, "step": 0, "best_score": None, "stale_epochs": 0, **AT_EPOCH_START}, history=[],
+    )  # fmt: skip
+    if checkpoint:
+        restore_progress(run, checkpoint)
+    else:
+        run.plan = {"epochs": args.epochs, "steps": args.epochs * run.batches.num_batches}
+        run.scheduler = build_scheduler(run.optimizer, args, run.plan)
+    run.per_step = isinstance(run.scheduler, torch.optim.lr_scheduler.OneCycleLR)
+    return run
+
+
+def token_batches(captions, vocabulary, args):
+    """Captions (per image a list of texts) as batches of word ids."""
+    ids = [[vocabulary.encode(text) for text in image] for image in captions]
+    return caption_data.CaptionBatches(ids, args.batch_size, args.max_length, args.seed)
+
+
+def restore_decoder(args, checkpoint, vocab_size):
+    """The checkpoint's decoder on its device. Raises: ValueError when its weights do not fit its own configuration."""
+    with torch.device("meta"):  # shapes are compared before memory is taken for them
+        expected = build_decoder(args, checkpoint["encoder"].get("channels", 1), vocab_size, device="meta").state_dict()
+    shapes = {name: getattr(tensor, "shape", None) for name, tensor in checkpoint["model"].items()}
+    if shapes != {name: tensor.shape for name, tensor in expected.items()}:
+        raise ValueError(
+            f"{args.model_path}: its decoder's weights do not fit its configuration: give another checkpoint"
+        )
+    decoder = build_decoder(args, checkpoint["encoder"]["channels"], vocab_size)
+    decoder.load_state_dict(checkpoint["model"])
+    return decoder
+
+
+def restore_progress(run, checkpoint):
+    """Put optimizer, schedule, counters and random state back to where the checkpoint was taken."""
+    args, saved = run.args, checkpoint["config"]
+    run.progress.update({name: checkpoint[name] for name in ("epoch", "step", "best_score")})
+    run.progress.update(checkpoint["data_position"] | checkpoint["early_stopping"])
+    run.history, run.plan = checkpoint["history"], dict(checkpoint["plan"])
+    if "epochs" in args.typed:
+        run.plan["epochs"] = checkpoint["epoch"] + args.epochs
+    args.epochs = run.plan["epochs"] - checkpoint["epoch"]
+    if args.epochs < 1:
+        raise ValueError(f"{args.model_path}: its plan of {run.plan['epochs']} epochs is done: give --epochs for more")
+    fresh = args.use_scheduler and (not saved["use_scheduler"] or args.scheduler_type != saved["scheduler_type"])
+    if fresh:
+        print(f"--scheduler_type {args.scheduler_type} is new to this run: its schedule starts now")
+        run.plan["steps"] = args.epochs * run.batches.num_batches - checkpoint["data_position"]["batch"]
+    run.scheduler = build_scheduler(run.optimizer, args, run.plan)  # before the states: building one sets the rate
+    rate = run.optimizer.param_groups[0] | {}
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.scaler.load_state_dict(checkpoint["scaler"])
+    if fresh:
+        run.optimizer.param_groups[0].update({name: rate[name] for name in rate if name != "params"})
+    elif run.scheduler:
+        state = {name: value for name, value in checkpoint["scheduler"].items() if name in SCHEDULER_STATE}
+        run.scheduler.load_state_dict(state)
+    if args.learning_rate != saved["learning_rate"] and not fresh:
+        scale_rate(run, args.learning_rate / saved["learning_rate"])
+    over = run.progress["step"] + args.epochs * run.batches.num_batches - run.plan["steps"]
+    if args.use_scheduler and args.scheduler_type == "one_cycle" and not fresh and over > run.progress["batch"]:
+        print(f"warning: one_cycle was planned for {run.plan['steps']} steps: past them the rate stays as it is",
+              file=sys.stderr)  # fmt: skip
+    experiment_utils.set_random_state(checkpoint["random_state"])
+
+
+def scale_rate(run, factor):
+    """Go on at a typed --learning_rate: everything the schedule computes with, times `factor`."""
+    for group in run.optimizer.param_groups:
+        for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+            group[name] *= factor
+    if hasattr(run.scheduler, "base_lrs"):
+        run.scheduler.base_lrs = [rate * factor for rate in run.scheduler.base_lrs]
+
+
+def open_run_dir(run):
+    """Make the run's directory and its first files; a resumed run brings the best checkpoint so far along."""
+    args, progress = run.args, run.progress
+    config = plain_config(args)
+    run.run_dir = experiment_utils.create_run_dir(args.model_save_dir, config)
+    run.tracker = experiment_utils.RunTracker(run.run_dir, config, [Path(sys.executable).name, *sys.argv], run.history)
+    print(f"run directory: {run.run_dir}")
+    size = sum(parameter.nbytes for parameter in run.decoder.parameters()) * 3  # weights and Adam's two moments
+    kept = min(args.epochs, args.keep_checkpoints or args.epochs)
+    weights = sum(tensor.nbytes for tensor in run.encoder.trunk.state_dict().values())
+    print(f"checkpoints will take {(size * (kept + 1) + weights) / 2**20:,.0f} MiB: {size / 2**20:,.0f} MiB for each "
+          f"of {kept} epochs, and best.pt with the encoder")  # fmt: skip
+    if progress["best_score"] is not None:
+        best = Path(args.model_path).with_name("best.pt")
+        if best.is_file() and experiment_utils.load_checkpoint(best)["epoch"] <= progress["epoch"]:
+            with experiment_utils.replace_file(run.run_dir / "best.pt") as copy, best.open("rb") as original:
+                shutil.copyfileobj(original, copy)
+        else:
+            print(f"no best.pt as old as {args.model_path} beside it: the next epoch's will be the first")
+            progress["best_score"] = None
+
+
+def train(args, checkpoint):
+    """Train until the plan's last epoch, early stopping or a signal. Returns the exit status."""
+    for flag in ("model_save_dir", "cache_dir"):
+        experiment_utils.check_writable_dir(getattr(args, flag), f"--{flag}")
+    run = set_up(args, checkpoint)
+    open_run_dir(run)
+    progress = run.progress
+    warn_about_schedule(args, run.plan["epochs"])
+    if checkpoint:
+        where = f", batch {progress['batch'] + 1} of {run.batches.num_batches}" if progress["batch"] else ""
+        print(f"resumed from {args.model_path}: epoch {progress['epoch'] + 1}{where}; {args.epochs} epochs to go")
+    with listen_for_stop() as received:
+        while progress["epoch"] < run.plan["epochs"]:
+            started = time.perf_counter() - progress["seconds"]
+            try:
+                rate = run.optimizer.param_groups[0]["lr"]
+                train_epoch(run, received)
+                row = {"epoch": progress["epoch"] + 1, "train_loss": progress["loss_sum"] / progress["tokens"]}
+                row |= {"learning_rate": rate, **validate(run, received)}
+            except Stopped as stop:
+                progress["seconds"] = time.perf_counter() - started
+                save(run, "last.pt")
+                print(f"stopped by {signal.Signals(stop.args[0]).name} in epoch {progress['epoch'] + 1}: "
+                      f"--resume {run.run_dir / 'last.pt'} goes on from here")  # fmt: skip
+                return 128 + stop.args[0]
+            finish_epoch(run, row | {"epoch_time_seconds": time.perf_counter() - started})
+            if 0 < args.early_stopping_patience <= progress["stale_epochs"]:
+                print(f"stopped early: no better CIDEr for {progress['stale_epochs']} epochs")
+                break
+    best = run.run_dir / "best.pt"
+    if args.save_attention_viz:
+        run.decoder.load_state_dict(experiment_utils.load_checkpoint(best)["model"])
+        positions = torch.arange(min(args.attention_viz_samples, len(run.val_table)))
+        found = caption_images(run.decoder, run.val_features.stream([positions]), run.vocabulary, args)
+        draw_attention(run.run_dir, args, run.encoder.grid, run.vocabulary, run.val_features.paths, found)
+    print(f"best CIDEr {progress['best_score']:.4f}: {best}\ntest it: python {Path(sys.argv[0]).name} --mode test "
+          f"--model_path {best}")  # fmt: skip
+    return 0
+
+
+# ----------------------------------------------------------------------------------------- test and caption new images
+
+
+def draw_attention(folder, args, grid, vocabulary, paths, found, first=1):
+    """One picture per path, numbered from `first`: where the decoder looked for each word of its best hypothesis."""
+    for number, (path, hypotheses) in enumerate(zip(paths, found, strict=False), start=first):
+        best = hypotheses[0]
+        attention_visualization.save_attention_viz(
+            folder, number, caption_data.open_image(path), [vocabulary.words[token] for token in best.tokens],
+            best.attention.unflatten(1, grid).numpy(), advanced=args.advanced_attention_viz, log_prob=best.log_prob,
+        )  # fmt: skip
+
+
+def open_model(args, checkpoint):
+    """(encoder, decoder, vocabulary) of a checkpoint, to write captions with."""
+    vocabulary = caption_data.Vocabulary.from_plain(checkpoint["vocabulary"])
+    return open_encoder(args, checkpoint), restore_decoder(args, checkpoint, len(vocabulary)), vocabulary
+
+
+def output_folder(args):
+    """Where test and caption mode write: --output_dir, made when absent, or the checkpoint's folder."""
+    folder = Path(args.output_dir or Path(args.model_path).parent)
+    experiment_utils.check_writable_dir(folder, "--output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test(args, checkpoint):
+    """Caption a whole split without reference tokens, score it, write what was found. Returns the exit status."""
+    folder, started = output_folder(args), time.perf_counter()
+    dataset = open_dataset(args, checkpoint)
+    encoder, decoder, vocabulary = open_model(args, checkpoint)
+    print(*dataset.notes, sep="\n")
+    table, features = open_features(args, encoder, dataset, args.split)
+    grids = features.stream(torch.arange(len(table)).split(CHUNK))
+    found = caption_images(decoder, grids, vocabulary, args, num_captions=1)
+    found = list(tqdm(found, "decoding", len(table), unit="image", disable=None))
+    best = [hypotheses[0] for hypotheses in found]
+    captions = {name: vocabulary.decode(h.tokens) for name, h in zip(table.image, best, strict=True)}
+    training = [c for captions in dataset.table.captions[dataset.table.split == "train"] for c in captions]
+    scorer = metrics_utils.CaptionScorer(dict(zip(table.image, table.captions, strict=True)), training)
+    scores, per_image = scorer.score(captions, meteor=True, bootstrap=1000)
+    scores["share_cut"] = sum(not h.finished for h in best) / len(best)
+    boxes = dataset.captions_file.with_name("boxes.json")
+    if best[0].attention is not None and boxes.is_file():
+        boxes = json.loads(boxes.read_text())
+        words = [[vocabulary.words[token] for token in h.tokens] for h in best]
+        maps = [h.attention.unflatten(1, encoder.grid).numpy() for h in best]
+        known = [boxes.get(name, []) for name in table.image]
+        scores["attention"] = metrics_utils.peak_in_box(zip(words, maps, known, strict=True))
+    decoding = {name: getattr(args, name) for name in ("algorithm", *DECODING_OPTIONS)}
+    rows = [
+        {"image_id": number, "file_name": name, "caption": captions[name], "log_prob": h.log_prob, **per_image[name]}
+        for number, (name, h) in enumerate(zip(table.image, best, strict=True))
+    ]
+    if args.save_attention_viz:
+        draw_attention(folder, args, encoder.grid, vocabulary, features.paths[: args.attention_viz_samples], found)
+    scores |= {"dataset_type": args.dataset_type, "split": args.split, "images": len(table), "decoding": decoding,
+               "checkpoint": str(args.model_path), "wall_time_seconds": time.perf_counter() - started}  # fmt: skip
+    experiment_utils.write_json(folder / f"{args.split}_captions.json", rows)
+    experiment_utils.write_json(folder / f"{args.split}_metrics.json", scores)
+    how = f"beam {args.beam_size}" if args.algorithm == "beam" else args.algorithm
+    print(f"{args.dataset_type} {args.split}: {len(table)} images, {how}")
+    print(metrics_utils.scores_table(scores))
+    print(f"written: {folder / f'{args.split}_metrics.json'} and {args.split}_captions.json")
+    return 0
+
+
+def caption(args, checkpoint):
+    """Print a caption per picture; goes on past files that are no pictures. Returns the status, 1 if there were any."""
+    paths = [path for given in args.images for path in caption_data.pictures_in(Path(given))]
+    folder = output_folder(args) if args.save_attention_viz else None
+    encoder, decoder, vocabulary = open_model(args, checkpoint)
+    status, drawn = 0, 0
+    for start in range(0, len(paths), CHUNK):
+        images = {}
+        for path in paths[start : start + CHUNK]:
+            try:
+                images[path] = torch.from_numpy(caption_data.load_image(path, encoder.image_size))
+            except ValueError as error:
+                print(f"flickr_image_caption.py: {error}", file=sys.stderr)
+                status = 1
+        if not images:
+            continue
+        with torch.inference_mode():
+            grid = encoder(torch.stack(list(images.values())).permute(0, 3, 1, 2))
+        found = list(caption_images(decoder, [grid], vocabulary, args))
+        for path, hypotheses in zip(images, found, strict=True):
+            texts = [{"caption": vocabulary.decode(h.tokens), "log_prob": h.log_prob} for h in hypotheses]
+            if args.json:
+                print(json.dumps({"image": str(path), "captions": texts}, ensure_ascii=False), flush=True)
+            else:
+                print(*(f"{path}\t{text['caption']}" for text in texts), sep="\n", flush=True)
+        if folder:
+            draw_attention(folder, args, encoder.grid, vocabulary, images, found, first=drawn + 1)
+            drawn += len(images)
+    return status
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+
+MODES = {"train": train, "test": test, "caption": caption}
+
+
+def open_checkpoint(args):
+    """The checkpoint that --model_path or --resume means, or None; options that were not typed become its own.
+
+    Raises: FileNotFoundError, ValueError; ValueError too when a typed option contradicts the stored model.
+    """
+    if args.model_path is None:
+        return None
+    if args.resume == "latest":
+        path = experiment_utils.latest_checkpoint(args.model_save_dir)
+    else:
+        path = experiment_utils.resolve_checkpoint(args.model_path, "newest" if args.mode == "train" else "best")
+    if str(path) != args.model_path:
+        print(f"checkpoint: {path}", file=sys.stderr if args.mode == "caption" else sys.stdout)
+    args.model_path = str(path)
+    checkpoint = experiment_utils.load_checkpoint(path)
+    keep = THIS_RUN_ONLY + (
+        () if args.mode == "train" else ("precision", "save_attention_viz", "advanced_attention_viz")
+    )
+    stored = check_stored(path, checkpoint["config"])
+    differing = [name for name in ARCHITECTURE if name in args.typed and getattr(args, name) != stored[name]]
+    if differing:
+        said = ", ".join(f"--{name} {getattr(args, name)} (stored: {stored[name]})" for name in differing)
+        raise ValueError(
+            f"{path}: trained with other options than {said}: leave them out, they come from the checkpoint"
+        )
+    vars(args).update({name: value for name, value in stored.items() if name not in args.typed and name not in keep})
+    check_options(args)
+    return checkpoint
+
+
+def check_stored(path, config):
+    """A checkpoint's options, checked as if they were typed: the file may come from anyone. Raises: ValueError."""
+    checked = {}
+    for action in build_parser()._actions:
+        if action.dest == "help":
+            continue
+        try:
+            value = config[action.dest]
+            if value is not None and action.type:
+                assert action.type(str(value)) == value
+            assert action.choices is None or value in action.choices
+            assert action.nargs != 0 or isinstance(value, bool)
+        except (KeyError, AssertionError, ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(
+                f"{path}: its configuration has no usable --{action.dest}: give another checkpoint"
+            ) from error
+        checked[action.dest] = value
+    return checked
+
+
+def main(args):
+    """Run the mode. Returns the exit status: 0 done, 1 stopped by a failure, 2 misuse, 128 + signal."""
+    try:
+        checkpoint = open_checkpoint(args)
+        args.device = resolve_device(args.device)
+        args.precision = resolve_precision(args.precision, args.device)
+        return MODES[args.mode](args, checkpoint)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        fault, status = error, 2
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        fault, status = error, 1
+    print(f"flickr_image_caption.py: error: {' '.join(str(fault).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGS))

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# ./setup.sh              make .venv and install requirements.txt
+# ./setup.sh demo         that, then train, test and draw attention pictures on the built-in sample dataset, offline
+# ./setup.sh test         that, then lint and run the tests
+# ./setup.sh flickr8k     that, then download Flickr8k (or flickr30k); further options go to download_datasets.py
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+case "${1:-}" in
+    "" | demo | test | flickr8k | flickr30k) ;;
+    *) echo "setup.sh: error: unknown job '$1': give demo, test, flickr8k, flickr30k or nothing" >&2; exit 2 ;;
+esac
+
+if [ ! -x .venv/bin/python ]; then
+    if command -v uv >/dev/null; then uv venv --quiet --python ">=3.11" .venv
+    else python3 -m venv .venv; fi
+fi
+if ! command -v uv >/dev/null && [ ! -x .venv/bin/uv ]; then .venv/bin/python -m pip install --quiet uv; fi
+uv=$(command -v uv || echo .venv/bin/uv)
+echo "installing requirements.txt into .venv"
+"$uv" pip install --quiet --python .venv -r requirements.txt
+export PATH="$PWD/.venv/bin:$PATH"
+
+case "${1:-}" in
+    demo)
+        python download_datasets.py --dataset sample
+        echo "encoder: VGG-11 with random, untrained weights drawn from --seed 0, so nothing is downloaded."
+        echo "         The drawn scenes are plain enough for them; photographs need --encoder_weights imagenet."
+        python flickr_image_caption.py --dataset_type sample --decoder attention --encoder vgg11 --encoder_weights random \
+            --embed_size 128 --hidden_size 256 --attention_dim 128 --num_layers 1 --drop_prob 0.5 --batch_size 64 \
+            --learning_rate 0.003 --use_scheduler --scheduler_type one_cycle --warmup_epochs 2 --epochs 20 \
+            --keep_checkpoints 1
+        python flickr_image_caption.py --mode test --model_path saved_models/sample/vgg11_attention \
+            --save_attention_viz --advanced_attention_viz
+        run=$(ls -td saved_models/sample/vgg11_attention/*/ | head -1)
+        echo "demo done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Everything is in $run:"
+        echo "  best.pt                    the model: --mode caption --model_path ${run}best.pt --images PICTURE"
+        echo "  attention_viz_sample_1.png where it looked, word by word (and advanced_...)"
+        echo "  test_metrics.json          scores; test_captions.json has every caption"
+        echo "  training_losses.png        curves; the pictures it saw are in data/sample/Images"
+        ;;
+    test)
+        ruff check .
+        ruff format --check .
+        python -m pytest -q "${@:2}"
+        ;;
+    flickr8k | flickr30k) python download_datasets.py --dataset "$@" ;;
+    *) echo "ready: source .venv/bin/activate, then python flickr_image_caption.py --help" ;;
+esac

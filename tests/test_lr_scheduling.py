@@ -1,0 +1,362 @@
+"""The learning rate of every epoch and step, for each of the five schedulers, new and resumed; device and precision.
+
+python tests/test_lr_scheduling.py     runs the same checks by hand and prints each schedule's rates
+"""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+import torch
+from torch import nn
+
+import flickr_image_caption as program
+from experiment_utils import load_checkpoint
+
+RATE, BATCHES = 0.01, 4  # --learning_rate, batches per epoch
+SCHEDULES = {
+    "none": [],
+    "reduce_lr_on_plateau": ["--scheduler_patience", "1", "--scheduler_factor", "0.5", "--min_lr", "0.001"],
+    "step": ["--scheduler_step_size", "3", "--scheduler_gamma", "0.3"],
+    "cosine": ["--scheduler_t_max", "5", "--min_lr", "0.0001"],
+    "exponential": ["--scheduler_gamma", "0.8"],
+    "one_cycle": ["--warmup_epochs", "2"],
+}
+LOSSES = [5.0, 4.0, 4.1, 4.2, 4.3, 3.9, 3.95, 3.96, 3.97, 3.98]  # validation, epoch by epoch
+BATCH = (None, torch.tensor([[1, 5, 6, 2]]), torch.tensor([3]), torch.tensor([0]))  # one caption of one image
+FEATURES = torch.ones(1, 2, 3)
+SAVE = program.save
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+
+
+@pytest.fixture(autouse=True)
+def _no_checkpoint_per_epoch(monkeypatch):
+    monkeypatch.setattr(program, "save", lambda run, name: None)
+
+
+def options(name, *more, epochs=8):
+    """Parsed options of a run with that schedule."""
+    scheduled = [] if name == "none" else ["--use_scheduler", "--scheduler_type", name]
+    given = ["--epochs", str(epochs), "--learning_rate", str(RATE), *scheduled, *SCHEDULES[name], *more]
+    args = program.parse_args(given)
+    args.device, args.precision = torch.device("cpu"), "float32"
+    return args
+
+
+def make_run(args, folder, checkpoint=None, batches=BATCHES):
+    """A run over one constant batch, as `set_up` makes it, with stand-ins for data and encoder."""
+    torch.manual_seed(0)
+    decoder = program.LSTMDecoder(8, 3, embed_size=3, hidden_size=4, num_layers=1, drop_prob=0.0)
+    run = SimpleNamespace(
+        args=args, decoder=decoder, optimizer=torch.optim.Adam(decoder.parameters(), lr=args.learning_rate),
+        scaler=torch.amp.GradScaler("cpu", enabled=False), batches=SimpleNamespace(num_batches=batches),
+        progress={"epoch": 0, "step": 0, "best_score": None, "stale_epochs": 0, **program.AT_EPOCH_START},
+        tracker=SimpleNamespace(history=[], log_epoch=lambda row: None), run_dir=folder, val_table=["an image"],
+        encoder=SimpleNamespace(key=lambda: {"name": "none"}, trunk=nn.Identity()),
+        vocabulary=SimpleNamespace(to_plain=dict), dataset=SimpleNamespace(split_names=dict),
+    )  # fmt: skip
+    if checkpoint:
+        decoder.load_state_dict(load_checkpoint(checkpoint)["model"])
+        program.restore_progress(run, load_checkpoint(checkpoint))
+    else:
+        run.plan = {"epochs": args.epochs, "steps": args.epochs * batches}
+        run.scheduler = program.build_scheduler(run.optimizer, args, run.plan)
+    run.per_step = isinstance(run.scheduler, torch.optim.lr_scheduler.OneCycleLR)
+    return run
+
+
+def rates(run, stop=None):
+    """Train to the plan's last epoch, or for `stop` steps: the learning rate of every step (read before it)."""
+    found, progress = [], run.progress
+    while progress["epoch"] < run.plan["epochs"]:
+        for _ in range(progress["batch"], run.batches.num_batches):
+            if len(found) == stop:
+                return found
+            found.append(run.optimizer.param_groups[0]["lr"])
+            program.train_step(run, FEATURES, BATCH)
+            progress["batch"] += 1
+            progress["step"] += 1
+        row = {"epoch": progress["epoch"] + 1, "val_loss": LOSSES[progress["epoch"]], "train_loss": -progress["epoch"]}
+        row |= {"learning_rate": found[-1], "CIDEr": 0.0, "BLEU-4": 0.0, "share_unique": 1.0, "share_cut": 0.0}
+        program.finish_epoch(run, row)
+    return found
+
+
+def per_epoch(found):
+    """The rate of each epoch; it must not change within one."""
+    epochs = [found[start : start + BATCHES] for start in range(0, len(found), BATCHES)]
+    assert all(len(set(epoch)) == 1 for epoch in epochs)
+    return [epoch[0] for epoch in epochs]
+
+
+def plateau(losses, patience=1, factor=0.5, least=0.001):
+    """ReduceLROnPlateau: cut the rate after more than `patience` epochs without a loss 0.01 % below the best."""
+    rate, best, waited, found = RATE, math.inf, 0, []
+    for loss in losses:
+        found.append(rate)
+        best, waited = (loss, 0) if loss < best * 0.9999 else (best, waited + 1)
+        if waited > patience:
+            rate, waited = max(rate * factor, least), 0
+    return found
+
+
+def cosine(start, end, share):
+    """Half a cosine from `start` to `end`."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def one_cycle(steps, warmup_steps):
+    """The rate of every step: half cosines from RATE / 25 up to RATE, then down to RATE / 250,000."""
+    peak = warmup_steps - 1
+    return [
+        cosine(RATE / 25, RATE, step / peak) if step <= peak
+        else cosine(RATE, RATE / 25e4, (step - peak) / (steps - 1 - peak))
+        for step in range(steps)
+    ]  # fmt: skip
+
+
+# New runs
+
+
+def test_without_use_scheduler_the_rate_is_constant(tmp_path):
+    args = options("none", "--scheduler_type", "step", "--scheduler_step_size", "1")
+    run = make_run(args, tmp_path)
+    assert run.scheduler is None
+    assert rates(run) == [RATE] * 8 * BATCHES
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("step", [RATE * 0.3 ** (epoch // 3) for epoch in range(8)]),
+        ("exponential", [RATE * 0.8**epoch for epoch in range(8)]),
+        ("cosine", [cosine(RATE, 1e-4, epoch / 5) for epoch in range(8)]),  # beyond T_max, 5, it climbs
+        # 4.1 and 4.2 are two epochs without a better loss: half. 3.9 is better again; 3.95 is the first that is not
+        ("reduce_lr_on_plateau", [RATE, RATE, RATE, RATE, RATE / 2, RATE / 2, RATE / 2, RATE / 2]),
+    ],
+)
+def test_the_rate_of_every_epoch(tmp_path, name, expected):
+    found = per_epoch(rates(make_run(options(name), tmp_path)))
+    print(f"\n{name}: {' '.join(f'{rate:.6f}' for rate in found)}")
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_plateau_watches_the_validation_loss_and_stops_at_min_lr(tmp_path):
+    args = options("reduce_lr_on_plateau", "--scheduler_patience", "0", "--min_lr", "0.003", epochs=10)
+    found = per_epoch(rates(make_run(args, tmp_path)))  # the training loss falls in every epoch
+    assert found == pytest.approx(plateau(LOSSES, patience=0, least=0.003), rel=1e-6)
+    assert found == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.003, 0.003, 0.003, 0.003, 0.003, 0.003])
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 7])
+def test_defect_10_one_cycle_moves_with_every_batch_up_to_the_learning_rate(tmp_path, warmup):
+    found = rates(make_run(options("one_cycle", "--warmup_epochs", str(warmup)), tmp_path))
+    print(f"\none_cycle, {warmup} warm-up epochs: {' '.join(f'{rate:.6f}' for rate in found)}")
+    assert found == pytest.approx(one_cycle(8 * BATCHES, warmup * BATCHES), rel=1e-6)
+    if warmup:
+        assert max(found) == pytest.approx(RATE)
+        assert found.index(max(found)) == warmup * BATCHES - 1  # the last batch of the warm-up
+    assert found[-1] == pytest.approx(RATE / 25 / 1e4)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_one_cycle_with_one_batch_per_epoch(tmp_path, warmup):
+    run = make_run(options("one_cycle", "--warmup_epochs", str(warmup)), tmp_path, batches=1)
+    found = rates(run)
+    assert len(found) == 8 and max(found) <= RATE * (1 + 1e-9) and all(rate > 0 for rate in found)
+    assert found[warmup:] == sorted(found[warmup:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("none", "none"),
+        ("reduce_lr_on_plateau", "ReduceLROnPlateau (factor=0.5, patience=1)"),
+        ("step", "StepLR (step_size=3, gamma=0.3)"),
+        ("cosine", "CosineAnnealingLR (T_max=5)"),
+        ("exponential", "ExponentialLR (gamma=0.8)"),
+        ("one_cycle", "OneCycleLR (max_lr=0.01, warmup_epochs=2, steps=32)"),
+    ],
+)
+def test_each_epoch_says_its_rate_and_schedule(tmp_path, capsys, name, line):
+    run = make_run(options(name), tmp_path)
+    found = rates(run)
+    blocks = capsys.readouterr().out.split("Epoch ")[1:]
+    assert len(blocks) == 8
+    for number, block in enumerate(blocks, start=1):
+        lines = block.splitlines()
+        assert lines[0] == f"{number} completed ({number}/8):"
+        assert lines[1] == f"  Training Loss: {1 - number:.5f}"
+        assert lines[2] == f"  Validation Loss: {LOSSES[number - 1]:.5f}"
+        assert lines[3] == f"  Learning Rate: {found[number * BATCHES - 1]:.6f}"
+        assert lines[4] == f"  Scheduler: {line}"
+        assert lines[-1] == f"  Model checkpoint saved (best: {number == 1})"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "epochs", "said"),
+    [
+        ("cosine", ["--scheduler_t_max", "10"], 11, ["--epochs 11", "--scheduler_t_max 10", "climbs"]),
+        ("cosine", ["--scheduler_t_max", "10"], 10, []),
+        ("exponential", ["--scheduler_gamma", "0.1"], 5, ["--scheduler_gamma 0.1", "3 epochs", "0.001"]),
+        ("exponential", ["--scheduler_gamma", "0.9"], 5, []),
+        ("step", ["--scheduler_gamma", "0.1"], 20, []),
+        ("none", ["--scheduler_type", "cosine"], 30, []),
+        ("none", ["--scheduler_type", "exponential"], 30, []),
+    ],
+)
+def test_defect_18_a_schedule_that_surprises_is_announced(capsys, name, given, epochs, said):
+    program.warn_about_schedule(options(name, *given, epochs=epochs), epochs)
+    message = capsys.readouterr().err
+    assert message.count("warning") == bool(said)
+    assert all(part in message for part in said)
+
+
+# Resumed runs
+
+
+def resume(folder, run, *typed):
+    """A new run that goes on from where `run` stands; the options that were not typed are the checkpoint's."""
+    SAVE(run, "last.pt")
+    args = program.parse_args(["--model_path", str(folder / "last.pt"), *typed])
+    stored = load_checkpoint(folder / "last.pt")["config"]
+    vars(args).update({key: value for key, value in stored.items() if key not in args.typed})
+    args.device, args.model_path = torch.device("cpu"), str(folder / "last.pt")
+    return make_run(args, folder, folder / "last.pt")
+
+
+@every_schedule
+@pytest.mark.parametrize("done", [3 * BATCHES, 3 * BATCHES + 2])  # after an epoch; in the middle of one
+def test_defect_9_stopped_and_resumed_is_straight_through(tmp_path, name, done):
+    straight = make_run(options(name), tmp_path)
+    expected = rates(straight)
+    stopped = make_run(options(name), tmp_path)
+    before = rates(stopped, stop=done)
+    resumed = resume(tmp_path, stopped)
+    assert type(resumed.scheduler) is type(straight.scheduler)
+    assert before + rates(resumed) == expected
+    for one, other in zip(straight.decoder.parameters(), resumed.decoder.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@every_schedule
+def test_epochs_typed_on_resume_are_additional_and_the_schedule_goes_on(tmp_path, name, capsys):
+    expected = rates(make_run(options(name, epochs=8), tmp_path))
+    run = make_run(options(name, epochs=8 if name == "one_cycle" else 4), tmp_path)
+    before = rates(run, stop=4 * BATCHES)
+    resumed = resume(tmp_path, run, "--epochs", "4")
+    assert (resumed.plan["epochs"], resumed.plan["steps"]) == (8, run.plan["steps"])
+    assert before + rates(resumed) == expected
+    assert "Epoch 8 completed (8/8)" in capsys.readouterr().out
+
+
+def test_one_cycle_keeps_its_first_plan_whatever_number_of_epochs_is_typed(tmp_path, capsys):
+    expected = rates(make_run(options("one_cycle", epochs=5), tmp_path))
+    run = make_run(options("one_cycle", epochs=5), tmp_path)
+    before = rates(run, stop=1 * BATCHES)
+    capsys.readouterr()
+    resumed = resume(tmp_path, run, "--epochs", "7")  # 8 in all
+    assert capsys.readouterr().err.count("warning: one_cycle was planned for 20 steps") == 1
+    found = before + rates(resumed)
+    assert found[:20] == pytest.approx(expected)
+    assert found[20:] == [found[19]] * 3 * BATCHES  # past its end the rate stays
+
+
+def test_one_cycle_within_its_plan_warns_of_nothing(tmp_path, capsys):
+    run = make_run(options("one_cycle"), tmp_path)
+    rates(run, stop=2 * BATCHES + 1)
+    resume(tmp_path, run)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["step", "exponential", "cosine", "one_cycle"])
+@pytest.mark.parametrize(("old", "moved"), [("reduce_lr_on_plateau", RATE / 2), ("none", RATE)])
+def test_another_type_of_schedule_starts_fresh_and_says_so(tmp_path, name, old, moved, capsys):
+    run = make_run(options(old, epochs=6), tmp_path)
+    assert rates(run, stop=5 * BATCHES)[-1] == moved
+    typed = ["--use_scheduler", "--scheduler_type", name, *SCHEDULES[name], "--epochs", "3"]
+    resumed = resume(tmp_path, run, *typed)
+    assert f"--scheduler_type {name} is new to this run: its schedule starts now" in capsys.readouterr().out
+    expected = {
+        "step": [RATE] * 3 * BATCHES,
+        "exponential": [RATE * 0.8**epoch for epoch in range(3) for _ in range(BATCHES)],
+        "cosine": [cosine(RATE, 1e-4, epoch / 5) for epoch in range(3) for _ in range(BATCHES)],
+        "one_cycle": one_cycle(3 * BATCHES, 2 * BATCHES),
+    }
+    assert rates(resumed) == pytest.approx(expected[name], rel=1e-6)
+
+
+@every_schedule
+def test_the_same_type_typed_again_goes_on(tmp_path, name, capsys):
+    expected = rates(make_run(options(name), tmp_path))
+    run = make_run(options(name), tmp_path)
+    before = rates(run, stop=3 * BATCHES)
+    typed = [] if name == "none" else ["--use_scheduler", "--scheduler_type", name]
+    assert before + rates(resume(tmp_path, run, *typed)) == expected
+    assert "is new to this run" not in capsys.readouterr().out
+
+
+@every_schedule
+def test_a_learning_rate_typed_on_resume_scales_the_rest_of_the_schedule(tmp_path, name):
+    free = ["--min_lr", "0"]
+    expected = rates(make_run(options(name, *free), tmp_path))
+    run = make_run(options(name, *free), tmp_path)
+    rates(run, stop=5 * BATCHES)
+    found = rates(resume(tmp_path, run, "--learning_rate", str(RATE / 2)))
+    assert found == pytest.approx([rate / 2 for rate in expected[5 * BATCHES :]], rel=1e-6)
+
+
+def test_a_gamma_typed_on_resume_holds_from_there_on(tmp_path):
+    run = make_run(options("exponential"), tmp_path)
+    rates(run, stop=3 * BATCHES)
+    found = per_epoch(rates(resume(tmp_path, run, "--scheduler_gamma", "0.5")))
+    assert found == pytest.approx([RATE * 0.8**3 * 0.5**epoch for epoch in range(5)])
+
+
+# Device and precision
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_defect_18_cuda_comes_before_mps_before_the_cpu(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert program.resolve_device("auto").type == expected
+
+
+@pytest.mark.parametrize("name", ["cud", "cuda:99", "gpu", "meta:x"])
+def test_a_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"^--device {name}: .*give auto") as error:
+        program.resolve_device(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "hardware", "expected"),
+    [
+        ("cpu", {"amx": False, "avx": False}, "float32"),
+        ("cpu", {"amx": True, "avx": False}, "bfloat16"),
+        ("cpu", {"amx": False, "avx": True}, "bfloat16"),
+        ("cuda", {"capability": (7, 5)}, "float16"),
+        ("cuda", {"capability": (8, 0)}, "bfloat16"),
+        ("cuda", {"capability": (9, 0)}, "bfloat16"),
+        ("mps", {"amx": True, "avx": True}, "float32"),
+    ],
+)
+def test_auto_takes_the_precision_that_the_hardware_has(monkeypatch, device, hardware, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: hardware["amx"])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware["avx"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: hardware["capability"])
+    assert program.resolve_precision("auto", torch.device(device)) == expected
+    for name in ("float32", "bfloat16", "float16"):
+        assert program.resolve_precision(name, torch.device(device)) == name  # what was asked for is kept
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, "-v", "-s"]))
