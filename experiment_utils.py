@@ -119,6 +119,8 @@ def resolve_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("another kind of device")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -488,6 +490,23 @@ def load_checkpoint(path):
         if key not in state or not isinstance(state[key], kind):
             raise _unusable(path, f"its {key!r} is missing or not of type {kind.__name__}")
     return state
+
+
+@contextlib.contextmanager
+def taking_from(path):
+    """While parts of a checkpoint are put to use, whatever they make fail becomes one ValueError that names the file.
+
+    A ValueError that names a file or a flag of its own accord passes as it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        told = " ".join(str(error).split())
+        if isinstance(error, ValueError) and told.startswith((str(path), "--")):
+            raise
+        raise _unusable(path, f"{type(error).__name__}: {told[:100]}") from error
 
 
 def _unusable(path, reason):

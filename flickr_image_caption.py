@@ -29,6 +29,10 @@ ENCODER_FAMILIES = {
 ENCODERS = {name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()}
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
 ARCHITECTURE = ("decoder", "encoder", "freq_threshold", "embed_size", "hidden_size", "num_layers", "attention_dim")
+IDLE_ELSEWHERE = {
+    "model_path": ("train", "test", "caption"), "resume": ("train",), "split": ("test",), "images": ("caption",),
+    "json": ("caption",), "output_dir": ("test", "caption"),
+}  # fmt: skip
 THIS_RUN_ONLY = ("mode", "model_path", "resume", "images", "json", "output_dir", "split", "device", "epochs", "typed")
 
 
@@ -62,7 +66,7 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    count, size, rate, share = number(int, 0), number(int, 1), number(float, 0, above=True), number(float, 0, 1)
+    count, size, rate, share = number(int, 0), number(int, 1, 2**20), number(float, 0, above=True), number(float, 0, 1)
 
     add = parser.add_argument_group("what to do").add_argument
     add("--mode", choices=("train", "test", "caption"), default="train", help="default: train")
@@ -74,7 +78,7 @@ def build_parser():
     )
     add("--model_save_dir", default="./saved_models", help="run folders go below it (%(default)s)")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1")
-    add("--seed", type=count, default=0, help="fixes weights, batches and dropout (%(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="fixes weights, batches and dropout (%(default)s)")
     add(
         "--num_workers", type=count, default=16, help="processes that decode images, at most one per core (%(default)s)"
     )
@@ -172,15 +176,19 @@ def parse_args(argv=None):
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     typed = {name: value for name, value in typed.items() if value is not unset}
     args = argparse.Namespace(**{**defaults, **typed}, typed=frozenset(typed))
+    for name, modes in IDLE_ELSEWHERE.items():
+        if name in typed and args.mode not in modes:
+            hint = ": give --model_path" if name == "resume" else ""
+            parser.error(f"--{name} belongs to --mode {' and '.join(modes)}, not {args.mode}{hint}")
+        if typed.get(name) == "":
+            parser.error(f"--{name} is empty: give a path")
     if args.resume and args.model_path:
         parser.error("--resume and --model_path name the same thing: give one of them")
     args.model_path = args.model_path or args.resume
-    if args.resume and args.mode != "train":
-        parser.error(f"--resume belongs to --mode train, not {args.mode}: give --model_path")
     if args.mode != "train" and not args.model_path:
         parser.error(f"--mode {args.mode} needs --model_path, the checkpoint to use")
-    if (args.mode == "caption") != bool(args.images):
-        parser.error("--images is needed by --mode caption and unused by the other modes")
+    if args.mode == "caption" and not args.images:
+        parser.error("--mode caption needs --images, pictures or folders of them")
     if args.model_path is None:  # with a checkpoint, the options it holds are checked together with the typed ones
         try:
             check_options(args)
@@ -232,6 +240,7 @@ import shutil
 import signal
 import time
 import urllib.error
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,7 +267,7 @@ DECODING_OPTIONS = (
 )  # fmt: skip
 SCHEDULER_STATE = {"last_epoch", "_step_count", "_last_lr", "base_lrs", "best", "num_bad_epochs", "cooldown_counter"}
 SCHEDULER_STATE |= {"_schedule_phases"}  # OneCycle's plan; everything else a schedule holds follows from the options
-AT_EPOCH_START = {"batch": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0}  # of the counters, those of one epoch
+AT_EPOCH_START = {"batch": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rate": 0.0}  # counters of one epoch
 SAMPLE = 512  # training images that the features' mean and standard deviation are taken from
 LOOK_EVERY = 50  # steps between looks at the loss: each look waits for the device
 CHUNK = 100  # images decoded together
@@ -356,7 +365,9 @@ def read_weights(file, trusted=False):
             f"--encoder_weights {file}: no such file: give imagenet, random or a torchvision state dict"
         )
     try:
-        state = torch.load(file, map_location="cpu", weights_only=not trusted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on pickles that it then refuses
+            state = torch.load(file, map_location="cpu", weights_only=not trusted)
     except (pickle.UnpicklingError, *experiment_utils.UNREADABLE) as error:
         raise ValueError(
             f"--encoder_weights {file}: not a readable state dict: give a torchvision .pth file"
@@ -373,11 +384,12 @@ def open_encoder(args, checkpoint=None):
     """
     stored = checkpoint["encoder"] if checkpoint else {}
     if stored.get("weights") is not None and "encoder_weights" not in args.typed:
-        encoder = Encoder(args.encoder, stored["weights"], args.model_path)
+        with experiment_utils.taking_from(args.model_path):
+            encoder = Encoder(args.encoder, stored["weights"], args.model_path)
     else:
         weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
         encoder = Encoder(args.encoder, weights, args.encoder_weights)
-    if stored and encoder.key()["weights_sha256"] != stored["weights_sha256"]:
+    if checkpoint and encoder.key()["weights_sha256"] != stored.get("weights_sha256"):
         raise ValueError(
             f"--encoder_weights {args.encoder_weights}: other weights than {args.model_path} was trained with: "
             "give the same ones, or leave the option out and use best.pt, which holds them"
@@ -595,7 +607,7 @@ def build_scheduler(optimizer, args, plan):
         return schedule.CosineAnnealingLR(optimizer, args.scheduler_t_max, args.min_lr)
     if args.scheduler_type == "exponential":
         return schedule.ExponentialLR(optimizer, args.scheduler_gamma)
-    warmup = min(1.0, args.warmup_epochs / args.epochs) + 1e-9  # torch divides 0 by 0 for a warm-up of one step
+    warmup = min(1.0, args.warmup_epochs / args.epochs + 1e-9)  # torch divides 0 by 0 for a warm-up of one step
     return schedule.OneCycleLR(optimizer, args.learning_rate, total_steps=plan["steps"], pct_start=warmup)
 
 
@@ -848,8 +860,7 @@ def set_up(args, checkpoint):
     texts = [caption for captions in table.captions for caption in captions]
     experiment_utils.set_seed(args.seed)
     if checkpoint:
-        vocabulary = caption_data.Vocabulary.from_plain(checkpoint["vocabulary"])
-        decoder = restore_decoder(args, checkpoint, len(vocabulary))
+        decoder, vocabulary = restore_decoder(args, checkpoint)
     else:
         vocabulary = caption_data.Vocabulary.build(texts, args.freq_threshold)
         decoder = build_decoder(args, encoder.channels, len(vocabulary))
@@ -866,7 +877,8 @@ def set_up(args, checkpoint):
         progress={"epoch": 0, "step": 0, "best_score": None, "stale_epochs": 0, **AT_EPOCH_START}, history=[],
     )  # fmt: skip
     if checkpoint:
-        restore_progress(run, checkpoint)
+        with experiment_utils.taking_from(args.model_path):
+            restore_progress(run, checkpoint)
     else:
         run.plan = {"epochs": args.epochs, "steps": args.epochs * run.batches.num_batches}
         run.scheduler = build_scheduler(run.optimizer, args, run.plan)
@@ -880,26 +892,32 @@ def token_batches(captions, vocabulary, args):
     return caption_data.CaptionBatches(ids, args.batch_size, args.max_length, args.seed)
 
 
-def restore_decoder(args, checkpoint, vocab_size):
-    """The checkpoint's decoder on its device. Raises: ValueError when its weights do not fit its own configuration."""
-    with torch.device("meta"):  # shapes are compared before memory is taken for them
-        expected = build_decoder(args, checkpoint["encoder"].get("channels", 1), vocab_size, device="meta").state_dict()
+def restore_decoder(args, checkpoint):
+    """The checkpoint's decoder, on its device, and vocabulary. Raises: ValueError when they do not fit each other."""
+    with experiment_utils.taking_from(args.model_path), torch.device("meta"):  # shapes first, before memory is taken
+        vocabulary = caption_data.Vocabulary.from_plain(checkpoint["vocabulary"])
+        sizes = checkpoint["encoder"]["channels"], len(vocabulary)
+        expected = build_decoder(args, *sizes, device="meta").state_dict()
     shapes = {name: getattr(tensor, "shape", None) for name, tensor in checkpoint["model"].items()}
     if shapes != {name: tensor.shape for name, tensor in expected.items()}:
         raise ValueError(
             f"{args.model_path}: its decoder's weights do not fit its configuration: give another checkpoint"
         )
-    decoder = build_decoder(args, checkpoint["encoder"]["channels"], vocab_size)
+    decoder = build_decoder(args, *sizes)
     decoder.load_state_dict(checkpoint["model"])
-    return decoder
+    return decoder, vocabulary
 
 
 def restore_progress(run, checkpoint):
     """Put optimizer, schedule, counters and random state back to where the checkpoint was taken."""
     args, saved = run.args, checkpoint["config"]
-    run.progress.update({name: checkpoint[name] for name in ("epoch", "step", "best_score")})
-    run.progress.update(checkpoint["data_position"] | checkpoint["early_stopping"])
-    run.history, run.plan = checkpoint["history"], dict(checkpoint["plan"])
+    best, where = checkpoint["best_score"], checkpoint["data_position"]
+    run.progress |= {name: type(start)(where[name]) for name, start in AT_EPOCH_START.items()}
+    run.progress |= {"epoch": checkpoint["epoch"], "step": checkpoint["step"]}
+    run.progress |= {"best_score": best if best is None else float(best), **checkpoint["early_stopping"]}
+    run.history, run.plan = [dict(row) for row in checkpoint["history"]], dict(checkpoint["plan"])
+    if not 0 <= run.progress["batch"] <= run.batches.num_batches:
+        raise ValueError(f"batch {run.progress['batch']} of {run.batches.num_batches}")
     if "epochs" in args.typed:
         run.plan["epochs"] = checkpoint["epoch"] + args.epochs
     args.epochs = run.plan["epochs"] - checkpoint["epoch"]
@@ -908,7 +926,7 @@ def restore_progress(run, checkpoint):
     fresh = args.use_scheduler and (not saved["use_scheduler"] or args.scheduler_type != saved["scheduler_type"])
     if fresh:
         print(f"--scheduler_type {args.scheduler_type} is new to this run: its schedule starts now")
-        run.plan["steps"] = args.epochs * run.batches.num_batches - checkpoint["data_position"]["batch"]
+        run.plan["steps"] = args.epochs * run.batches.num_batches - run.progress["batch"]
     run.scheduler = build_scheduler(run.optimizer, args, run.plan)  # before the states: building one sets the rate
     rate = run.optimizer.param_groups[0] | {}
     run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -973,10 +991,11 @@ def train(args, checkpoint):
         while progress["epoch"] < run.plan["epochs"]:
             started = time.perf_counter() - progress["seconds"]
             try:
-                rate = run.optimizer.param_groups[0]["lr"]
+                if not progress["batch"]:
+                    progress["rate"] = run.optimizer.param_groups[0]["lr"]
                 train_epoch(run, received)
                 row = {"epoch": progress["epoch"] + 1, "train_loss": progress["loss_sum"] / progress["tokens"]}
-                row |= {"learning_rate": rate, **validate(run, received)}
+                row |= {"learning_rate": progress["rate"], **validate(run, received)}
             except Stopped as stop:
                 progress["seconds"] = time.perf_counter() - started
                 save(run, "last.pt")
@@ -1011,25 +1030,19 @@ def draw_attention(folder, args, grid, vocabulary, paths, found, first=1):
         )  # fmt: skip
 
 
-def open_model(args, checkpoint):
-    """(encoder, decoder, vocabulary) of a checkpoint, to write captions with."""
-    vocabulary = caption_data.Vocabulary.from_plain(checkpoint["vocabulary"])
-    return open_encoder(args, checkpoint), restore_decoder(args, checkpoint, len(vocabulary)), vocabulary
-
-
 def output_folder(args):
-    """Where test and caption mode write: --output_dir, made when absent, or the checkpoint's folder."""
+    """Where test and caption mode write: --output_dir, not yet made, or the checkpoint's folder. Raises: ValueError."""
     folder = Path(args.output_dir or Path(args.model_path).parent)
     experiment_utils.check_writable_dir(folder, "--output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def test(args, checkpoint):
     """Caption a whole split without reference tokens, score it, write what was found. Returns the exit status."""
     folder, started = output_folder(args), time.perf_counter()
+    experiment_utils.check_writable_dir(args.cache_dir, "--cache_dir")
     dataset = open_dataset(args, checkpoint)
-    encoder, decoder, vocabulary = open_model(args, checkpoint)
+    encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), restore_decoder(args, checkpoint)
     print(*dataset.notes, sep="\n")
     table, features = open_features(args, encoder, dataset, args.split)
     grids = features.stream(torch.arange(len(table)).split(CHUNK))
@@ -1048,7 +1061,8 @@ def test(args, checkpoint):
         maps = [h.attention.unflatten(1, encoder.grid).numpy() for h in best]
         known = [boxes.get(name, []) for name in table.image]
         scores["attention"] = metrics_utils.peak_in_box(zip(words, maps, known, strict=True))
-    decoding = {name: getattr(args, name) for name in ("algorithm", *DECODING_OPTIONS)}
+    folder.mkdir(parents=True, exist_ok=True)
+    decoding = {name: getattr(args, name) for name in ("algorithm", *DECODING_OPTIONS)} | {"num_captions": 1}
     rows = [
         {"image_id": number, "file_name": name, "caption": captions[name], "log_prob": h.log_prob, **per_image[name]}
         for number, (name, h) in enumerate(zip(table.image, best, strict=True))
@@ -1070,30 +1084,34 @@ def caption(args, checkpoint):
     """Print a caption per picture; goes on past files that are no pictures. Returns the status, 1 if there were any."""
     paths = [path for given in args.images for path in caption_data.pictures_in(Path(given))]
     folder = output_folder(args) if args.save_attention_viz else None
-    encoder, decoder, vocabulary = open_model(args, checkpoint)
+    encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), restore_decoder(args, checkpoint)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     status, drawn = 0, 0
     for start in range(0, len(paths), CHUNK):
-        images = {}
+        images, readable = [], []
         for path in paths[start : start + CHUNK]:
             try:
-                images[path] = torch.from_numpy(caption_data.load_image(path, encoder.image_size))
+                images.append(torch.from_numpy(caption_data.load_image(path, encoder.image_size)))
+                readable.append(path)
             except ValueError as error:
                 print(f"flickr_image_caption.py: {error}", file=sys.stderr)
                 status = 1
         if not images:
             continue
         with torch.inference_mode():
-            grid = encoder(torch.stack(list(images.values())).permute(0, 3, 1, 2))
+            grid = encoder(torch.stack(images).permute(0, 3, 1, 2))
         found = list(caption_images(decoder, [grid], vocabulary, args))
-        for path, hypotheses in zip(images, found, strict=True):
+        for path, hypotheses in zip(readable, found, strict=True):
             texts = [{"caption": vocabulary.decode(h.tokens), "log_prob": h.log_prob} for h in hypotheses]
             if args.json:
                 print(json.dumps({"image": str(path), "captions": texts}, ensure_ascii=False), flush=True)
             else:
                 print(*(f"{path}\t{text['caption']}" for text in texts), sep="\n", flush=True)
         if folder:
-            draw_attention(folder, args, encoder.grid, vocabulary, images, found, first=drawn + 1)
-            drawn += len(images)
+            folder.mkdir(parents=True, exist_ok=True)
+            draw_attention(folder, args, encoder.grid, vocabulary, readable, found, first=drawn + 1)
+            drawn += len(readable)
     return status
 
 
@@ -1121,6 +1139,8 @@ def open_checkpoint(args):
         () if args.mode == "train" else ("precision", "save_attention_viz", "advanced_attention_viz")
     )
     stored = check_stored(path, checkpoint["config"])
+    with experiment_utils.taking_from(path):
+        checkpoint["splits"] = {split: list(checkpoint["splits"][split]) for split in caption_data.SPLITS}
     differing = [name for name in ARCHITECTURE if name in args.typed and getattr(args, name) != stored[name]]
     if differing:
         said = ", ".join(f"--{name} {getattr(args, name)} (stored: {stored[name]})" for name in differing)
@@ -1140,11 +1160,12 @@ def check_stored(path, config):
             continue
         try:
             value = config[action.dest]
-            if value is not None and action.type:
-                assert action.type(str(value)) == value
-            assert action.choices is None or value in action.choices
-            assert action.nargs != 0 or isinstance(value, bool)
-        except (KeyError, AssertionError, ValueError, argparse.ArgumentTypeError) as error:
+            as_typed = action.type or (bool if action.nargs == 0 else str)
+            if (value is not None or action.default is not None) and action.dest not in THIS_RUN_ONLY:
+                same = as_typed(value if as_typed is bool else str(value)) == value
+                if not same or (action.choices and value not in action.choices):
+                    raise ValueError(value)
+        except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(
                 f"{path}: its configuration has no usable --{action.dest}: give another checkpoint"
             ) from error

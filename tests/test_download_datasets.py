@@ -1,6 +1,11 @@
 """Tests of download_datasets.py: a local server that misbehaves, hostile archives, and the sample dataset.
 
 python -m pytest tests/test_download_datasets.py
+
+DEFECT 16 of CAPABILITIES.md (success printed after a failed extraction, unreachable verification, a wrong file checked,
+quota pages stored as data, `curl -k`) is kept away by test_no_source_works_says_where_to_ask_and_goes_on_later,
+test_verify_only_names_what_is_damaged, test_verify_only_accepts_each_captions_format,
+test_a_page_in_place_of_the_file_is_refused_before_it_is_stored and test_certificates_are_checked.
 """
 
 import hashlib

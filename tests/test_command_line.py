@@ -1,0 +1,972 @@
+"""The command line of flickr_image_caption.py: what each flag changes, what is refused and how, full disks and streams.
+
+A refusal is one line on stderr that names the flag or file and says what was expected, status 2, and leaves nothing
+behind. Numbers after DEFECT are rows of CAPABILITIES.md, section 1A.
+"""
+
+import contextlib
+import csv
+import functools
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_end_to_end import (
+    EPOCH_BLOCK,
+    STEPS,
+    TINY,
+    enter,
+    listed,
+    load,
+    options,
+    own_copy,
+    program,
+    read_json,
+    run_dir,
+    snapshot,
+    succeed,
+    train,
+    with_cider,
+)  # fmt: skip
+
+import attention_visualization
+import caption_data
+import experiment_utils
+import flickr_image_caption as fic
+
+PROGRAM = Path(fic.__file__)
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(autouse=True)
+def shop(tmp_path, monkeypatch):
+    """The workshop of test_end_to_end; the working folder is the test's own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield enter(tmp_path, monkeypatch)
+    torch.set_num_threads(threads)
+
+
+def refused(*flags, naming=()):
+    """Assert that the program refuses: status 2, one line that names these texts, no file more or less."""
+    before = snapshot()
+    outcome = program(*flags)
+    assert outcome.status == 2, outcome
+    assert outcome.err.startswith("flickr_image_caption.py: error: ") and outcome.err.count("\n") == 1, outcome.err
+    for text in naming:
+        assert str(text) in outcome.err
+    assert snapshot() == before
+
+
+def failed(*flags, naming=()):
+    """Assert that the program fails at work: status 1, one line that names these texts. Returns the outcome."""
+    outcome = program(*flags)
+    assert outcome.status == 1, outcome
+    (line,) = [line for line in outcome.err.splitlines() if "every validation image got the same" not in line]
+    assert line.startswith("flickr_image_caption.py: error: ")
+    for text in naming:
+        assert text in line
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------ what every flag changes
+
+
+def arguments(*flags):
+    """Tiny options with device and precision as `main` resolves them."""
+    args = fic.parse_args([*TINY.split(), *" ".join(flags).split()])
+    args.device = experiment_utils.resolve_device("cpu")
+    args.precision = experiment_utils.resolve_precision(args.precision, args.device)
+    return args
+
+
+def ready(*flags):
+    """A training run before its first step."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return fic.set_up(arguments(*flags), None)
+
+
+def stepped(*flags):
+    """(plain loss, run) after one step on the first batch."""
+    run = ready(*flags)
+    batch = next(iter(run.batches.epoch(0)))
+    run.decoder.train()
+    torch.manual_seed(7)
+    return float(fic.train_step(run, next(run.features.stream([batch.image_rows])), batch)), run
+
+
+def weights(run):
+    return torch.cat([parameter.detach().flatten() for parameter in run.decoder.parameters()])
+
+
+def rates(*flags, losses=(3.0, 2.0, 2.0, 2.0, 2.0)):
+    """The learning rate of each epoch whose validation losses are given, from 0.01 on."""
+    args = arguments("--use_scheduler", *flags)
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    scheduler = fic.build_scheduler(optimizer, args, {})
+    seen = []
+    for loss in losses:
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step(*([loss] if args.scheduler_type == "reduce_lr_on_plateau" else []))
+    return [round(rate, 7) for rate in seen]
+
+
+def written(*flags, decoder="attention"):
+    """Captions of the four test images, each image's a list of {caption, log_prob}, by caption mode."""
+    shop = Path("data").resolve().parent
+    images = [f"data/sample/Images/{name}" for name in listed("test")]
+    out = succeed("--mode caption --json --model_path", shop / decoder / "best.pt", *flags, "--images", *images)
+    return [json.loads(line)["captions"] for line in out.splitlines()]
+
+
+def texts(*flags):
+    """The best caption of each of the four test images."""
+    return [captions[0]["caption"] for captions in written(*flags)]
+
+
+def lengths(*flags):
+    return [len(text.split()) for text in texts(*flags)]
+
+
+def drawn(*flags):
+    """What test mode hands to the picture drawer: a list of `advanced`, one per picture."""
+    seen = []
+    shop = Path("data").resolve().parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_visualization, "save_attention_viz",
+                      lambda *_, advanced, **__: seen.append(advanced))  # fmt: skip
+        succeed("--mode test --algorithm greedy --output_dir out --model_path", shop / "attention/best.pt", *flags)
+    return seen
+
+
+def mode_chooses_what_runs():
+    path, ran = Path("data").resolve().parent / "lstm/best.pt", []
+    with pytest.MonkeyPatch.context() as patch:
+        for mode in fic.MODES:
+            patch.setitem(fic.MODES, mode, lambda args, checkpoint, mode=mode: ran.append(mode) or 0)
+        succeed("--mode test --model_path", path)
+        succeed("--mode caption --images data/sample/Images --model_path", path)
+        succeed("--mode train --epochs 1 --model_path", path)
+    assert ran == ["test", "caption", "train"]
+
+
+def model_path_chooses_the_model():
+    assert written() != written(decoder="lstm")
+
+
+def resume_goes_on():
+    path = Path("data").resolve().parent / "lstm/model_epoch_4.pt"
+    assert EPOCH_BLOCK.search(succeed("--epochs 1 --resume", path))[1] == "5"
+
+
+def model_save_dir_holds_the_runs():
+    assert train("--model_save_dir elsewhere").parts[:2] == ("elsewhere", "sample")
+
+
+def device_is_taken_at_its_word():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert experiment_utils.resolve_device("auto").type == "cuda"
+        assert experiment_utils.resolve_device("cpu").type == "cpu"
+    assert read_json(train("--device cpu") / "run_config.json")["device"] == "cpu"
+
+
+def seed_fixes_everything():
+    runs = [stepped(f"--encoder_weights weights.pth --seed {seed}") for seed in (1, 1, 2)]
+    same, again, other = (weights(run) for _, run in runs)
+    assert torch.equal(same, again) and not torch.equal(same, other)
+    orders = [next(iter(run.batches.epoch(0))).image_rows.tolist() for _, run in runs]
+    assert orders[0] == orders[1] != orders[2]
+    drawn_encoders = [fic.load_encoder_weights("shufflenet_v2_x0_5", "random", seed)["fc.bias"] for seed in (1, 1, 2)]
+    assert torch.equal(*drawn_encoders[:2]) and not torch.equal(*drawn_encoders[1:])
+
+
+def num_workers_decode():
+    asked, original = [], caption_data.cached_features
+
+    def cached_features(*args, **kwargs):
+        asked.append(kwargs["num_workers"])
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caption_data, "cached_features", cached_features)
+        ready("--num_workers 3")
+    assert asked == [3, 3]  # training and validation images
+
+
+def dataset_type_names_the_folder():
+    assert fic.open_dataset(arguments()).image_dir == Path("data/sample/Images")
+    refused("--dataset_type flickr8k", naming=["flickr8k", "python download_datasets.py --dataset flickr8k"])
+
+
+def image_dir_and_captions_file_replace_the_default():
+    dataset = fic.open_dataset(arguments(own_copy()))
+    assert dataset.image_dir == Path("data_copy/Images") and dataset.captions_file == Path("data_copy/captions.txt")
+
+
+def split_seed_draws_the_split():
+    flags = own_copy()
+    for path in Path("data_copy").glob("sample.*.txt"):
+        path.unlink()
+    one, same, other = (fic.open_dataset(arguments(flags, f"--split_seed {n}")).split_names() for n in (1, 1, 2))
+    assert one == same != other
+
+
+def freq_threshold_leaves_rare_words_out():
+    run = ready("--freq_threshold 20")
+    counts = dict.fromkeys(run.vocabulary.words[4:], 0)
+    with Path("data/sample/captions.txt").open() as file:
+        for row in csv.DictReader(file):
+            for word in caption_data.tokenize(row["caption"]) if row["image"] in listed("train") else ():
+                counts[word] = counts.get(word, 0) + 1
+    assert {word for word, count in counts.items() if count >= 20} == set(run.vocabulary.words[4:]) != set(counts)
+
+
+def max_bad_fraction_bounds_what_is_skipped():
+    flags = own_copy()
+    Path("data_copy/Images", listed("train")[0]).unlink()
+    assert len(fic.open_dataset(arguments(flags, "--max_bad_fraction 0.025")).table) == 39
+    with pytest.raises(ValueError, match=r"--max_bad_fraction 0\.024"):
+        fic.open_dataset(arguments(flags, "--max_bad_fraction 0.024"))
+
+
+def max_train_images_leaves_the_rest_out():
+    counts = fic.open_dataset(arguments("--max_train_images 7")).table.split.value_counts()
+    assert counts.to_dict() == {"train": 7, "val": 4, "test": 4}
+
+
+def encoder_is_built_by_name():
+    assert fic.open_encoder(arguments()).channels == 1024
+    assert fic.open_encoder(arguments("--encoder squeezenet1_1")).channels == 512
+
+
+def encoder_weights_come_from_the_file(flag="--encoder_weights"):
+    state = fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 5)
+    torch.save(state, "own.pth")
+    encoder = fic.open_encoder(arguments(f"{flag} own.pth"))
+    assert torch.equal(encoder.trunk.conv1[0].weight, state["conv1.0.weight"])
+    assert not torch.equal(fic.open_encoder(arguments()).trunk.conv1[0].weight, state["conv1.0.weight"])
+
+
+def cache_dir_holds_the_features():
+    ready("--cache_dir elsewhere --max_train_images 2")
+    (file,) = Path("elsewhere").glob("*/features.f16")
+    assert file.stat().st_size == 6 * 49 * 1024 * 2  # 2 + 4 images, float16
+
+
+def no_feature_cache_stores_nothing():
+    run = ready("--no_feature_cache --max_train_images 2 --cache_dir elsewhere")
+    assert run.features.features is None and not Path("elsewhere").exists()
+
+
+def decoder_is_built_by_name():
+    assert isinstance(ready("--decoder lstm").decoder, fic.LSTMDecoder)
+    assert isinstance(ready("--decoder attention").decoder, fic.AttentionDecoder)
+
+
+def sizes_reach_the_decoders():
+    for decoder in ("lstm", "attention"):
+        model = ready(f"--decoder {decoder} --embed_size 5 --hidden_size 6 --attention_dim 7").decoder
+        assert model.embed.embedding_dim == 5 and model.head.in_features == 6
+    assert model.project_keys.out_features == 7
+
+
+def num_layers_are_built_by_both_decoders_defect_15():
+    """DEFECT 15: the attention decoder ignored it."""
+    for decoder in ("lstm", "attention"):
+        one, two = (ready(f"--decoder {decoder} --num_layers {n}") for n in (1, 2))
+        extra = 4 * 16 * (16 + 16) + 2 * 4 * 16  # the second LSTM's weights and biases
+        if decoder == "attention":
+            extra += 2 * (1024 + 1) * 16  # and its first state
+        assert len(weights(two)) - len(weights(one)) == extra
+
+
+def drop_prob_drops_in_both_decoders_defect_15():
+    """DEFECT 15: the LSTM decoder did not use it."""
+    for decoder in ("lstm", "attention"):
+        losses = [stepped(f"--decoder {decoder} --drop_prob {p}")[0] for p in (0, 0, 0.6)]
+        assert losses[0] == losses[1] != losses[2]
+
+
+def alpha_c_weighs_the_attention_penalty():
+    (plain, without), (same, with_penalty) = (stepped(f"--decoder attention --alpha_c {a}") for a in (0, 9))
+    assert plain == same and not torch.equal(weights(without), weights(with_penalty))
+
+
+def epochs_are_trained():
+    assert len(EPOCH_BLOCK.findall(succeed(TINY, "--epochs 3"))) == 3
+
+
+def batch_size_counts_captions():
+    assert [ready(f"--batch_size {n}").batches.num_batches for n in (40, 160, 7)] == [STEPS, 1, 23]
+
+
+def learning_rate_is_adams():
+    before = weights(ready())
+    for rate in (0.01, 0.0001):  # Adam's first update of a parameter is its rate, whatever the gradient
+        assert (weights(stepped(f"--learning_rate {rate}")[1]) - before).abs().max() == pytest.approx(rate, rel=0.01)
+
+
+def label_smoothing_changes_the_update_but_not_the_plain_loss():
+    (plain, sharp), (same, smooth) = (stepped(f"--label_smoothing {share}") for share in (0, 0.3))
+    assert plain == same and not torch.equal(weights(sharp), weights(smooth))
+
+
+def grad_clip_bounds_the_gradient():
+    def norm(run):
+        return float(torch.cat([state["exp_avg"].flatten() for state in run.optimizer.state.values()]).norm())
+
+    free, clipped, loose = (norm(stepped(f"--grad_clip {limit}")[1]) for limit in (0, 0.01, 1000))
+    assert clipped == pytest.approx(0.1 * 0.01, rel=1e-3) and free == loose > 2 * clipped  # Adam keeps a tenth
+
+
+def precision_is_computed_in():
+    for name in ("float32", "bfloat16", "float16"):
+        with fic.autocast(arguments(f"--precision {name}")):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, name)
+        loss, run = stepped(f"--precision {name}")
+        assert loss == pytest.approx(4, abs=0.3) and run.scaler.is_enabled() == (name == "float16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert experiment_utils.resolve_precision("auto", torch.device("cuda")) == "float16"
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert experiment_utils.resolve_precision("auto", torch.device("cuda")) == "bfloat16"
+    taken = experiment_utils.resolve_precision("auto", torch.device("cpu"))
+    assert read_json(train("--precision auto") / "run_config.json")["precision"] == taken != "auto"
+
+
+def early_stopping_patience_ends_the_run():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fic, "validate", with_cider(fic.validate, itertools.repeat(0.5)))
+        assert len(EPOCH_BLOCK.findall(succeed(TINY, "--epochs 6 --early_stopping_patience 2"))) == 3
+
+
+def val_beam_size_reaches_the_search():
+    asked, original = [], fic.generate
+
+    def generate(*args, **kwargs):
+        asked.append(kwargs["beam_size"])
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fic, "generate", generate)
+        train("--val_beam_size 3")
+        train()
+    assert asked == [3, 1]
+
+
+def keep_checkpoints_deletes_older_ones():
+    kept = {path.name for path in train("--epochs 3 --keep_checkpoints 2").glob("*.pt")}
+    assert kept == {"best.pt", "model_epoch_2.pt", "model_epoch_3.pt"}
+
+
+def use_scheduler_schedules():
+    optimizer = torch.optim.Adam([torch.zeros(1)])
+    assert fic.build_scheduler(optimizer, arguments("--scheduler_type step"), {}) is None
+    args = arguments("--use_scheduler --scheduler_type step")
+    assert isinstance(fic.build_scheduler(optimizer, args, {}), torch.optim.lr_scheduler.StepLR)
+
+
+def scheduler_type_chooses():
+    names = {"step": "StepLR", "cosine": "CosineAnnealingLR", "exponential": "ExponentialLR",
+             "one_cycle": "OneCycleLR", "reduce_lr_on_plateau": "ReduceLROnPlateau"}  # fmt: skip
+    for kind in fic.SCHEDULERS:
+        run = ready(f"--use_scheduler --scheduler_type {kind}")
+        assert type(run.scheduler).__name__ == names[kind]
+        assert fic.describe_scheduler(run.args, run.plan).startswith(names[kind])
+
+
+def plateau_options_count():
+    plateau = "--scheduler_type reduce_lr_on_plateau"
+    assert rates(plateau, "--scheduler_patience 0 --scheduler_factor 0.5") == [0.01, 0.01, 0.01, 0.005, 0.0025]
+    assert rates(plateau, "--scheduler_patience 0 --scheduler_factor 0.1") == [0.01, 0.01, 0.01, 0.001, 0.0001]
+    assert rates(plateau, "--scheduler_patience 1 --scheduler_factor 0.5") == [0.01, 0.01, 0.01, 0.01, 0.005]
+
+
+def step_options_count():
+    assert rates("--scheduler_type step --scheduler_step_size 2") == [0.01, 0.01, 0.001, 0.001, 0.0001]
+    assert rates("--scheduler_type step --scheduler_step_size 3") == [0.01, 0.01, 0.01, 0.001, 0.001]
+    assert rates("--scheduler_type step --scheduler_step_size 3 --scheduler_gamma 0.5")[-1] == 0.005
+    assert rates("--scheduler_type exponential --scheduler_gamma 0.5") == [0.01, 0.005, 0.0025, 0.00125, 0.000625]
+
+
+def t_max_is_where_the_cosine_is_lowest():
+    assert rates("--scheduler_type cosine --scheduler_t_max 4")[-1] == 1e-7
+    assert rates("--scheduler_type cosine --scheduler_t_max 2")[2] == 1e-7
+
+
+def min_lr_is_the_lowest_rate():
+    assert rates("--scheduler_type cosine --scheduler_t_max 4 --min_lr 0.002")[-1] == 0.002
+    plateau = "--scheduler_type reduce_lr_on_plateau --scheduler_patience 0 --scheduler_factor 0.1 --min_lr 0.002"
+    assert rates(plateau)[-1] == 0.002
+
+
+def warmup_epochs_of_rising_rate():
+    for warm in (1, 2):
+        folder = train(f"--epochs 4 --use_scheduler --scheduler_type one_cycle --warmup_epochs {warm}")
+        found = read_json(folder / "loss_curve.json")["learning_rates"]
+        assert found.index(max(found)) == warm
+
+
+def algorithm_chooses_the_search():
+    assert written("--algorithm greedy") == written("--algorithm beam --beam_size 1")
+    samples = [texts(f"--algorithm sample --seed {seed}") for seed in (1, 1, 2)]
+    assert samples[0] == samples[1] != samples[2]
+
+
+def beam_size_widens_the_search():
+    narrow, wide = (
+        [captions[0]["log_prob"] for captions in written(f"--beam_size {n} --min_length 9")] for n in (1, 8)
+    )
+    assert sum(wide) > sum(narrow)
+
+
+def max_length_cuts():
+    assert max(lengths("--max_length 2")) <= 2 < max(lengths("--min_length 3"))
+
+
+def min_length_holds_eos_back():
+    assert min(lengths("--min_length 9")) >= 9 > min(lengths())
+
+
+def length_penalty_favours_long_captions():
+    assert sum(lengths("--length_penalty 10")) > sum(lengths("--length_penalty -10"))
+
+
+def no_repeat_ngram_size_forbids_repeats():
+    repeats = [len(text.split()) - len(set(text.split())) for text in texts("--min_length 10")]
+    unique = [len(text.split()) - len(set(text.split())) for text in texts("--min_length 10 --no_repeat_ngram_size 1")]
+    assert max(unique) == 0 < max(repeats)
+
+
+def sampling_narrows_down_to_greedy():
+    greedy = texts("--algorithm greedy --max_length 2")
+    for flags in ("--temperature 0.001", "--top_k 1", "--top_p 0.000001"):
+        assert texts("--algorithm sample --max_length 2", flags) == greedy
+    assert texts("--algorithm sample --temperature 5 --max_length 2") != greedy
+    assert texts("--algorithm sample --temperature 5 --top_k 2") != texts("--algorithm sample --temperature 5")
+    assert texts("--algorithm sample --temperature 5 --top_p 0.3") != texts("--algorithm sample --temperature 5")
+
+
+def num_captions_are_printed():
+    assert [len({caption["caption"] for caption in captions}) for captions in written("--num_captions 3")] == [3] * 4
+
+
+def split_chooses_the_images():
+    path = Path("data").resolve().parent / "lstm/best.pt"
+    succeed("--mode test --split val --algorithm greedy --output_dir out --model_path", path)
+    assert [row["file_name"] for row in read_json("out/val_captions.json")] == listed("dev")
+
+
+def images_are_captioned_and_json_is_json():
+    path = Path("data").resolve().parent / "lstm/best.pt"
+    out = succeed("--mode caption --model_path", path, "--images data/sample/Images")
+    assert [line.split("\t")[0] for line in out.splitlines()] == sorted(map(str, Path("data/sample/Images").iterdir()))
+    assert len(written()) == 4  # parsed from JSON lines
+
+
+def output_dir_holds_the_scores():
+    path = Path("data").resolve().parent / "lstm/best.pt"
+    succeed("--mode test --algorithm greedy --output_dir new/folder --model_path", path)
+    assert {path.name for path in Path("new/folder").iterdir()} == {"test_metrics.json", "test_captions.json"}
+
+
+def pictures_are_drawn_as_asked():
+    assert drawn() == [] and drawn("--save_attention_viz") == [False] * 3
+    assert drawn("--save_attention_viz --attention_viz_samples 2") == [False] * 2
+    assert drawn("--advanced_attention_viz --attention_viz_samples 1") == [True]
+
+
+FLAG_EFFECTS = {
+    "--mode": mode_chooses_what_runs,
+    "--model_path": model_path_chooses_the_model,
+    "--resume": resume_goes_on,
+    "--model_save_dir": model_save_dir_holds_the_runs,
+    "--device": device_is_taken_at_its_word,
+    "--seed": seed_fixes_everything,
+    "--num_workers": num_workers_decode,
+    "--dataset_type": dataset_type_names_the_folder,
+    "--image_dir": image_dir_and_captions_file_replace_the_default,
+    "--captions_file": image_dir_and_captions_file_replace_the_default,
+    "--split_seed": split_seed_draws_the_split,
+    "--freq_threshold": freq_threshold_leaves_rare_words_out,
+    "--max_bad_fraction": max_bad_fraction_bounds_what_is_skipped,
+    "--max_train_images": max_train_images_leaves_the_rest_out,
+    "--encoder": encoder_is_built_by_name,
+    "--encoder_weights": encoder_weights_come_from_the_file,
+    "--resnet_weights": functools.partial(encoder_weights_come_from_the_file, "--resnet_weights"),
+    "--cache_dir": cache_dir_holds_the_features,
+    "--no_feature_cache": no_feature_cache_stores_nothing,
+    "--decoder": decoder_is_built_by_name,
+    "--embed_size": sizes_reach_the_decoders,
+    "--hidden_size": sizes_reach_the_decoders,
+    "--attention_dim": sizes_reach_the_decoders,
+    "--num_layers": num_layers_are_built_by_both_decoders_defect_15,
+    "--drop_prob": drop_prob_drops_in_both_decoders_defect_15,
+    "--alpha_c": alpha_c_weighs_the_attention_penalty,
+    "--epochs": epochs_are_trained,
+    "--batch_size": batch_size_counts_captions,
+    "--learning_rate": learning_rate_is_adams,
+    "--label_smoothing": label_smoothing_changes_the_update_but_not_the_plain_loss,
+    "--grad_clip": grad_clip_bounds_the_gradient,
+    "--precision": precision_is_computed_in,
+    "--early_stopping_patience": early_stopping_patience_ends_the_run,
+    "--val_beam_size": val_beam_size_reaches_the_search,
+    "--keep_checkpoints": keep_checkpoints_deletes_older_ones,
+    "--use_scheduler": use_scheduler_schedules,
+    "--scheduler_type": scheduler_type_chooses,
+    "--scheduler_patience": plateau_options_count,
+    "--scheduler_factor": plateau_options_count,
+    "--scheduler_step_size": step_options_count,
+    "--scheduler_gamma": step_options_count,
+    "--scheduler_t_max": t_max_is_where_the_cosine_is_lowest,
+    "--min_lr": min_lr_is_the_lowest_rate,
+    "--warmup_epochs": warmup_epochs_of_rising_rate,
+    "--algorithm": algorithm_chooses_the_search,
+    "--beam_size": beam_size_widens_the_search,
+    "--max_length": max_length_cuts,
+    "--min_length": min_length_holds_eos_back,
+    "--length_penalty": length_penalty_favours_long_captions,
+    "--no_repeat_ngram_size": no_repeat_ngram_size_forbids_repeats,
+    "--temperature": sampling_narrows_down_to_greedy,
+    "--top_k": sampling_narrows_down_to_greedy,
+    "--top_p": sampling_narrows_down_to_greedy,
+    "--num_captions": num_captions_are_printed,
+    "--split": split_chooses_the_images,
+    "--images": images_are_captioned_and_json_is_json,
+    "--json": images_are_captioned_and_json_is_json,
+    "--output_dir": output_dir_holds_the_scores,
+    "--save_attention_viz": pictures_are_drawn_as_asked,
+    "--attention_viz_samples": pictures_are_drawn_as_asked,
+    "--advanced_attention_viz": pictures_are_drawn_as_asked,
+}
+
+
+def flag_names():
+    """Every option string of the parser, aliases included."""
+    return {name for action in options() for name in action.option_strings}
+
+
+def test_every_flag_has_an_effect_test():
+    assert flag_names() == FLAG_EFFECTS.keys()
+
+
+@pytest.mark.parametrize(
+    "effect", dict.fromkeys(FLAG_EFFECTS.values()), ids=lambda effect: getattr(effect, "__name__", "resnet_weights")
+)
+def test_flag_effect(effect):
+    torch.save(fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 0), "weights.pth")
+    effect()
+
+
+# ------------------------------------------------------------------------------------------------- parser and README
+
+DOCUMENT_A = Path(__file__).resolve().parents[2] / "shared/spec/A_flickr_readme.md"
+
+
+def test_document_a_s_commands_parse_and_its_defaults_are_ours():
+    if not DOCUMENT_A.is_file():
+        pytest.skip("document A is not here")
+    text = DOCUMENT_A.read_text()
+    commands = re.findall(r"^python flickr_image_caption\w*\.py(.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    assert len(commands) >= 15
+    for command in commands:
+        fic.parse_args(command.split())
+    parser = fic.build_parser()
+    stated = re.findall(r"^- `--(\w+)`.*\(default: `?([\w.-]+)`?\)", text, re.MULTILINE)
+    stated += re.findall(r"^\| `--(\w+)` \| ([\w.-]+) \|", text, re.MULTILINE)
+    assert len(stated) >= 25
+    for name, default in stated:
+        ours = parser.get_default(name)
+        assert float(default) == ours if isinstance(ours, float) else default == str(ours), name
+
+
+def test_the_readme_s_table_has_every_flag_with_its_default():
+    """A row is | `--flag` | default | ...; off and none stand for False and None."""
+    readme = PROGRAM.with_name("README.md")
+    if not readme.is_file():
+        pytest.skip("README.md is not written yet")
+    rows = {}
+    for names, default in re.findall(r"^\| *(`--[^|]+?) *\| *([^|]*?) *\|", readme.read_text(), re.MULTILINE):
+        rows |= dict.fromkeys(re.findall(r"--\w+", names), default.strip("`* "))
+    own = {action.option_strings[0] for action in options()}
+    assert not own - rows.keys(), "flags without a row"
+    for action in options():
+        shown, real = rows[action.option_strings[0]], action.default
+        if isinstance(real, float):
+            assert float(shown) == real, action.dest
+        else:
+            expected = "none" if real is None else "off" if real is False else str(real)
+            assert shown == expected, f"{action.dest}: {shown} is not {real}"
+
+
+def answer(*flags):
+    """(status, stdout, stderr lines that are no import times, CPU seconds, imported modules) of a real process."""
+    command = [sys.executable, "-X", "importtime", str(PROGRAM), *flags]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    child = subprocess.run(command, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    lines = child.stderr.splitlines()
+    modules = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    return child.returncode, child.stdout, [x for x in lines if not x.startswith("import time:")], seconds, modules
+
+
+def test_help_answers_in_under_a_second_without_torch():
+    status, out, errors, seconds, modules = answer("--help")
+    assert status == 0 and errors == [] and seconds < 1 and "argparse" in modules
+    assert not modules & {"torch", "torchvision", "numpy", "pandas"}
+    for name in flag_names():
+        assert re.search(rf"{name}\b", out)
+
+
+@pytest.mark.parametrize("flags, named", [("--epoch 3", "--epoch"), ("--drop_prob 1.5", "--drop_prob"),
+                                          ("--save_attention_viz --decoder lstm", "--save_attention_viz")])  # fmt: skip
+def test_a_mistake_answers_in_under_a_second_without_torch(flags, named):
+    status, out, errors, seconds, modules = answer(*flags.split())
+    assert status == 2 and out == "" and len(errors) == 1 and named in errors[0] and seconds < 1
+    assert "torch" not in modules
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags", [
+    "--epoch 3", "--nonsense", "stray", "--mode fly", "--decoder gru", "--encoder alexnet9", "--scheduler_type linear",
+    "--dataset_type coco9", "--algorithm best", "--split all", "--precision int8", "--epochs", "--images",
+    "--epochs 0", "--epochs -1", "--epochs 1.5", "--epochs nan", "--epochs x", "--batch_size 0", "--batch_size -3",
+    "--learning_rate 0", "--learning_rate -1", "--learning_rate nan", "--learning_rate inf", "--learning_rate 1e999",
+    "--drop_prob 1.5", "--drop_prob 1", "--drop_prob -0.1", "--drop_prob nan", "--alpha_c -1", "--alpha_c inf",
+    "--label_smoothing 1", "--label_smoothing nan", "--grad_clip -1", "--grad_clip nan", "--embed_size 0",
+    "--hidden_size 0", "--num_layers 0", "--attention_dim 0", "--num_workers -1", "--seed -1", "--seed 4294967296",
+    "--split_seed -1", "--freq_threshold 0", "--max_bad_fraction 1.1", "--max_bad_fraction -0.1",
+    "--max_bad_fraction nan", "--max_train_images 0", "--keep_checkpoints 0", "--early_stopping_patience -1",
+    "--val_beam_size 0", "--scheduler_patience -1", "--scheduler_factor 0", "--scheduler_factor 1",
+    "--scheduler_factor nan", "--scheduler_step_size 0", "--scheduler_gamma 0", "--scheduler_gamma 1.5",
+    "--scheduler_t_max 0", "--min_lr -1", "--min_lr nan", "--warmup_epochs -1", "--beam_size 0", "--max_length 0",
+    "--min_length -1", "--length_penalty nan", "--length_penalty inf", "--no_repeat_ngram_size -1",
+    "--temperature 0", "--temperature nan", "--top_k -1", "--top_p 0", "--top_p 1.1", "--num_captions 0",
+    "--attention_viz_samples 0",
+])  # fmt: skip
+def test_an_unknown_flag_or_a_value_out_of_range(flags):
+    refused(flags, naming=[flags.split()[0]])
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--decoder lstm --save_attention_viz", ["--save_attention_viz", "--decoder attention"]),
+    ("--advanced_attention_viz", ["--save_attention_viz", "--decoder attention"]),
+    ("--resume a.pt --model_path b.pt", ["--resume", "--model_path"]),
+    ("--mode test", ["--model_path"]), ("--mode caption --images x.jpg", ["--model_path"]),
+    ("--mode caption --model_path a.pt", ["--images"]), ("--images x.jpg", ["--images", "--mode caption"]),
+    ("--mode test --resume a.pt", ["--resume", "--model_path"]),
+    ("--min_length 40 --max_length 40", ["--min_length", "--max_length"]),
+    ("--algorithm greedy --beam_size 3", ["--beam_size", "--algorithm"]),
+    ("--temperature 0.5", ["--temperature", "--algorithm sample"]), ("--top_k 3", ["--top_k"]),
+    ("--algorithm sample --length_penalty 1", ["--length_penalty"]),
+    ("--num_captions 9 --beam_size 3", ["--num_captions"]), ("--algorithm greedy --num_captions 2", ["--num_captions"]),
+    ("--use_scheduler --scheduler_type one_cycle --warmup_epochs 10", ["--warmup_epochs", "--epochs"]),
+    ("--use_scheduler --scheduler_type cosine --min_lr 0.1", ["--min_lr", "--learning_rate"]),
+    ("--resume=", ["--resume"]), ("--model_path=", ["--model_path"]),
+])  # fmt: skip
+def test_flags_that_contradict_each_other(flags, named):
+    """An empty --resume or --model_path, such as of an unset shell variable, must not start a run from nothing."""
+    refused(flags, naming=named)
+
+
+def test_attention_pictures_of_a_checkpoint_without_attention(shop):
+    path, picture = shop / "lstm/best.pt", f"data/sample/Images/{listed('test')[0]}"
+    for mode in ("--mode test", f"--mode caption --images {picture}", "--epochs 1"):
+        refused(mode, "--save_attention_viz --model_path", path, naming=["--save_attention_viz", "lstm"])
+
+
+def test_a_dataset_that_is_not_there_says_which_command_gets_it():
+    refused("--dataset_type flickr30k", naming=["flickr30k", "python download_datasets.py --dataset flickr30k"])
+    refused("", naming=["python download_datasets.py --dataset flickr30k"])
+    refused("--dataset_type sample --captions_file nowhere.txt", naming=["--captions_file nowhere.txt"])
+    refused("--dataset_type sample --image_dir nowhere", naming=["--image_dir nowhere"])
+    refused("--dataset_type custom", naming=["--image_dir", "--captions_file"])
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n\n", b"image,caption\n", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"{", b"[]",
+                                     b"hello world\nthis is prose\n", b"image,caption\n\xff\xfe\n"])  # fmt: skip
+def test_a_captions_file_without_captions(content):
+    Path("bad.txt").write_bytes(content)
+    refused(TINY, "--captions_file bad.txt", naming=["bad.txt"])
+
+
+def test_a_split_without_images(shop):
+    flags = own_copy()
+    Path("data_copy/sample.devImages.txt").write_text("")
+    refused(TINY, flags, naming=["data_copy", "val"])
+    Path("bad.csv").write_text("image,caption,split\n" + "".join(f"{n},a dog,train\n" for n in listed("train")))
+    refused(TINY, "--captions_file bad.csv", naming=["bad.csv", "val"])
+    refused("--mode test --captions_file bad.csv --model_path", shop / "lstm/best.pt", naming=["bad.csv"])
+
+
+def test_weights_that_do_not_fit_or_are_none(monkeypatch):
+    monkeypatch.setattr(fic.Encoder, "forward", None)  # nothing is encoded before
+    refused(TINY, "--encoder_weights nowhere.pth", naming=["--encoder_weights nowhere.pth"])
+    torch.save(fic.load_encoder_weights("squeezenet1_1", "random", 0), "squeezenet.pth")
+    refused(TINY, "--encoder_weights squeezenet.pth", naming=["squeezenet.pth", "shufflenet_v2_x0_5"])
+    torch.save(fic.load_encoder_weights("shufflenet_v2_x1_0", "random", 0), "wider.pth")
+    refused(TINY, "--resnet_weights wider.pth", naming=["wider.pth", "shufflenet_v2_x0_5"])
+    whole = Path("squeezenet.pth").read_bytes()
+    for content in (b"", b"no weights", whole[: len(whole) // 2], pickle.dumps({"a": 1}), pickle.dumps(Hostile())):
+        Path("bad.pth").write_bytes(content)
+        refused(TINY, "--encoder_weights bad.pth", naming=["--encoder_weights bad.pth"])
+    torch.save([1, 2], "list.pth")
+    refused(TINY, "--encoder_weights list.pth", naming=["--encoder_weights list.pth"])
+    refused(TINY, "--encoder_weights data", naming=["--encoder_weights data"])
+    assert not Path("owned").exists()
+
+
+def test_imagenet_weights_that_cannot_be_had_are_an_error_defect_14(monkeypatch, tmp_path):
+    """DEFECT 14: without the file the encoder was silently random. File, address and place are named, on one line."""
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path.parent / "torch_home"))
+    monkeypatch.setattr(fic, "WEIGHTS_DIR", Path("place"))
+    for encoder, file in (("resnet50", "resnet50"), ("mobilenet_v2", "mobilenet_v2-b0353104.pth")):
+        refused(f"--dataset_type sample --encoder {encoder}", naming=[file, "https://download.pytorch.org/", "place"])
+    Path("place").mkdir()
+    Path("place/mobilenet_v2-b0353104.pth").write_bytes(b"a page that says 404")
+    refused("--dataset_type sample --encoder mobilenet_v2", naming=["place/mobilenet_v2-b0353104.pth", "SHA-256"])
+
+
+class Hostile:
+    """Unpickling it writes a file."""
+
+    def __reduce__(self):
+        return (os.system, ("touch owned",))
+
+
+def test_a_checkpoint_that_is_missing_damaged_or_hostile(shop):
+    whole = (shop / "lstm/best.pt").read_bytes()
+    picture = f"data/sample/Images/{listed('test')[0]}"
+    modes = "--mode test", f"--mode caption --images {picture}", "--epochs 1"
+    for mode in modes:
+        refused(mode, "--model_path nowhere/best.pt", naming=["nowhere/best.pt"])
+    refused("--resume latest", naming=["saved_models"])
+    refused("--mode test --model_path data", naming=["data"])
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    torch.save({**load(shop / "lstm/best.pt"), "vocabulary": Hostile()}, "archive.pt")
+    contents = [b"", b"no checkpoint", whole[:1000], whole[:-1000], bytes(flipped), pickle.dumps(Hostile()),
+                Path("archive.pt").read_bytes()]  # fmt: skip
+    for content, mode in itertools.zip_longest(contents, modes, fillvalue=modes[0]):
+        Path("bad.pt").write_bytes(content)
+        refused(mode, "--model_path bad.pt", naming=["bad.pt"])
+    assert not Path("owned").exists()
+
+
+def test_a_checkpoint_of_another_format_version(shop):
+    torch.save(load(shop / "lstm/best.pt") | {"format_version": 99}, "future.pt")
+    refused("--mode test --model_path future.pt", naming=["future.pt", "99", "1"])
+
+
+def changed(path, **parts):
+    """Write bad.pt: a checkpoint with parts replaced; `a__b` is part b of part a."""
+    state = load(path)
+    for name, value in parts.items():
+        part, _, key = name.partition("__")
+        state[part] = {**state[part], key: value} if key else value
+    torch.save(state, "bad.pt")
+
+
+@pytest.mark.parametrize("name", sorted({a.dest for a in fic.build_parser()._actions} - {"help", *fic.THIS_RUN_ONLY}))
+def test_a_wrong_configuration_inside_a_checkpoint_is_named(name, shop):
+    config = load(shop / "lstm/best.pt")["config"]
+    for wrong in ([1], {"a": 1}):
+        with pytest.raises(ValueError, match=name):
+            fic.check_stored("bad.pt", config | {name: wrong})
+    with pytest.raises(ValueError, match=name):
+        fic.check_stored("bad.pt", {key: value for key, value in config.items() if key != name})
+
+
+WRONG_PARTS = {
+    "--mode caption --images data/sample/Images": [
+        {"config__hidden_size": 17}, {"config__decoder": "attention"}, {"config__drop_prob": 7.0},
+        {"config__encoder": "resnet18"}, {"model": {}}, {"vocabulary": {}}, {"vocabulary": {"words": ["a"]}},
+        {"encoder": {}}, {"encoder__weights": {}}, {"encoder__weights": [1]}, {"encoder__weights_sha256": "0"},
+        {"encoder__channels": 3}, {"encoder__channels": "x"},
+    ],
+    "--mode test": [{"splits": {}}, {"splits": {"test": 3}}],
+    "--epochs 1": [
+        {"plan": None}, {"plan": {}}, {"optimizer": {}}, {"optimizer": None}, {"config__use_scheduler": True},
+        {"data_position__batch": "x"}, {"data_position__batch": -3}, {"history": [1]}, {"early_stopping": None},
+        {"random_state": {}}, {"random_state__cpu": 5}, {"best_score": "high"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode, parts", [(mode, parts) for mode in WRONG_PARTS for parts in WRONG_PARTS[mode]], ids=str)
+def test_a_checkpoint_with_a_wrong_part(mode, parts, shop):
+    changed(shop / "lstm/best.pt", **parts)
+    shutil.copy(shop / "lstm/best.pt", "best.pt")  # beside it, as in a run's directory
+    refused(mode, "--model_path bad.pt", naming=["bad.pt"])
+
+
+def test_an_output_path_that_is_a_file(shop):
+    Path("file").write_text("in the way")
+    refused(TINY, "--model_save_dir file", naming=["--model_save_dir file"])
+    refused(TINY, "--cache_dir file", naming=["--cache_dir file"])
+    refused(TINY, "--model_save_dir file/below", naming=["--model_save_dir file/below"])
+    refused("--mode test --output_dir file --model_path", shop / "lstm/best.pt", naming=["--output_dir file"])
+    refused("--mode test --cache_dir file --output_dir new --model_path", shop / "lstm/best.pt",
+            naming=["--cache_dir file"])  # fmt: skip
+    refused("--mode caption --save_attention_viz --images data/sample/Images --output_dir file --model_path",
+            shop / "attention/best.pt", naming=["--output_dir file"])  # fmt: skip
+
+
+def test_test_and_caption_mode_make_no_folder_for_a_run_that_is_refused(shop):
+    refused("--mode test --captions_file nowhere --output_dir new --model_path", shop / "lstm/best.pt",
+            naming=["nowhere"])  # fmt: skip
+    refused("--mode caption --save_attention_viz --output_dir new --encoder_weights nowhere.pth --images "
+            "data/sample/Images --model_path", shop / "attention/best.pt", naming=["nowhere.pth"])  # fmt: skip
+
+
+def test_images_that_are_not_there(shop):
+    Path("empty").mkdir()
+    refused("--mode caption --images nowhere.jpg --model_path", shop / "lstm/best.pt", naming=["nowhere.jpg"])
+    refused("--mode caption --images empty --model_path", shop / "lstm/best.pt", naming=["empty"])
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:x", "meta", "xla", "mtia", "cuda:-1"])
+def test_a_device_that_is_not_there(device):
+    refused(TINY, f"--device {device}", naming=[f"--device {device}"])
+
+
+def test_a_model_larger_than_memory_is_one_line():
+    outcome = program(TINY, "--hidden_size 1000000000000")
+    assert outcome.status in (1, 2) and outcome.err.count("\n") == 1 and not Path("saved_models").exists()
+
+
+# ------------------------------------------------------------------------------------- warnings, failures, full disks
+
+
+def test_devices_and_gamma_defect_18(monkeypatch):
+    """DEFECT 18: MPS was preferred to CUDA, and ExponentialLR's gamma of 0.1 stopped learning in three epochs."""
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert experiment_utils.resolve_device("auto").type == expected
+    monkeypatch.undo()
+
+
+def test_schedules_that_surprise_are_warned_of():
+    def warnings(flags):
+        outcome = program(TINY, "--use_scheduler", flags)
+        assert outcome.status == 0
+        return [line for line in outcome.err.splitlines() if "every validation image" not in line]
+
+    (line,) = warnings("--scheduler_type exponential")
+    assert line.startswith("warning: --scheduler_gamma 0.1") and "0.001" in line
+    (line,) = warnings("--scheduler_type cosine --scheduler_t_max 1 --epochs 2")
+    assert line.startswith("warning: --epochs 2 is more than --scheduler_t_max 1")
+    assert warnings("--scheduler_type exponential --scheduler_gamma 0.9") == []
+
+
+def breaking(train_step, at_step, after=False):
+    """`train_step` with weights that become NaN before, or after, step `at_step`."""
+    steps = itertools.count(1)
+
+    def broken(run, features, batch):
+        now = next(steps) == at_step
+        if now and not after:
+            run.decoder.head.bias.data.fill_(torch.nan)
+        loss = train_step(run, features, batch)
+        if now and after:
+            run.decoder.head.bias.data.fill_(torch.nan)
+        return loss
+
+    return broken
+
+
+def all_finite(path):
+    return all(tensor.isfinite().all() for tensor in load(path)["model"].values())
+
+
+@pytest.mark.parametrize("look_every", [1, 50])
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(look_every, monkeypatch):
+    """Steps are counted over the whole run, and the loss is looked at every so many steps."""
+    monkeypatch.setattr(fic, "LOOK_EVERY", look_every)
+    monkeypatch.setattr(fic, "train_step", breaking(fic.train_step, STEPS + 2))
+    folder = run_dir(failed(TINY, "--epochs 3", naming=[f"step {STEPS + 2} ", "nan", "--learning_rate"]))
+    assert {path.name for path in folder.glob("*.pt")} == {"best.pt", "model_epoch_1.pt"}
+    assert all_finite(folder / "best.pt") and all_finite(folder / "model_epoch_1.pt")
+
+
+def test_weights_broken_by_an_epoch_s_last_step_are_not_saved(monkeypatch):
+    monkeypatch.setattr(fic, "train_step", breaking(fic.train_step, 2 * STEPS, after=True))
+    folder = run_dir(failed(TINY, "--epochs 3", naming=["epoch 2"]))
+    assert {path.name for path in folder.glob("*.pt")} == {"best.pt", "model_epoch_1.pt"}
+    assert all_finite(folder / "best.pt")
+
+
+def test_a_learning_rate_that_explodes_is_one_line():
+    folder = run_dir(failed(TINY, "--learning_rate 1e38 --grad_clip 0", naming=["--learning_rate"]))
+    assert not list(folder.glob("*.pt"))
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """No file of this process may grow past `size` bytes: what a full disk looks like to it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up_in_training_leaves_the_previous_checkpoint_whole(monkeypatch):
+    saves, original = itertools.count(1), fic.save
+
+    def save(run, name):
+        if name == "best.pt" and next(saves) == 2:
+            with file_size_limit(100_000):
+                original(run, name)
+        original(run, name)
+
+    monkeypatch.setattr(fic, "validate", with_cider(fic.validate, itertools.count(1.0)))
+    monkeypatch.setattr(fic, "save", save)
+    folder = run_dir(failed(TINY, "--epochs 3", naming=["File too large"]))
+    assert {path.name for path in folder.glob("*.pt*")} == {"best.pt", "model_epoch_1.pt"}
+    for path in folder.glob("*.pt"):
+        assert experiment_utils.load_checkpoint(path)["epoch"] == 1
+
+
+def test_a_disk_that_fills_up_while_encoding_is_one_line_and_the_next_run_goes_on():
+    with file_size_limit(15 * 49 * 1024 * 2):  # room for fifteen images' features
+        failed(TINY, "--cache_dir own", naming=["features.f16"])
+    assert not Path("saved_models").exists()
+    assert EPOCH_BLOCK.search(succeed(TINY, "--cache_dir own"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_stdout_that_is_full_is_one_line_and_status_1(shop):
+    command = [sys.executable, PROGRAM, "--mode", "caption", "--model_path", shop / "lstm/best.pt"]
+    with Path("/dev/full").open("w") as full:
+        child = subprocess.run([*command, "--images", "data/sample/Images"], stdout=full, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert child.returncode == 1
+    assert child.stderr.count("\n") == 1 and "No space left on device" in child.stderr

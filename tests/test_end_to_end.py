@@ -1,0 +1,955 @@
+"""flickr_image_caption.py as its users run it: train, stop, resume, test and caption on forty drawn pictures.
+
+The program runs inside this process, because importing torch takes longer than a training run here; what needs a
+process of its own is in test_command_line.py. Numbers after DEFECT are rows of CAPABILITIES.md, section 1A.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import caption_data
+import download_datasets
+import experiment_utils
+import flickr_image_caption as fic
+import metrics_utils
+from caption_decoding import Hypothesis
+
+pytestmark = pytest.mark.filterwarnings("error")  # a user would see it on stderr
+
+TINY = """--dataset_type sample --encoder shufflenet_v2_x0_5 --encoder_weights random --embed_size 16 --hidden_size 16
+    --attention_dim 8 --num_layers 1 --num_workers 0 --freq_threshold 1 --batch_size 40 --learning_rate 0.01
+    --precision float32 --max_length 12 --epochs 1"""
+STEPS = 4  # per epoch: 32 training images, 5 captions each, 40 captions a step
+DECODERS = ("lstm", "attention")
+RUN_FILES = {"run_config.json", "run_summary.txt", "loss_curve.json", "metrics_history.json", "metrics.csv"}
+RUN_FILES |= {"training_losses.png", "learning_rate.png", "best.pt"}
+EPOCH_BLOCK = re.compile(
+    r"^Epoch (\d+) completed \(\1/(\d+)\):\n"
+    r"  Training Loss: (\d+\.\d{5})\n"
+    r"  Validation Loss: (\d+\.\d{5})\n"
+    r"  Learning Rate: (\d+\.\d{6})\n"
+    r"  Scheduler: (.+)\n"
+    r"(?:  .+\n)*?"
+    r"  Model checkpoint saved \(best: (True|False)\)\n",
+    re.MULTILINE,
+)
+
+
+class Outcome(NamedTuple):
+    """What a shell sees of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+def program(*flags):
+    """Run the program in this process. `flags`: texts that are split at spaces, and paths, which are not."""
+    words = [word for flag in flags for word in ([str(flag)] if isinstance(flag, Path) else flag.split())]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["flickr_image_caption.py", *words])
+        try:
+            status = fic.main(fic.parse_args(words))
+        except SystemExit as stop:
+            status = stop.code
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def succeed(*flags):
+    """As `program`, for runs that must end well: returns what it printed on stdout."""
+    outcome = program(*flags)
+    assert outcome.status == 0, outcome.err
+    return outcome.out
+
+
+def run_dir(outcome):
+    """The directory that a training run said it writes to."""
+    out = outcome if isinstance(outcome, str) else outcome.out
+    return Path(re.search(r"^run directory: (.+)$", out, re.MULTILINE)[1])
+
+
+def train(*flags):
+    """Train tiny; returns the run's directory."""
+    return run_dir(succeed(TINY, *flags))
+
+
+@functools.cache
+def workshop():
+    """A folder, made once, with data/sample, a feature_cache and a run of each decoder: lstm and attention."""
+    folder = tempfile.TemporaryDirectory(prefix="workshop")  # lives as long as the process: the cache holds it
+    path = Path(folder.name)
+    download_datasets.draw_sample_dataset(path / "data/sample", seed=3, num_images=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        skip_plots(patch)
+        for decoder in DECODERS:
+            shutil.move(train(f"--decoder {decoder} --epochs 4 --learning_rate 0.02"), path / decoder)
+    return folder
+
+
+def skip_plots(patch):
+    """Each takes half a second; test_a_run_directory draws them."""
+    for name in ("plot_losses", "plot_learning_rate"):
+        patch.setattr(experiment_utils, name, lambda path, history: path.touch())
+
+
+def enter(folder, patch):
+    """Make `folder` the working folder of a test, with the workshop's data and cache, and no plots."""
+    shop = Path(workshop().name)
+    patch.chdir(folder)
+    for name in ("data", "feature_cache"):
+        (folder / name).symlink_to(shop / name)
+    skip_plots(patch)
+    return shop
+
+
+@pytest.fixture(autouse=True)
+def shop(tmp_path, monkeypatch):
+    """The workshop; the working folder is the test's own. One thread, so that sums have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield enter(tmp_path, monkeypatch)
+    torch.set_num_threads(threads)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def listed(split):
+    """Image names of a split, as the list beside the captions has them."""
+    return Path(f"data/sample/sample.{split}Images.txt").read_text().split()
+
+
+def references():
+    """{image: captions} read without the program's own reader."""
+    captions = {}
+    with Path("data/sample/captions.txt").open() as file:
+        for row in csv.DictReader(file):
+            captions.setdefault(row["image"], []).append(row["caption"])
+    return captions
+
+
+def own_copy(folder="data_copy"):
+    """A copy of the dataset that a test may damage; returns the flags that name it."""
+    shutil.copytree("data/sample", folder)
+    return f"--captions_file {folder}/captions.txt --image_dir {folder}/Images"
+
+
+def snapshot(folder="."):
+    """{file: digest} of everything below a folder; links are not followed."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        for path in Path(folder).glob("**/*")
+        if not path.is_symlink()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_run_directory_has_document_a_s_files_and_keys_defect_13(decoder, tmp_path, monkeypatch):
+    """DEFECT 13: the files were model_epochN.pth and best_model.pth in a directory nested twice. Draws the plots."""
+    monkeypatch.undo()  # the shortcut past the plots
+    monkeypatch.chdir(tmp_path)
+    flags = "--epochs 2 --use_scheduler --scheduler_type cosine"
+    folder = train(f"--decoder {decoder} {flags}")
+    assert folder.parent == Path(f"saved_models/sample/shufflenet_v2_x0_5_{decoder}")
+    assert re.fullmatch(rf"sample_{decoder}_ep2_bs40_lr1e-02_cosine_\d{{8}}_\d{{6}}", folder.name)
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | {"model_epoch_1.pt", "model_epoch_2.pt"}
+    config = read_json(folder / "run_config.json")
+    assert list(config)[: len(experiment_utils.CONFIG_KEYS)] == list(experiment_utils.CONFIG_KEYS)
+    assert config["decoder_type"] == decoder and config["learning_rate"] == 0.01 and config["drop_prob"] == 0.3
+    assert config.keys() >= {"git", "environment"} | {a.dest for a in options()} - {"decoder"}
+    typed = f"{TINY} --decoder {decoder} {flags}"
+    assert shlex.split(config["command"])[1:] == ["flickr_image_caption.py", *typed.split()]
+    assert config["command"] in (folder / "run_summary.txt").read_text()
+    curve, metrics = read_json(folder / "loss_curve.json"), read_json(folder / "metrics_history.json")
+    assert list(curve) == ["epochs", "train_losses", "val_losses", "learning_rates"] and curve["epochs"] == [1, 2]
+    assert metrics.keys() >= {"BLEU-1", "BLEU-4", "WER", "ROUGE-L", "CIDEr", "share_unique", "share_cut"}
+    assert "METEOR" not in metrics and all(len(values) == 2 for values in metrics.values())
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert list(rows[0])[:5] == ["epoch", "train_loss", "val_loss", "learning_rate", "epoch_time_seconds"]
+    assert [float(row["val_loss"]) for row in rows] == curve["val_losses"]
+    for name in ("training_losses.png", "learning_rate.png"):
+        with Image.open(folder / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5  # ink on paper
+
+
+def options():
+    """The parser's options, --help left out."""
+    return [action for action in fic.build_parser()._actions if action.dest != "help"]
+
+
+def test_the_console_block_is_document_a_s():
+    out = succeed(TINY, "--epochs 2 --use_scheduler --scheduler_type cosine --scheduler_t_max 20")
+    history = load(run_dir(out) / "model_epoch_2.pt")["history"]
+    blocks = EPOCH_BLOCK.findall(out)
+    assert [(epoch, of) for epoch, of, *_ in blocks] == [("1", "2"), ("2", "2")]
+    for (_, _, train_loss, val_loss, rate, scheduler, _), row in zip(blocks, history, strict=True):
+        assert float(train_loss) == pytest.approx(row["train_loss"], abs=1e-5)
+        assert float(val_loss) == pytest.approx(row["val_loss"], abs=1e-5)
+        assert float(rate) == pytest.approx(row["learning_rate"], abs=1e-6)
+        assert scheduler == "CosineAnnealingLR (T_max=20)"
+    assert blocks[0][-1] == "True"
+    assert "100% unique" in out or re.search(r"\d+% unique, \d+% cut at --max_length", out)
+
+
+def test_nothing_but_results_on_the_streams_of_a_pipe():
+    """Progress bars are for terminals."""
+    outcome = program(TINY, "--learning_rate 0.01 --epochs 1")
+    assert outcome.err == "" or outcome.err.startswith("warning: every validation image got the same caption")
+    assert "\r" not in outcome.out
+
+
+def test_captions_that_all_look_alike_are_warned_of(monkeypatch):
+    """Blind decoder: every feature is 0, so all images are alike."""
+    monkeypatch.setattr(fic.Encoder, "forward", lambda self, images: torch.zeros(len(images), 49, self.channels))
+    outcome = program(TINY, "--no_feature_cache")
+    assert outcome.status == 0 and outcome.err.count("\n") == 1
+    assert outcome.err.startswith("warning: every validation image got the same caption")
+    assert read_json(run_dir(outcome) / "metrics_history.json")["share_unique"] == [0.25]
+    assert "25% unique" in outcome.out
+
+
+def test_the_size_that_checkpoints_take_is_said_at_the_start():
+    out = succeed(TINY, "--embed_size 256 --hidden_size 300 --epochs 3 --keep_checkpoints 2")
+    said = int(re.search(r"checkpoints will take (\d+) MiB", out)[1])
+    taken = sum(path.stat().st_size for path in run_dir(out).glob("*.pt")) / 2**20
+    assert said == pytest.approx(taken, rel=0.1)
+    assert out.index("checkpoints will take") < out.index("Epoch 1")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_losses_are_plain_cross_entropy_in_nats_per_token(decoder):
+    """Neither label smoothing nor the attention penalty is in them: recomputed here, caption by caption, from the
+    weights of a run whose only step is too small to change them."""
+    flags = "--label_smoothing 0.2 --alpha_c 3 --drop_prob 0 --batch_size 160 --learning_rate 1e-12"
+    folder = train(f"--decoder {decoder}", flags)
+    model, vocabulary, encoder = opened(folder / "best.pt")
+    for split, name in (("dev", "val_loss"), ("train", "train_loss")):
+        total, tokens = 0.0, 0
+        for image in listed(split):
+            features = encode(encoder, f"data/sample/Images/{image}").half().float()  # as the cache has them
+            for text in references()[image]:
+                ids = torch.tensor([[vocabulary.sos, *vocabulary.encode(text)[:11], vocabulary.eos]])
+                with torch.no_grad():
+                    logits, _ = model(features, ids[:, :-1], torch.tensor([ids.size(1) - 1]), torch.tensor([0]))
+                total += float(F.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
+                tokens += ids.size(1) - 1
+        assert load(folder / "best.pt")["history"][0][name] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def opened(path):
+    """(decoder in eval mode, vocabulary, encoder) of a checkpoint, put together by hand."""
+    state = load(path)
+    vocabulary = caption_data.Vocabulary.from_plain(state["vocabulary"])
+    sizes = {name: state["config"][name] for name in fic.DECODERS[state["config"]["decoder"]].options}
+    decoder = fic.DECODERS[state["config"]["decoder"]](len(vocabulary), state["encoder"]["channels"], **sizes)
+    decoder.load_state_dict(state["model"])
+    return decoder.eval(), vocabulary, fic.Encoder(state["config"]["encoder"], state["encoder"]["weights"], path)
+
+
+def encode(encoder, path):
+    """A picture file -> features (1, P, F)."""
+    pixels = torch.from_numpy(caption_data.load_image(path, encoder.image_size)).permute(2, 0, 1)
+    return encoder(pixels.unsqueeze(0))
+
+
+def test_best_pt_is_the_highest_validation_cider(monkeypatch):
+    scores = iter([0.2, 0.9, 0.9, 0.4])
+    monkeypatch.setattr(fic, "validate", with_cider(fic.validate, scores))
+    out = succeed(TINY, "--epochs 4")
+    state = load(run_dir(out) / "best.pt")
+    assert state["epoch"] == 2 and state["best_score"] == 0.9
+    assert [best for *_, best in EPOCH_BLOCK.findall(out)] == ["True", "True", "False", "False"]
+    assert load(run_dir(out) / "model_epoch_4.pt")["best_score"] == 0.9  # the best, not the latest
+
+
+def with_cider(validate, scores):
+    """`validate` with its CIDEr replaced by the next of `scores`."""
+    return lambda run, received: validate(run, received) | {"CIDEr": next(scores)}
+
+
+def test_training_reads_no_image_once_they_are_in_the_cache_and_the_encoder_rests(monkeypatch):
+    def never(*_):
+        raise AssertionError("an image was read or encoded a second time")
+
+    monkeypatch.setattr(fic.Encoder, "forward", never)
+    monkeypatch.setattr(caption_data, "load_image", never)
+    train()
+    train("--decoder attention")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_without_the_cache_features_are_the_same_up_to_float16(decoder):
+    cached, fresh = train(f"--decoder {decoder}"), train(f"--decoder {decoder} --no_feature_cache")
+    for one, other in zip(load(cached / "best.pt")["history"], load(fresh / "best.pt")["history"], strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-3)
+    rows, paths = torch.arange(4), [Path(f"data/sample/Images/{name}") for name in listed("test")]
+    features = []
+    for flags in ("", "--no_feature_cache"):
+        args = fic.parse_args([*TINY.split(), *flags.split()])
+        args.device, encoder = torch.device("cpu"), opened(cached / "best.pt")[2]
+        source = fic.FeatureSource(args, encoder, paths, pooled=decoder == "lstm")
+        features.append(next(source.stream([rows])))
+    assert features[0].shape == (4, 1 if decoder == "lstm" else 49, 1024)
+    torch.testing.assert_close(*features, rtol=2e-3, atol=1e-4)
+    assert not torch.equal(*features)  # it did encode anew
+
+
+# ----------------------------------------------------------------------------------------- what training may look at
+
+
+def test_no_validation_or_test_image_is_trained_on_defect_2(monkeypatch):
+    """DEFECT 2: the split was drawn over caption rows, so that other captions of a validation image were trained on."""
+    seen, original = set(), fic.train_step
+
+    def train_step(run, features, batch):
+        seen.update(run.features.paths[row].name for row in batch.image_rows.tolist())
+        return original(run, features, batch)
+
+    monkeypatch.setattr(fic, "train_step", train_step)
+    train()
+    assert seen == set(listed("train"))
+    assert not seen & {*listed("dev"), *listed("test")}
+
+
+def test_the_vocabulary_comes_from_training_captions_defect_4():
+    """DEFECT 4: words of validation captions were in it."""
+    flags, held_out = own_copy(), {*listed("dev"), *listed("test")}
+    with Path("data_copy/captions.txt").open("a") as file:
+        rows = csv.writer(file)
+        for image in references():
+            rows.writerow([image, "zebra zebra zebra" if image in held_out else "okapi okapi okapi"])
+    words = load(train(flags) / "best.pt")["vocabulary"]["words"]
+    assert "okapi" in words and "zebra" not in words
+    assert words[:4] == ["<PAD>", "<SOS>", "<EOS>", "<UNK>"]
+
+
+def test_validation_scores_go_by_image_defect_3(monkeypatch):
+    """DEFECT 3: references were those of other images. Here each image's own first caption is what gets decoded."""
+    flags = own_copy()
+    captions = Path("data_copy/captions.txt").read_text().splitlines()
+    Path("data_copy/captions.txt").write_text("\n".join([captions[0], *reversed(captions[1:])]) + "\n")
+    names = {}
+
+    def caption_images(decoder, grids, vocabulary, args, **_):
+        for name in names["val"]:
+            yield [Hypothesis(vocabulary.encode(references()[name][0]), -1.0, -1.0, True, None)]
+
+    original = fic.set_up
+
+    def set_up(args, checkpoint):
+        run = original(args, checkpoint)
+        names["val"] = [path.name for path in run.val_features.paths]
+        return run
+
+    monkeypatch.setattr(fic, "caption_images", caption_images)
+    monkeypatch.setattr(fic, "set_up", set_up)
+    folder = train(flags)
+    assert sorted(names["val"]) == sorted(listed("dev"))
+    history = read_json(folder / "metrics_history.json")
+    assert history["BLEU-4"] == [1.0] and history["WER"] == [0.0]
+
+
+def test_a_checkpoint_is_plain_and_holds_every_hyperparameter_defects_7_11_and_12(shop):
+    """DEFECT 11: attention_dim and drop_prob were missing. DEFECT 12: a pickled class of __main__ was inside."""
+    for name in ("best.pt", "model_epoch_4.pt"):
+        state = torch.load(shop / "attention" / name, weights_only=True)
+        assert state.keys() == experiment_utils.CHECKPOINT_KEYS.keys() | {"format_version"}
+        assert state["config"].keys() == {action.dest for action in options()}
+        assert state["config"]["attention_dim"] == 8 and state["config"]["drop_prob"] == 0.3
+        assert state["encoder"]["name"] == "shufflenet_v2_x0_5" and state["encoder"]["image_size"] == 224
+        if name == "best.pt":  # DEFECT 7: BatchNorm's statistics drifted during training
+            initial = fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 0)
+            assert all(torch.equal(value, initial[key]) for key, value in state["encoder"]["weights"].items())
+        assert state["splits"] == {"train": listed("train"), "val": listed("dev"), "test": listed("test")}
+        assert {type(value).__module__ for value in leaves(state)} <= {"builtins", "torch"}
+        assert (state["encoder"]["weights"] is not None) == (name == "best.pt")
+
+
+def leaves(value):
+    """Every value in nested dictionaries, lists and tuples."""
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def test_images_that_cannot_be_read_are_named_and_skipped_or_stop_the_run_before_training():
+    flags = own_copy()
+    broken = listed("train")[0], listed("dev")[0]
+    for name in broken:
+        Path(f"data_copy/Images/{name}").write_bytes(b"no picture")
+    for cache in ("--cache_dir own_cache", "--no_feature_cache"):
+        outcome = program(TINY, flags, cache, "--max_bad_fraction 0.04")
+        assert outcome.status == 2 and outcome.err.count("\n") == 1 and not Path("saved_models").exists()
+        assert "2 of 40 images" in outcome.err and all(name in outcome.err for name in broken)
+    outcome = program(TINY, flags, "--cache_dir own_cache --max_bad_fraction 0.05")
+    assert outcome.status == 0 and "2 of 40 images skipped" in outcome.out
+    splits = load(run_dir(outcome) / "best.pt")["splits"]
+    assert len(splits["train"]) == 31 and len(splits["val"]) == 3
+    assert not set(broken) & {*splits["train"], *splits["val"]}
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+SCHEDULERS = {
+    "none": "",
+    "plateau": "--use_scheduler --scheduler_type reduce_lr_on_plateau --scheduler_patience 0 --scheduler_factor 0.3",
+    "step": "--use_scheduler --scheduler_type step --scheduler_step_size 2",
+    "cosine": "--use_scheduler --scheduler_type cosine --scheduler_t_max 3",
+    "exponential": "--use_scheduler --scheduler_type exponential --scheduler_gamma 0.7",
+    "one_cycle": "--use_scheduler --scheduler_type one_cycle --warmup_epochs 1",
+}
+
+
+def stopped(*flags, at_step, signum=signal.SIGINT):
+    """Train and send a signal while step `at_step` of this process is computed; returns the outcome."""
+    steps, original = itertools.count(1), fic.train_step
+
+    def train_step(run, features, batch):
+        if next(steps) == at_step:
+            os.kill(os.getpid(), signum)
+        return original(run, features, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fic, "train_step", train_step)
+        return program(*flags)
+
+
+def differences(one, other, place=""):
+    """Where two checkpoints differ, bit for bit; times and the paths of the run aside."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            if key not in ("epoch_time_seconds", "seconds", "model_path", "resume", "epochs"):
+                yield from differences(one.get(key), other.get(key), f"{place}/{key}")
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{place}/{number}")
+    elif isinstance(one, torch.Tensor):
+        if not torch.equal(one, other):
+            yield place
+    elif one != other:
+        yield f"{place}: {one} != {other}"
+
+
+@pytest.mark.parametrize("decoder, scheduler", [*(("lstm", name) for name in SCHEDULERS), ("attention", "one_cycle")])
+def test_stop_and_go_on_equals_straight_through_defect_9(decoder, scheduler):
+    """DEFECT 9: resuming forced ReduceLROnPlateau. Stopped inside epoch 2, resumed, stopped again, resumed."""
+    flags = f"--decoder {decoder} --epochs 3 {SCHEDULERS[scheduler]}"
+    straight = train(flags)
+    first = stopped(TINY, flags, at_step=STEPS + 2)
+    assert first.status == 130
+    last = run_dir(first) / "last.pt"
+    assert load(last)["epoch"] == 1 and load(last)["step"] == STEPS + 2 and load(last)["data_position"]["batch"] == 2
+    second = stopped("--model_path", last, at_step=1, signum=signal.SIGTERM)
+    assert second.status == 143
+    third = run_dir(succeed("--model_path", run_dir(second) / "last.pt"))
+    assert not list(differences(load(straight / "model_epoch_3.pt"), load(third / "model_epoch_3.pt")))
+    assert not list(differences(load(straight / "best.pt"), load(third / "best.pt")))
+    assert len(load(third / "model_epoch_3.pt")["history"]) == 3
+
+
+def test_each_schedule_changes_the_rate_as_documented_defect_10(monkeypatch):
+    """DEFECT 10: OneCycleLR was built for steps and stepped per epoch, its max_lr 1e-3 whatever was asked for."""
+    rates, seen, original = {}, [], fic.train_step
+
+    def train_step(run, features, batch):
+        seen.append(run.optimizer.param_groups[0]["lr"])
+        return original(run, features, batch)
+
+    monkeypatch.setattr(fic, "train_step", train_step)
+    for name, flags in SCHEDULERS.items():
+        seen.clear()
+        rates[name] = read_json(train(f"--epochs 3 {flags}") / "loss_curve.json")["learning_rates"]
+    assert rates["none"] == [0.01] * 3 and rates["exponential"] == pytest.approx([0.01, 0.007, 0.0049])
+    assert rates["step"] == pytest.approx([0.01, 0.01, 0.001])
+    assert rates["cosine"] == pytest.approx([0.01, 0.0075, 0.0025], rel=1e-3)
+    assert rates["one_cycle"] == [seen[0], seen[STEPS], seen[2 * STEPS]] and len(set(seen)) == 3 * STEPS
+    assert seen[0] == pytest.approx(0.01 / 25) and max(seen) == pytest.approx(0.01) == pytest.approx(seen[3])
+    assert seen[-1] == pytest.approx(0.01 / 25 / 1e4)
+
+
+def test_a_stop_during_validation_validates_again(monkeypatch):
+    straight = train("--epochs 2")
+    validate, calls = fic.validate, itertools.count(1)
+
+    def stopping(run, received):
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(run, received)
+
+    monkeypatch.setattr(fic, "validate", stopping)
+    outcome = program(TINY, "--epochs 2")
+    assert outcome.status == 143
+    assert load(run_dir(outcome) / "last.pt")["data_position"]["batch"] == STEPS
+    resumed = run_dir(succeed("--resume", run_dir(outcome) / "last.pt"))
+    assert not list(differences(load(straight / "model_epoch_2.pt"), load(resumed / "model_epoch_2.pt")))
+
+
+def test_a_stopped_run_says_how_to_go_on_and_that_command_does():
+    outcome = stopped(TINY, "--epochs 2", at_step=2)
+    command = re.search(r"(--resume \S+) goes on", outcome.out)[1]
+    assert "stopped by SIGINT in epoch 1" in outcome.out and outcome.err == ""
+    assert [number for number, *_ in EPOCH_BLOCK.findall(succeed(command))] == ["1", "2"]
+
+
+def test_epochs_on_resume_are_additional_and_epoch_numbers_go_on(shop):
+    out = succeed("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 2")
+    assert [(epoch, of) for epoch, of, *_ in EPOCH_BLOCK.findall(out)] == [("5", "6"), ("6", "6")]
+    folder = run_dir(out)
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | {"model_epoch_5.pt", "model_epoch_6.pt"}
+    assert read_json(folder / "loss_curve.json")["epochs"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_plan_needs_epochs(shop):
+    before = snapshot()
+    outcome = program("--model_path", shop / "lstm/model_epoch_4.pt")
+    assert outcome.status == 2 and "--epochs" in outcome.err and outcome.err.count("\n") == 1
+    assert snapshot() == before
+
+
+def test_a_resumed_run_leaves_the_old_directory_alone_and_brings_the_best_along(shop):
+    before = snapshot(shop / "attention")
+    outcome = stopped("--model_path", shop / "attention/model_epoch_4.pt", "--epochs 3", at_step=1)
+    folder = run_dir(outcome)
+    assert snapshot(shop / "attention") == before and folder.absolute() != shop / "attention"
+    assert {path.name for path in folder.iterdir()} == {"run_config.json", "run_summary.txt", "best.pt", "last.pt"}
+    assert (folder / "best.pt").read_bytes() == (shop / "attention/best.pt").read_bytes()
+
+
+def test_a_best_of_a_later_epoch_is_not_the_best_so_far(monkeypatch):
+    monkeypatch.setattr(fic, "validate", with_cider(fic.validate, iter([0.1, 0.2, 0.15])))
+    first = train("--epochs 2")
+    out = succeed("--model_path", first / "model_epoch_1.pt", "--epochs 1")
+    state = load(run_dir(out) / "best.pt")
+    assert state["epoch"] == 2 and state["best_score"] == 0.15
+
+
+def test_resume_latest_and_a_folder_mean_the_newest_checkpoint_of_the_newest_run(shop):
+    train("--epochs 2")
+    newest = run_dir(stopped(TINY, "--epochs 3", at_step=STEPS + 1))
+    for flags in ("--resume latest", "--model_path saved_models", "--model_path saved_models/sample"):
+        shutil.copytree("saved_models", "kept")
+        out = succeed(flags)
+        assert f"checkpoint: {newest / 'last.pt'}" in out
+        assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["2", "3"]
+        shutil.rmtree("saved_models")
+        Path("kept").rename("saved_models")
+
+
+def stand_in_for_flickr30k():
+    """A run of document A's kind in its flat place, with the files model_epoch_10.pt and model_epoch_15.pt."""
+    Path("own").mkdir()
+    Path("own/flickr30k").symlink_to(Path("data/sample").resolve())
+    Path("data").unlink()
+    Path("own").rename("data")
+    folder = train("--dataset_type flickr30k --decoder attention --epochs 2")
+    assert folder.parent == Path("saved_models/flickr30k/shufflenet_v2_x0_5_attention")
+    flat = Path("saved_models/flickr30k/resnet_attention") / folder.name
+    flat.parent.mkdir()
+    folder.rename(flat)
+    (flat / "model_epoch_1.pt").rename(flat / "model_epoch_10.pt")
+    (flat / "model_epoch_2.pt").rename(flat / "model_epoch_15.pt")
+    return flat
+
+
+def test_document_a_s_resume_and_test_commands():
+    """Its flat paths are looked up in the newest run below them, and the choice is printed."""
+    held_out, flat = set(listed("test")), stand_in_for_flickr30k()
+    out = succeed("--model_path saved_models/flickr30k/resnet_attention/model_epoch_10.pt",
+                  "--epochs 5 --use_scheduler --scheduler_type cosine")  # fmt: skip
+    assert f"checkpoint: {flat / 'model_epoch_10.pt'}" in out and "--scheduler_type cosine is new to this run" in out
+    assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["2", "3", "4", "5", "6"]
+    out = succeed("--model_path saved_models/flickr30k/resnet_attention/model_epoch_15.pt",
+                  "--epochs 1 --save_attention_viz --attention_viz_samples 3")  # fmt: skip
+    assert f"checkpoint: {flat / 'model_epoch_15.pt'}" in out
+    assert sorted(path.name for path in run_dir(out).glob("*viz*.png")) == [
+        f"attention_viz_sample_{number}.png" for number in (1, 2, 3)
+    ]
+    out = succeed("--mode test --model_path saved_models/flickr30k/resnet_attention/best.pt --dataset_type flickr30k")
+    assert f"checkpoint: {flat / 'best.pt'}" in out
+    assert {row["file_name"] for row in read_json(flat / "test_captions.json")} == held_out
+
+
+CHANGED = {"decoder": "attention", "encoder": "resnet18", "freq_threshold": 2, "embed_size": 17, "hidden_size": 17}
+CHANGED |= {"num_layers": 2, "attention_dim": 9}
+
+
+@pytest.mark.parametrize("name", fic.ARCHITECTURE)
+def test_another_architecture_encoder_or_vocabulary_on_resume_is_an_error(name, shop):
+    before = snapshot()
+    path = shop / "lstm/model_epoch_4.pt"
+    outcome = program("--model_path", path, f"--epochs 1 --{name} {CHANGED[name]}")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    stored = load(path)["config"][name]
+    assert f"--{name} {CHANGED[name]}" in outcome.err and str(stored) in outcome.err
+    assert snapshot() == before
+
+
+def test_the_same_architecture_typed_again_is_fine(shop):
+    same = "--decoder lstm --encoder shufflenet_v2_x0_5 --encoder_weights random --freq_threshold 1 --embed_size 16"
+    same += " --hidden_size 16 --num_layers 1 --attention_dim 8"
+    assert EPOCH_BLOCK.search(succeed("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 1", same))
+
+
+def test_other_encoder_weights_on_resume_are_an_error(shop):
+    torch.save(fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 99), "other.pth")
+    outcome = program("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 1 --encoder_weights other.pth")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and "--encoder_weights other.pth" in outcome.err
+
+
+def test_options_that_were_not_typed_come_from_the_checkpoint(shop):
+    own = {"drop_prob": 0.45, "alpha_c": 0.5, "label_smoothing": 0.07, "grad_clip": 2.5, "seed": 4, "max_length": 9,
+           "batch_size": 33, "val_beam_size": 2, "learning_rate": 0.003, "beam_size": 3, "split_seed": 7}  # fmt: skip
+    first = train("--decoder attention", *(f"--{name} {value}" for name, value in own.items()))
+    resumed = read_json(run_dir(succeed("--model_path", first / "best.pt", "--epochs 1 --drop_prob 0.1"))
+                        / "run_config.json")  # fmt: skip
+    assert {name: resumed[name] for name in own} == own | {"drop_prob": 0.1}
+    assert resumed["decoder_type"] == "attention" and resumed["hidden_size"] == 16
+    out = succeed("--mode test --model_path", first / "best.pt", "--output_dir tested")
+    decoding = read_json("tested/test_metrics.json")["decoding"]
+    assert decoding["beam_size"] == 3 and decoding["max_length"] == 9 and "beam 3" in out
+
+
+def test_the_same_scheduler_typed_goes_on_and_another_starts_fresh_and_says_so():
+    first = train("--epochs 2 --use_scheduler --scheduler_type exponential --scheduler_gamma 0.8")
+    path = first / "model_epoch_2.pt"
+    out = succeed("--model_path", path, "--epochs 2 --use_scheduler --scheduler_type exponential")
+    assert "is new to this run" not in out
+    rates = read_json(run_dir(out) / "loss_curve.json")["learning_rates"]
+    assert rates == pytest.approx([0.01 * 0.8**epoch for epoch in range(4)])
+    out = succeed("--model_path", path, "--epochs 3 --scheduler_type step --scheduler_step_size 2")
+    assert "--scheduler_type step is new to this run" in out
+    rates = read_json(run_dir(out) / "loss_curve.json")["learning_rates"]
+    assert rates == pytest.approx([0.01, 0.008, 0.01, 0.01, 0.008])  # its gamma came from the checkpoint
+
+
+def test_a_typed_learning_rate_on_resume_counts():
+    for name in ("none", "cosine", "one_cycle"):
+        first = train(f"--epochs 4 {SCHEDULERS[name]}")
+        path = first / "model_epoch_2.pt"
+        old = read_json(run_dir(succeed("--model_path", path)) / "loss_curve.json")["learning_rates"]
+        new = read_json(run_dir(succeed("--model_path", path, "--learning_rate 0.001")) / "loss_curve.json")
+        assert new["learning_rates"][:2] == old[:2]
+        assert new["learning_rates"][2:] == pytest.approx([rate / 10 for rate in old[2:]], abs=1e-7), name  # min_lr
+
+
+def test_one_cycle_keeps_the_length_of_its_first_plan_and_then_its_last_rate():
+    flags = f"--epochs 3 {SCHEDULERS['one_cycle']}"
+    first = train(flags)
+    planned = read_json(first / "loss_curve.json")["learning_rates"]
+    outcome = program("--model_path", first / "model_epoch_1.pt", "--epochs 4")  # two epochs beyond the plan
+    assert outcome.status == 0
+    warnings = [line for line in outcome.err.splitlines() if "one_cycle" in line]
+    assert len(warnings) == 1 and f"{3 * STEPS} steps" in warnings[0]
+    state = load(run_dir(outcome) / "model_epoch_5.pt")
+    rates = [row["learning_rate"] for row in state["history"]]
+    assert rates[:3] == planned
+    assert rates[3] == rates[4] == state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01 / 25 / 1e4)
+    finished = program("--model_path", first / "model_epoch_1.pt", "--epochs 2")
+    assert "one_cycle was planned" not in finished.err
+
+
+def test_one_cycle_may_go_on_for_fewer_epochs_than_its_warm_up_took():
+    """The warm-up belongs to the first plan, so --epochs on resume has no say in it."""
+    first = train("--epochs 3 --use_scheduler --scheduler_type one_cycle --warmup_epochs 2")
+    planned = read_json(first / "loss_curve.json")["learning_rates"]
+    folder = run_dir(succeed("--model_path", first / "model_epoch_1.pt", "--epochs 1"))
+    assert read_json(folder / "loss_curve.json")["learning_rates"] == planned[:2]
+    assert load(folder / "model_epoch_2.pt")["optimizer"]["param_groups"][0]["lr"] == planned[2]
+
+
+def test_a_fresh_one_cycle_warms_up_for_the_epochs_it_was_told():
+    first = train("--epochs 2")
+    out = succeed("--model_path", first / "model_epoch_2.pt", "--epochs 2",
+                  "--use_scheduler --scheduler_type one_cycle --warmup_epochs 1")  # fmt: skip
+    rates = read_json(run_dir(out) / "loss_curve.json")["learning_rates"]
+    assert rates[2] == pytest.approx(0.01 / 25)
+    quarter = (1 + math.cos(math.pi / 4)) / 2  # peak at the last step of the first epoch, then a cosine of four steps
+    assert rates[3] == pytest.approx(0.01 * quarter, rel=1e-3)
+
+
+def test_early_stopping_counts_on_over_a_resume(monkeypatch):
+    monkeypatch.setattr(fic, "validate", with_cider(fic.validate, itertools.repeat(0.5)))
+    first = train("--epochs 2 --early_stopping_patience 2")  # epoch 2 is the first that is no better
+    out = succeed("--model_path", first / "model_epoch_2.pt", "--epochs 5")
+    assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["3"] and "stopped early" in out
+
+
+# ------------------------------------------------------------------------------------------------------ test, caption
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_test_mode_evaluates_the_whole_test_split_defects_8_and_17(decoder, shop, capsys):
+    """DEFECT 17: five random training rows were captioned, without scores. DEFECT 8: a mean sentence BLEU of 100
+    samples with <EOS> in it, references joined into one. The scores here are those of metrics_utils run as a command.
+    """
+    out = succeed("--mode test --model_path", shop / decoder / "best.pt", "--output_dir found")
+    rows, scores = read_json("found/test_captions.json"), read_json("found/test_metrics.json")
+    assert [row["file_name"] for row in rows] == listed("test") and scores["images"] == 4
+    assert not any("<" in row["caption"] for row in rows)
+    Path("h.json").write_text(json.dumps([{"image_id": row["file_name"], "caption": row["caption"]} for row in rows]))
+    annotations = [
+        {"image_id": name, "caption": text, "id": number}
+        for number, (name, text) in enumerate((name, text) for name in listed("test") for text in references()[name])
+    ]
+    Path("r.json").write_text(json.dumps({"annotations": annotations}))
+    metrics_utils.main(["--references", "r.json", "--hypotheses", "h.json"])
+    command = json.loads(capsys.readouterr().out)
+    for name in (*metrics_utils.METRIC_NAMES, "caption_length", "vocabulary_used", "share_unique"):
+        assert scores[name] == command[name], name
+    for name in ("BLEU-4", "CIDEr", "WER", "ROUGE-L"):
+        low, high = scores["intervals"][name]
+        assert low <= scores[name] <= high
+        assert re.search(rf"{name} +{scores[name]:.4f}\b", out), name
+    assert scores["decoding"].keys() >= {"algorithm", "beam_size", "max_length", "length_penalty"}
+    assert scores["wall_time_seconds"] > 0 and 0 <= scores["share_copied"] <= 1
+
+
+@pytest.mark.parametrize("split, listing", [("val", "dev"), ("train", "train")])
+def test_other_splits_have_files_of_their_own(split, listing, shop):
+    succeed(f"--mode test --split {split} --algorithm greedy --output_dir found --model_path", shop / "lstm/best.pt")
+    assert {path.name for path in Path("found").iterdir()} == {f"{split}_captions.json", f"{split}_metrics.json"}
+    assert [row["file_name"] for row in read_json(f"found/{split}_captions.json")] == listed(listing)
+
+
+def test_test_mode_writes_beside_the_checkpoint_unless_told(shop):
+    shutil.copytree(shop / "lstm", "run")
+    succeed("--mode test --model_path run")
+    assert Path("run/test_metrics.json").is_file() and Path("run/test_captions.json").is_file()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_log_prob_is_that_of_a_teacher_forced_pass_defect_5(decoder, shop):
+    """DEFECT 5: training and generation disagreed about <SOS>. A caption's log_prob, and greedy choices, must be
+    those of the training pass over the caption itself."""
+    succeed("--mode test --algorithm greedy --output_dir found --model_path", shop / decoder / "best.pt")
+    model, vocabulary, encoder = opened(shop / decoder / "best.pt")
+    for row in read_json("found/test_captions.json"):
+        words = vocabulary.encode(row["caption"])
+        finished = [vocabulary.eos] if len(words) < 12 else []
+        targets = torch.tensor([*words, *finished])
+        inputs = torch.tensor([[vocabulary.sos, *words]])[:, : len(targets)]
+        features = encode(encoder, f"data/sample/Images/{row['file_name']}").half().float()
+        features = features.mean(1, keepdim=True).half().float() if decoder == "lstm" else features  # as cached
+        with torch.no_grad():
+            logits, _ = model(features, inputs, torch.tensor([len(targets)]), torch.tensor([0]))
+        log_probs = logits[0].log_softmax(-1)
+        assert row["log_prob"] == pytest.approx(float(log_probs.gather(1, targets[:, None]).sum()), rel=1e-4)
+        log_probs[:, [vocabulary.pad, vocabulary.sos, vocabulary.unk]] = -math.inf  # never written
+        assert log_probs.argmax(1).tolist() == targets.tolist()
+
+
+def test_the_splits_of_the_checkpoint_are_reused(shop):
+    """Lists beside the captions, and --split_seed, may have changed since."""
+    flags = own_copy()
+    for name in ("train", "dev", "test"):
+        Path(f"data_copy/sample.{name}Images.txt").unlink()
+    folder = train(flags, "--split_seed 1")
+    held_out = load(folder / "best.pt")["splits"]["test"]
+    out = succeed("--mode test --split_seed 2 --output_dir found --model_path", folder / "best.pt")
+    assert "from the checkpoint" in out
+    assert {row["file_name"] for row in read_json("found/test_captions.json")} == set(held_out)
+    trained = set(load(folder / "best.pt")["splits"]["train"])
+    assert len(held_out) == 4 and not trained & set(held_out)
+    resumed = run_dir(succeed("--split_seed 3 --epochs 1 --model_path", folder / "best.pt"))
+    assert load(resumed / "best.pt")["splits"] == load(folder / "best.pt")["splits"]
+
+
+def test_caption_mode_prints_path_tab_caption_and_agrees_with_test_mode(shop):
+    path = shop / "attention/best.pt"
+    succeed("--mode test --no_feature_cache --output_dir found --model_path", path)  # float32 in both, then
+    rows = read_json("found/test_captions.json")
+    images = [f"data/sample/Images/{row['file_name']}" for row in rows]
+    outcome = program("--mode caption --model_path", path, "--images", *images)
+    assert outcome.status == 0 and outcome.err == ""
+    assert outcome.out == "".join(f"{i}\t{row['caption']}\n" for i, row in zip(images, rows, strict=True))
+    lines = [json.loads(line) for line in succeed("--mode caption --json --model_path", path, "--images", *images,
+                                                  "--num_captions 3").splitlines()]  # fmt: skip
+    assert [line["image"] for line in lines] == images
+    for line, row in zip(lines, rows, strict=True):
+        assert [len(line["captions"]), line["captions"][0]["caption"]] == [3, row["caption"]]
+        log_probs = [caption["log_prob"] for caption in line["captions"]]
+        assert log_probs[0] == row["log_prob"] and log_probs == sorted(log_probs, reverse=True)
+
+
+def test_caption_mode_takes_folders_and_goes_on_past_what_is_no_image(shop):
+    Path("album").mkdir()
+    for number, name in enumerate(listed("test")[:2]):
+        shutil.copy(f"data/sample/Images/{name}", f"album/{number}.jpg")
+    Path("album/0b.png").write_text("no picture")
+    Path("album/notes.txt").write_text("not looked at: its name is no picture's")
+    outcome = program("--mode caption --model_path", shop / "lstm/best.pt", "--images album album/notes.txt")
+    assert outcome.status == 1
+    assert [line.split("\t")[0] for line in outcome.out.splitlines()] == ["album/0.jpg", "album/1.jpg"]
+    assert all(line.split("\t")[1] for line in outcome.out.splitlines())
+    assert outcome.err.count("\n") == 2 and "album/0b.png" in outcome.err and "album/notes.txt" in outcome.err
+
+
+def test_file_names_of_any_bytes_are_captioned(shop):
+    """Linux takes any bytes for a name; a stdout in UTF-8, as a terminal's is, must take them too."""
+    name = os.fsdecode(b"caf\xe9.jpg")
+    shutil.copy(f"data/sample/Images/{listed('test')[0]}", name)
+    written = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with contextlib.redirect_stdout(written):
+        status = fic.main(fic.parse_args(["--mode", "caption", "--model_path", str(shop / "lstm/best.pt"),
+                                          "--images", name]))  # fmt: skip
+    written.flush()
+    assert status == 0 and written.buffer.getvalue().startswith(b"caf")
+
+
+def test_best_pt_alone_captions_pictures_where_there_is_nothing_else(shop, monkeypatch):
+    """No cache, no dataset, no weights file: they are gone, and nothing is put in their place."""
+    torch.save(fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 1), "weights.pth")
+    path = train("--decoder attention --encoder_weights weights.pth --cache_dir cache_of_this_test") / "best.pt"
+    picture = f"data/sample/Images/{listed('test')[0]}"
+    expected = succeed("--mode caption --model_path", path, "--images", picture).split("\t")[1]
+    Path("empty").mkdir()
+    shutil.copy(path, "empty/best.pt")
+    shutil.copy(picture, "empty/picture.jpg")
+    for folder in ("cache_of_this_test", "saved_models"):
+        shutil.rmtree(folder)
+    for file in ("weights.pth", "data", "feature_cache"):
+        Path(file).unlink()
+    monkeypatch.chdir("empty")
+    before = snapshot()
+    assert succeed("--mode caption --model_path best.pt --images picture.jpg") == f"picture.jpg\t{expected}"
+    assert snapshot() == before
+
+
+# ------------------------------------------------------------------------------------------------- attention pictures
+
+
+def check_pictures(folder, numbers, advanced=False):
+    """Pictures and raw maps of these numbers, and of no other; each map (h, w) sums to 1 and they differ by word."""
+    kinds = ("attention_viz_sample", "advanced_attention_viz_sample")[: 1 + advanced]
+    expected = {f"{kind}_{number}.png" for kind in kinds for number in numbers}
+    expected |= {f"attention_maps_sample_{number}.npz" for number in numbers}
+    assert {path.name for path in Path(folder).iterdir() if "sample_" in path.name} == expected
+    for number in numbers:
+        raw = np.load(Path(folder) / f"attention_maps_sample_{number}.npz")
+        assert raw["maps"].shape == (len(raw["words"]), 7, 7) and len(raw["words"]) >= 2
+        assert raw["maps"].sum(axis=(1, 2)) == pytest.approx(1, abs=1e-4)
+        assert raw["maps"].std(axis=(1, 2)).min() > 0 and np.abs(raw["maps"][0] - raw["maps"][1]).max() > 0
+        assert not set(raw["words"]) & set(caption_data.Vocabulary.SPECIALS)
+        with Image.open(Path(folder) / f"attention_viz_sample_{number}.png") as picture:
+            assert picture.width > 300
+
+
+def test_training_draws_attention_pictures_without_a_display_defects_1_and_14(monkeypatch):
+    """DEFECT 1: attention was over one pooled vector, so that every map was flat. DEFECT 14: plt.show() stopped the
+    training loop, and here pyplot is not even imported."""
+    pyplot = sys.modules.pop("matplotlib.pyplot", None)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    folder = train("--decoder attention --save_attention_viz --attention_viz_samples 2 --min_length 3")
+    assert "matplotlib.pyplot" not in sys.modules
+    if pyplot:
+        sys.modules["matplotlib.pyplot"] = pyplot
+    assert "_att_" in folder.name
+    check_pictures(folder, [1, 2])
+
+
+def test_test_mode_draws_the_first_images_of_the_split(shop):
+    out = succeed("--mode test --min_length 3 --advanced_attention_viz --attention_viz_samples 1 --output_dir found",
+                  "--model_path", shop / "attention/best.pt")  # fmt: skip
+    assert "CIDEr" in out
+    check_pictures("found", [1], advanced=True)
+    words = np.load("found/attention_maps_sample_1.npz")["words"]
+    assert " ".join(words) == read_json("found/test_captions.json")[0]["caption"]
+
+
+def test_caption_mode_draws_every_picture(shop):
+    images = [f"data/sample/Images/{name}" for name in listed("test")[:2]]
+    out = succeed("--mode caption --min_length 3 --save_attention_viz --output_dir found --images", *images,
+                  "--model_path", shop / "attention/best.pt")  # fmt: skip
+    check_pictures("found", [1, 2])
+    for number, line in enumerate(out.splitlines(), start=1):
+        raw = np.load(f"found/attention_maps_sample_{number}.npz")
+        assert " ".join(raw["words"]) == line.split("\t")[1]
+        with Image.open(images[number - 1]) as photograph:
+            assert np.array_equal(raw["photograph"], np.asarray(photograph.convert("RGB")))
+
+
+def test_boxes_beside_the_captions_give_a_peak_in_box_rate(shop):
+    succeed("--mode test --output_dir found --model_path", shop / "attention/best.pt")
+    found = read_json("found/test_metrics.json")["attention"]
+    assert found.keys() == {"peak_in_box", "chance", "ratio", "nouns"}
+    if found["nouns"]:
+        assert found["ratio"] == pytest.approx(found["peak_in_box"] / found["chance"])
+    succeed("--mode test --output_dir found --model_path", shop / "lstm/best.pt")
+    assert "attention" not in read_json("found/test_metrics.json")
+
+
+def test_document_a_s_training_commands_run(monkeypatch):
+    """Every training command of document A, made small, on stand-ins for its two datasets; no pictures drawn."""
+    document = Path(__file__).resolve().parents[2] / "shared/spec/A_flickr_readme.md"
+    if not document.is_file():
+        pytest.skip("document A is not here")
+    shutil.copytree("data/sample", "own/flickr8k")
+    Path("own/flickr30k").symlink_to("flickr8k")
+    Path("data").unlink()
+    Path("own").rename("data")
+    text = document.read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python flickr_image_caption\w*\.py(.*)$", text, re.MULTILINE)
+    commands = {" ".join(command.split()) for command in commands if "--model_path" not in command}
+    assert len(commands) >= 10
+    monkeypatch.setattr(fic, "draw_attention", lambda *_: None)
+    small = " ".join(TINY.split()[2:])
+    for command in sorted(commands):
+        out = succeed(command, small, "--batch_size 160")
+        name, decoder = (re.search(rf"--{flag} (\w+)", command)[1] for flag in ("dataset_type", "decoder"))
+        assert run_dir(out).parent == Path(f"saved_models/{name}/shufflenet_v2_x0_5_{decoder}")
+        assert len(EPOCH_BLOCK.findall(out)) == 1
+
+
+def test_a_signal_to_a_real_process_ends_it_with_last_pt():
+    """Ctrl-C in a terminal reaches the whole process; here it comes once the first epoch was printed."""
+    command = [sys.executable, "-u", str(Path(fic.__file__)), *TINY.split(), "--epochs", "1000000"]
+    command += ["--keep_checkpoints", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            lines = iter(child.stdout.readline, "")
+            folder = run_dir(next(line for line in lines if line.startswith("run directory")))
+            next(line for line in lines if line.startswith("Epoch 1 completed"))
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == 130 and "Traceback" not in err
+    assert load(folder / "last.pt")["epoch"] >= 1
+    assert not list(folder.glob("*.partial"))
