@@ -42,7 +42,7 @@ case "${1:-}" in
     test)
         ruff check .
         ruff format --check .
-        python -m pytest -q "${@:2}"
+        python -m pytest -q -rs "${@:2}"
         ;;
     flickr8k | flickr30k) python download_datasets.py --dataset "$@" ;;
     *) echo "ready: source .venv/bin/activate, then python flickr_image_caption.py --help" ;;
