@@ -44,60 +44,62 @@ def follow(tree, parents):
     return map_tensors(lambda tensor: tensor[images, parents], tree)
 
 
-def forbid(log_probs, tokens, vocabulary, min_length, no_repeat_ngram_size):
-    """Mask what may not be written next: log_probs (N, K, V), tokens (N, K, 1 + t) with <SOS> first -> (N, K, V).
+def forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size):
+    """Mask what may not be written next, in place: logits (N, K, V) float32, tokens (N, K, 1 + t) with <SOS> first.
 
     <PAD>, <SOS> and <UNK> are never written, <EOS> not before `min_length` words, and no word that would complete an
     n-gram a second time. A hypothesis with no word left may end.
     """
-    allowed = log_probs.clone()
-    allowed[
-        ..., [i for i in (vocabulary.pad, vocabulary.sos, vocabulary.unk) if i not in (None, vocabulary.eos)]
-    ] = -torch.inf
+    end = logits[..., vocabulary.eos].clone()
+    never = [i for i in (vocabulary.pad, vocabulary.sos, vocabulary.unk) if i not in (None, vocabulary.eos)]
+    logits[..., never] = -torch.inf
     written = tokens[:, :, 1:]
     if written.size(-1) < min_length:
-        allowed[..., vocabulary.eos] = -torch.inf
+        logits[..., vocabulary.eos] = -torch.inf
     n = no_repeat_ngram_size
     if n and written.size(-1) >= n:
         ngrams = written.unfold(-1, n, 1)  # (N, K, m, n)
         recent = written[..., written.size(-1) - n + 1 :].unsqueeze(2)  # (N, K, 1, n - 1)
         repeats = (ngrams[..., :-1] == recent).all(-1)  # (N, K, m)
-        ceiling = torch.full_like(repeats, torch.inf, dtype=allowed.dtype).masked_fill(repeats, -torch.inf)
-        allowed = allowed.scatter_reduce(-1, ngrams[..., -1], ceiling, "amin")
-    stuck = allowed.isneginf().all(-1)
-    allowed[..., vocabulary.eos] = torch.where(stuck, log_probs[..., vocabulary.eos], allowed[..., vocabulary.eos])
-    return allowed
+        ceiling = torch.full_like(repeats, torch.inf, dtype=logits.dtype).masked_fill(repeats, -torch.inf)
+        logits.scatter_reduce_(-1, ngrams[..., -1], ceiling, "amin")
+    stuck = logits.amax(-1).isneginf()
+    logits[..., vocabulary.eos] = torch.where(stuck, end, logits[..., vocabulary.eos])
 
 
-def rank(log_prob, log_probs, done, width, pad):
-    """Beam search's choice: the `width` best continuations of each image -> parents (N, W), tokens (N, W).
+def rank(log_prob, logits, log_norm, done, width, pad):
+    """Beam search's choice: the `width` best continuations of each image -> parents, tokens, log_prob, each (N, W).
 
-    log_prob (N, K) so far, log_probs (N, K, V) of the next word, done (N, K). A finished hypothesis keeps its place in
-    the beam, so the beam narrows as captions end and a beam of one stops at its first <EOS>.
+    log_prob (N, K) so far, logits (N, K, V) of the next word, their log_norm (N, K), done (N, K). The best `width` of
+    every hypothesis suffice to find them. A finished hypothesis keeps its place in the beam at no cost, so the beam
+    narrows as captions end and a beam of one stops at its first <EOS>.
     """
-    totals = (log_prob.unsqueeze(-1) + log_probs).masked_fill(done.unsqueeze(-1), -torch.inf)  # (N, K, V)
-    totals[..., pad] = totals[..., pad].masked_fill(done, torch.inf)
-    words = totals.size(-1)
-    index = totals.flatten(1).topk(min(width, totals[0].numel())).indices
-    return index // words, index % words
+    best, words = logits.topk(min(width, logits.size(-1)))  # (N, K, C)
+    totals = (log_prob.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))).masked_fill(done.unsqueeze(-1), -torch.inf)
+    index = torch.cat([totals[..., 0].masked_fill(done, torch.inf).unsqueeze(-1), totals[..., 1:]], dim=-1)
+    index = index.flatten(1).topk(min(width, index[0].numel())).indices
+    totals[..., 0] = torch.where(done, log_prob, totals[..., 0])
+    words = words.masked_fill(done.unsqueeze(-1), pad)
+    return index // totals.size(-1), words.flatten(1).gather(1, index), totals.flatten(1).gather(1, index)
 
 
-def draw(log_probs, done, pad, temperature, top_k, top_p, generator):
-    """Sampling's choice, one word per hypothesis: log_probs (N, K, V) -> parents (N, K), tokens (N, K).
+def draw(log_prob, logits, log_norm, done, pad, temperature, top_k, top_p, generator):
+    """Sampling's choice, one word per hypothesis; arguments and result as of `rank`, W = K.
 
     `top_k` keeps the k likeliest words (0: all); `top_p` the fewest that together reach that probability (nucleus
     sampling, Holtzman et al. 2020, section 3.1).
     """
-    logits = log_probs / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    warm = logits / temperature
+    if 0 < top_k < warm.size(-1):
+        warm = warm.masked_fill(warm < warm.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
-        ordered, index = logits.softmax(-1).sort(descending=True)
+        ordered, index = warm.softmax(-1).sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the likeliest word always stays
-        logits = logits.masked_fill(beyond.gather(-1, index.argsort(-1)), -torch.inf)
-    tokens = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(done.shape)
+        warm = warm.masked_fill(beyond.gather(-1, index.argsort(-1)), -torch.inf)
+    words = torch.multinomial(warm.softmax(-1).flatten(0, 1), 1, generator=generator).view(done.shape)
+    gained = logits.gather(-1, words.unsqueeze(-1)).squeeze(-1) - log_norm
     parents = torch.arange(done.size(1), device=done.device).expand_as(done)
-    return parents, tokens.masked_fill(done, pad)
+    return parents, words.masked_fill(done, pad), log_prob + gained.masked_fill(done, 0.0)
 
 
 def harvest(tokens, log_prob, lengths, done, attention, length_penalty, count):
@@ -157,19 +159,19 @@ def generate(
     attention = None  # (N, K, t, P)
     for step in range(1, max_length + 1):
         logits, state, alphas = decoder.step(tokens[..., -1], state)
-        log_probs = logits.float().log_softmax(-1)  # (N, K, V)
-        log_probs = forbid(log_probs, tokens, vocabulary, min_length, no_repeat_ngram_size)
+        logits = logits.to(torch.float32, copy=True)  # (N, K, V)
+        log_norm = logits.logsumexp(-1)
+        forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size)
         if algorithm == "sample":
-            parents, words = draw(log_probs, done, vocabulary.pad, temperature, top_k, top_p, generator)
+            parents, words, log_prob = draw(
+                log_prob, logits, log_norm, done, vocabulary.pad, temperature, top_k, top_p, generator
+            )
         else:
-            parents, words = rank(log_prob, log_probs, done, width, vocabulary.pad)
+            parents, words, log_prob = rank(log_prob, logits, log_norm, done, width, vocabulary.pad)
         if alphas is not None:
             alphas = alphas.unsqueeze(2)
             attention = alphas if attention is None else torch.cat([attention, alphas], dim=2)
             attention = follow(attention, parents)
-        log_probs = log_probs.masked_fill(done.unsqueeze(-1), -torch.inf)  # what is finished only waits, at no cost
-        log_probs[..., vocabulary.pad] = log_probs[..., vocabulary.pad].masked_fill(done, 0.0)
-        log_prob = log_prob.gather(1, parents) + follow(log_probs, parents).gather(-1, words.unsqueeze(-1)).squeeze(-1)
         lengths = lengths.gather(1, parents) + ~done.gather(1, parents)
         done = done.gather(1, parents) | (words == vocabulary.eos)
         tokens = torch.cat([follow(tokens, parents), words.unsqueeze(-1)], dim=-1)
