@@ -24,7 +24,6 @@ After figure 3 of Xu et al. 2015, Show, Attend and Tell, who smooth with a Gauss
 
 import io
 import math
-import os
 import textwrap
 import unicodedata
 import warnings
@@ -35,6 +34,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image
+
+from experiment_utils import replace_file
 
 DPI = 150
 LONG_SIDE = 600  # pixels; a larger photograph is reduced to this first
@@ -359,13 +360,6 @@ def _characters_in(font_file):
 
 def _write_whole(path, data):
     """Write bytes to a file in one rename, so that no reader ever sees half of it. Returns the path."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replace_file(path) as file:
+        file.write(data)
     return path

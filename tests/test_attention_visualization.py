@@ -1,5 +1,6 @@
 """Attention pictures: geometry and entropy worked by hand, files as they lie on disk."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -226,7 +227,7 @@ def test_a_failed_write_leaves_the_old_picture_whole_and_nothing_else(tmp_path, 
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(viz.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_attention_viz(tmp_path, 1, photograph(), ["cat"], one_hot(5, 5)[None])
     assert path.read_bytes() == before
