@@ -43,6 +43,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import process_group
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Datasets: where they lie, and one table from any of their formats
 # ---------------------------------------------------------------------------------------------------------------------
@@ -771,7 +773,6 @@ class Features:
         shape = (stored, cells, channels)
         self.grid = np.memmap(file, np.float16, "r", shape=shape) if stored else np.empty(shape, np.float16)
         self.rows = rows
-        self.nbytes_per_image = cells * channels * 2
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -799,7 +800,7 @@ def cached_features(
     grid: tuple[int, int],
     channels: int,
     image_size: int,
-    batch_size: int = 32,
+    batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = True,
     desc: str = "encoding",
@@ -812,33 +813,43 @@ def cached_features(
         grid, channels: (h, w) and F, so P = h * w.
     The cache is a folder per key: `features.f16` (a row per image), `index` (which file each row came from: path, size,
     modification time), `key.json`. Rows reach the disk before the index names them, so a run that is killed at any
-    moment leaves a cache that the next one continues; a second run waits for the first.
+    moment leaves a cache that the next one continues; a second run waits for the first. Processes of one run share the
+    work: rank 0 keeps the cache, the others hand it what they encode, and all must see its folder.
     Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow float16.
     """
     cells = grid[0] * grid[1]
     full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "format": CACHE_FORMAT}
     folder = _cache_folder(Path(cache_dir), full_key)
-    with _locked(folder), _Store(folder, (cells, channels)) as store:
-        stamps, unreadable = _stamps(paths)
-        todo = {stamp: path for path, stamp in stamps.items() if stamp not in store.row_of}  # one path per file
-        _check_free_space(folder, len(todo) * store.row_bytes)
-        bar = tqdm(total=len(todo), desc=desc, unit="image", disable=None if progress and todo else True)
-        with bar:
-            failed = _encode_missing(store, todo, encode, image_size, batch_size, num_workers, bar)
-    unreadable |= {path: failed[stamp] for path, stamp in stamps.items() if stamp in failed}
-    rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
+    encoded = functools.partial(
+        _encoded, encode=encode, image_size=image_size, batch_size=batch_size, num_workers=num_workers
+    )
+    if process_group.rank():
+        for found in encoded(process_group.broadcast(None)):
+            process_group.send(found, to=0)
+        rows, unreadable = process_group.broadcast(None)
+    else:
+        with _locked(folder), _Store(folder, (cells, channels)) as store:
+            stamps, unreadable = _stamps(paths)
+            todo = {stamp: path for path, stamp in stamps.items() if stamp not in store.row_of}  # one path per file
+            _check_free_space(folder, len(todo) * store.row_bytes)
+            with tqdm(total=len(todo), desc=desc, unit="image", disable=None if progress and todo else True) as bar:
+                own = encoded(process_group.broadcast(list(todo.values())))
+                failed = _store_encoded(store, list(todo), own, -(-len(todo) // batch_size), bar)
+        unreadable |= {path: failed[stamp] for path, stamp in stamps.items() if stamp in failed}
+        rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
+        process_group.broadcast((rows, unreadable))
     return Features(folder / "features.f16", rows, cells, channels), unreadable
 
 
-def _encode_missing(store, todo, encode, image_size, batch_size, num_workers, bar) -> dict[tuple, str]:
-    """Append the features of {stamp: path} to the store; returns {stamp: reason} of the unreadable ones."""
-    stamps, paths, failed = list(todo), list(todo.values()), {}
+def _encoded(paths, encode, image_size, batch_size, num_workers):
+    """This process's batches: (positions in `paths`, features (n, P, F) float16, {position: reason} of the others)."""
     batches = [range(i, min(i + batch_size, len(paths))) for i in range(0, len(paths), batch_size)]
+    batches = batches[process_group.rank() :: process_group.size()]
     for positions, pixels, reasons in _decoded(paths, image_size, batches, num_workers) if batches else ():
-        failed |= {stamps[position]: reason for position, reason in reasons.items()}
+        features = None
         if positions:
             with torch.inference_mode():
-                features = encode(torch.from_numpy(pixels)).half()  # (n, P, F)
+                features = encode(torch.from_numpy(pixels)).half()
             low, high = features.flatten(1).aminmax(dim=1)  # both nan where any is
             for position, finite in zip(positions, (low.isfinite() & high.isfinite()).tolist(), strict=True):
                 if not finite:
@@ -846,7 +857,19 @@ def _encode_missing(store, todo, encode, image_size, batch_size, num_workers, ba
                         f"{paths[position]}: the encoder's output overflows float16; "
                         "use --no_feature_cache with this encoder"
                     )
-            store.append([stamps[position] for position in positions], features.contiguous().cpu().numpy())
+            features = features.contiguous().cpu().numpy()
+        yield positions, features, reasons
+
+
+def _store_encoded(store, stamps, own, batches, bar) -> dict[tuple, str]:
+    """Append what this process and the others encode, in turn; returns {stamp: reason} of the unreadable ones."""
+    failed = {}
+    for number in range(batches):
+        sender = number % process_group.size()
+        positions, features, reasons = process_group.receive(sender) if sender else next(own)
+        failed |= {stamps[position]: reason for position, reason in reasons.items()}
+        if positions:
+            store.append([stamps[position] for position in positions], features)
         bar.update(len(positions) + len(reasons))
     return failed
 

@@ -36,6 +36,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+import process_group
+
 FORMAT_VERSION = 1  # of a checkpoint; raised when an older program could not read what a newer one writes
 
 # What every checkpoint holds, and of which type; `object` is any plain value, None included.
@@ -116,7 +118,11 @@ def resolve_device(name):
     """--device -> torch.device; auto takes CUDA, then MPS, then the CPU. Raises: ValueError when it is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        if torch.cuda.is_available():
+            return (
+                torch.device("cuda", process_group.local_rank()) if process_group.size() > 1 else torch.device("cuda")
+            )
+        return torch.device("mps" if mps else "cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -131,7 +137,12 @@ def resolve_device(name):
 
 
 def resolve_precision(name, device):
-    """--precision -> float32, bfloat16 or float16; auto takes the fastest that the hardware computes itself."""
+    """--precision -> float32, bfloat16 or float16; auto takes the fastest that the hardware computes itself.
+
+    Raises: ValueError for float16 on a CPU, where torch lacks parts of it.
+    """
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("--precision float16 is for GPUs: give bfloat16 or float32 on a CPU")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -161,12 +172,18 @@ def listen_for_stop():
             signal.signal(signum, handler)
 
 
-def until_stopped(received, items):
-    """Yield from `items`; raise Stopped between two of them once a signal has arrived."""
+def until_stopped(received, items, apart=False):
+    """Yield from `items`; raise Stopped between two of them once a signal has arrived, in any process of the run.
+
+    `apart`: each process has its own number of items, so signals to several of them wait for a step taken together.
+    """
     for item in items:
         yield item
-        if received:
-            raise Stopped(received[0])
+        if apart and process_group.size() > 1:
+            continue
+        signum = process_group.highest(received[0] if received else 0)
+        if signum:
+            raise Stopped(signum)
 
 
 # ------------------------------------------------------------------------------------------------------ atomic files

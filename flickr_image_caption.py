@@ -233,6 +233,8 @@ def check_options(args):
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch, whose import takes seconds: --help and mistakes answer at once
 
+import contextlib
+import copy
 import hashlib
 import json
 import pickle
@@ -245,10 +247,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.fx.experimental.optimization
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from tqdm import tqdm
 
 import attention_visualization
@@ -256,7 +259,8 @@ import caption_data
 import download_datasets
 import experiment_utils
 import metrics_utils
-from caption_decoding import generate, select
+import process_group
+from caption_decoding import generate, map_tensors, select
 from experiment_utils import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
 
 WEIGHTS_DIR = download_datasets.WEIGHTS_DIR  # document A's place for downloaded weights
@@ -271,14 +275,18 @@ AT_EPOCH_START = {"batch": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rat
 SAMPLE = 512  # training images that the features' mean and standard deviation are taken from
 LOOK_EVERY = 50  # steps between looks at the loss: each look waits for the device
 CHUNK = 100  # images decoded together
+TOGETHER = 16  # captions of about one length that end their training step together
 
 # --------------------------------------------------------------------------------------------------------- the encoder
 
 
 class Encoder(nn.Module):
-    """A frozen torchvision trunk: pictures to the grid of features before pooling. BatchNorm never leaves eval mode."""
+    """A frozen torchvision trunk: pictures to the grid of features before pooling. BatchNorm never leaves eval mode.
 
-    def __init__(self, name, state, weights):
+    `trunk` holds the weights as they came; what computes is a copy with BatchNorm folded into the convolutions.
+    """
+
+    def __init__(self, name, state, weights, precision="float32"):
         """`name`: one of ENCODERS. `state`: torchvision's state dict, classifier ignored. `weights`: its origin.
 
         Raises: ValueError when `state` is of another architecture.
@@ -301,7 +309,9 @@ class Encoder(nn.Module):
         self.image_size = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.requires_grad_(False).eval()
+        self.precision, self.folded = precision, fold_batchnorm(self.trunk).to(getattr(torch, precision))
+        self.folded.to(memory_format=torch.channels_last)
         with torch.inference_mode():
             blank = torch.zeros(1, 3, self.image_size, self.image_size)
             self.channels, *self.grid = self.trunk(blank).shape[1:]  # F, [h, w]
@@ -313,8 +323,8 @@ class Encoder(nn.Module):
     def forward(self, images):
         """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
         images = images.to(self.mean.device, memory_format=torch.channels_last)
-        grid = self.trunk((images / 255 - self.mean) / self.std)  # (N, F, h, w)
-        return grid.flatten(2).transpose(1, 2)
+        images = ((images / 255 - self.mean) / self.std).to(getattr(torch, self.precision))
+        return self.folded(images).float().flatten(2).transpose(1, 2)  # of (N, F, h, w)
 
     def key(self):
         """What decides the features: the cache's key, and what a checkpoint says of its encoder."""
@@ -324,7 +334,16 @@ class Encoder(nn.Module):
         return {
             "name": self.name, "weights_sha256": digest.hexdigest(), "image_size": self.image_size,
             "grid": list(self.grid), "channels": self.channels, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+            "precision": self.precision,
         }  # fmt: skip
+
+
+def fold_batchnorm(trunk):
+    """A copy of the trunk that computes the same with fewer passes over memory; a plain copy if it cannot be traced."""
+    try:
+        return torch.fx.experimental.optimization.fuse(trunk)
+    except (torch.fx.proxy.TraceError, TypeError):  # torch.fx follows no data-dependent control flow
+        return copy.deepcopy(trunk)
 
 
 def load_encoder_weights(name, source, seed):
@@ -385,10 +404,10 @@ def open_encoder(args, checkpoint=None):
     stored = checkpoint["encoder"] if checkpoint else {}
     if stored.get("weights") is not None and "encoder_weights" not in args.typed:
         with experiment_utils.taking_from(args.model_path):
-            encoder = Encoder(args.encoder, stored["weights"], args.model_path)
+            encoder = Encoder(args.encoder, stored["weights"], args.model_path, args.precision)
     else:
         weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
-        encoder = Encoder(args.encoder, weights, args.encoder_weights)
+        encoder = Encoder(args.encoder, weights, args.encoder_weights, args.precision)
     if checkpoint and encoder.key()["weights_sha256"] != stored.get("weights_sha256"):
         raise ValueError(
             f"--encoder_weights {args.encoder_weights}: other weights than {args.model_path} was trained with: "
@@ -401,12 +420,15 @@ def open_encoder(args, checkpoint=None):
 
 
 class Decoder(nn.Module):
-    """What both decoders share: features are standardised per channel, so that any encoder's scale suits them."""
+    """What both decoders share. Features are standardised per channel, so that any encoder's scale suits them."""
 
-    def __init__(self, feature_dim):
+    def __init__(self, feature_dim, vocab_size, embed_size, hidden_size, drop_prob):
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
+        self.embed = nn.Embedding(vocab_size, embed_size)
+        self.dropout = nn.Dropout(drop_prob)
+        self.head = nn.Linear(hidden_size, vocab_size)
 
     def fit_features(self, features):
         """Take mean and standard deviation of each channel from a sample (N, P, F) of the training images."""
@@ -418,6 +440,43 @@ class Decoder(nn.Module):
         """(N, P, F) -> (N, P, F)."""
         return (features - self.feature_mean) / self.feature_std
 
+    def drop(self, x, owner=None, captions=None):
+        """Dropout that leaves the same units out in every cell of an image, or at every step of a caption.
+
+        x (N, P, D), or x (tokens, D) and the number (tokens,) of the caption that owns each token, below `captions`.
+        Source: Gal and Ghahramani 2016, section 4.
+        """
+        if not self.training:
+            return x
+        if owner is None:
+            return x * self.dropout(x.new_ones(x.size(0), 1, x.size(-1)))
+        return x * self.dropout(torch.ones_like(x[:captions])).index_select(0, owner)
+
+    def forward(self, features, captions, lengths, image_index, packed=False):
+        """Teacher forcing: step t is given token t and predicts token t + 1.
+
+        Captions run longest first, and leave when they are written, TOGETHER at a time: matrix products of few
+        different sizes keep oneDNN's cache of compiled kernels warm.
+
+        Args: features (N, P, F), captions (B, T), lengths (B,), image_index (B,).
+        Returns: logits (B, T, V), 0 beyond a caption's length, and alphas (B, T, P) or None; if `packed`, logits as a
+            PackedSequence, which spares the loss the way over (B, T, V).
+        """
+        exact = pack(captions, lengths)
+        order = exact.sorted_indices
+        longest = lengths.cpu().sort(descending=True).values[::TOGETHER].repeat_interleave(TOGETHER)[: len(order)]
+        written = pack_padded_sequence(captions[order], longest, batch_first=True)
+        sizes = list(zip(written.batch_sizes.tolist(), exact.batch_sizes.tolist(), strict=True))
+        owner = torch.cat([torch.arange(rows) for rows, _ in sizes]).to(features.device)
+        within = torch.cat([torch.arange(rows) < writing for rows, writing in sizes]).nonzero().squeeze(1)
+        found = self.teach(features, written, image_index[order], owner)
+        words, alphas = (
+            part if part is None else exact._replace(data=part.index_select(0, within.to(part.device)))
+            for part in found
+        )
+        steps = captions.size(1)
+        return words if packed else unpack(words, steps), None if alphas is None else unpack(alphas, steps)
+
 
 class LSTMDecoder(Decoder):
     """LSTM that is shown the image once, then the words. Source: [1] section 3.1, equations 10 to 12."""
@@ -426,23 +485,23 @@ class LSTMDecoder(Decoder):
     pooled = True  # reads the mean over the grid only
 
     def __init__(self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob):
-        super().__init__(feature_dim)
+        super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
         self.project_image = nn.Linear(feature_dim, embed_size)
-        self.embed = nn.Embedding(vocab_size, embed_size)
         self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True, dropout=drop_prob * (num_layers > 1))
-        self.dropout = nn.Dropout(drop_prob)
-        self.head = nn.Linear(hidden_size, vocab_size)
 
-    def forward(self, features, captions, lengths, image_index):
-        """features (N, P, F), captions (B, T), lengths (B,), image_index (B,) -> logits (B, T, V), None.
+    def teach(self, features, captions, image_index, owner):
+        """Teacher forcing on packed captions, longest first.
 
-        Teacher forcing: step t is given token t and predicts token t + 1; logits beyond a caption's length are 0.
+        Args: features (N, P, F), captions PackedSequence of (tokens,), image_index (B,), owner (tokens,): the caption
+            that each token belongs to.   Returns: logits (tokens, V), None.
         """
-        image = self.show(features)[image_index].unsqueeze(1)  # (B, 1, E)
-        inputs = self.dropout(torch.cat([image, self.embed(captions)], dim=1))  # (B, 1 + T, E)
-        packed = pack_padded_sequence(inputs, lengths.cpu() + 1, batch_first=True, enforce_sorted=False)
-        hidden, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=inputs.size(1))
-        return write_words(self, hidden[:, 1:], lengths), None  # what follows the image itself is no word
+        image = self.show(features)[image_index]  # (B, E), the first input of each caption
+        inputs = torch.cat([image, self.embed(captions.data)])
+        inputs = self.drop(inputs, torch.cat([owner[: len(image)], owner]), len(image))
+        sizes = torch.cat([captions.batch_sizes[:1], captions.batch_sizes])
+        hidden = self.lstm(PackedSequence(inputs, sizes))[0].data
+        hidden = hidden[len(image) :]  # what follows the image itself is no word
+        return self.head(self.drop(hidden, owner, len(image))), None
 
     def show(self, features):
         """features (N, P, F) -> the image as the LSTM's first input (N, E)."""
@@ -461,34 +520,95 @@ class LSTMDecoder(Decoder):
         return self.head(output).view(*tokens.shape, -1), ((), new), None
 
 
+class RepeatedLinear(nn.Linear):
+    """A linear layer used at every time step. Within `summed_once` its gradient is one matrix product over all steps.
+
+    Autograd alone adds up T products of few rows, each of the weight's size (Appleyard et al. 2016, section 3.3).
+    """
+
+    uses = None  # of one sequence: (input, gradient of the output) per step, filled as the gradient comes by
+
+    def forward(self, x):
+        """(..., in) -> (..., out)."""
+        if self.uses is None:
+            return super().forward(x)
+        return LinearUse.apply(x.to(self.shared[0].dtype), *self.shared, self.uses)
+
+
+class LinearUse(torch.autograd.Function):
+    """x (..., in) -> x weight^T + bias. Its gradient goes to x; what the weight's needs is put into `uses`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, uses):
+        ctx.save_for_backward(x, weight)
+        ctx.uses = uses
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        ctx.uses.append((x.flatten(0, -2), gradient.flatten(0, -2)))
+        return gradient @ weight, None, None, None
+
+
+class LinearUses(torch.autograd.Function):
+    """The weight and bias that every LinearUse reads: autograd comes back here once it has been through all of them."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, uses):
+        ctx.uses = uses
+        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx, *_):
+        x, gradient = (torch.cat(part) for part in zip(*ctx.uses, strict=True))
+        ctx.uses.clear()
+        return gradient.t() @ x, gradient.sum(0) if ctx.needs_input_grad[1] else None, None
+
+
+@contextlib.contextmanager
+def summed_once(*layers):
+    """While one sequence runs through RepeatedLinear `layers`: their gradients are summed over its steps at once."""
+    try:
+        for layer in layers if torch.is_grad_enabled() else ():
+            kind, layer.uses = layer.weight.device.type, []
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            layer.shared = LinearUses.apply(layer.weight.to(dtype), bias, layer.uses)
+        yield
+    finally:
+        for layer in layers:
+            layer.uses = layer.shared = None
+
+
 class AttentionDecoder(Decoder):
     """LSTM that looks at the grid before each word. Source: [2] sections 3.1.2 and 4.2, scores as in [3] section 3.1.
 
-    Departures: the context is a mean of projected cells, gated unit by unit; words are read off the LSTM's output.
+    Departures: the context is a mean of projected cells, gated unit by unit; the deep output layer (equation 7) adds
+    the LSTM's output as it is. tanh x is computed as 2 sigmoid 2x - 1, quicker on a CPU; softmax ignores the 1.
     """
 
     options = ("embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim")
     pooled = False
 
     def __init__(self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob, attention_dim):
-        super().__init__(feature_dim)
+        super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
         self.project_features = nn.Linear(feature_dim, embed_size)
         self.project_keys = nn.Linear(feature_dim, attention_dim)
-        self.project_query = nn.Linear(hidden_size, attention_dim, bias=False)  # the sum with the keys needs one bias
+        self.project_query = RepeatedLinear(hidden_size, attention_dim, bias=False)  # the keys have the bias
         self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a shared constant
-        self.gate = nn.Linear(hidden_size, embed_size)
+        self.gate = RepeatedLinear(hidden_size, embed_size)
         self.start_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
         self.start_cell = nn.Linear(feature_dim, num_layers * hidden_size)
-        self.embed = nn.Embedding(vocab_size, embed_size)
-        sizes = [2 * embed_size] + [hidden_size] * (num_layers - 1)
-        self.layers = nn.ModuleList(nn.LSTMCell(size, hidden_size) for size in sizes)
-        self.dropout = nn.Dropout(drop_prob)
-        self.head = nn.Linear(hidden_size, vocab_size)
+        self.word_gates = nn.Linear(embed_size, 4 * hidden_size)  # the first layer's input weights for words
+        below = [embed_size] + [hidden_size] * (num_layers - 1)
+        self.layers = nn.ModuleList(RepeatedLinear(size + hidden_size, 4 * hidden_size) for size in below)
+        self.deepen = nn.Linear(2 * embed_size, hidden_size)  # word and context, into the output
 
     def start(self, features):
         """features (N, P, F) -> state: what is computed once per image, and LSTM layers made of the mean feature."""
         features = self.standardise(features)
-        keys, values = self.project_keys(features), self.dropout(self.project_features(features))  # (N, P, A or E)
+        keys, values = 2 * self.project_keys(features), self.drop(self.project_features(features))  # (N, P, A or E)
         mean = features.mean(1, keepdim=True)
         hidden, cell = (
             layer(mean).tanh().chunk(len(self.layers), -1) for layer in (self.start_hidden, self.start_cell)
@@ -497,47 +617,46 @@ class AttentionDecoder(Decoder):
 
     def look(self, query, keys, values):
         """query (N, K, H), keys (N, P, A), values (N, P, E) -> context (N, K, E), alphas (N, K, P); rows sum to 1."""
-        energy = torch.tanh(keys.unsqueeze(1) + self.project_query(query).unsqueeze(2))  # (N, K, P, A)
-        alphas = self.score(energy).squeeze(-1).softmax(dim=-1)
+        energy = (keys.unsqueeze(1) + 2 * self.project_query(query).unsqueeze(2)).sigmoid()  # (N, K, P, A)
+        alphas = (2 * self.score(energy).squeeze(-1).float()).softmax(dim=-1)
         return alphas @ values * self.gate(query).sigmoid(), alphas
 
-    def advance(self, embedded, state):
-        """One step: embedded words (N, K, E), state -> output (N, K, H), state, alphas (N, K, P)."""
+    def advance(self, word_gates, state):
+        """One step: word gates (N, K, 4H), state -> output (N, K, H), context (N, K, E), state, alphas (N, K, P)."""
         per_image, layers = state
         context, alphas = self.look(layers[-1][0], *per_image)  # the query: the top layer's output, one step ago
-        output, new = torch.cat([embedded, context], dim=-1), []
-        for cell, before in zip(self.layers, layers, strict=True):
-            inputs = (self.dropout(output) if new else output).flatten(0, 1)
-            after = cell(inputs, tuple(part.flatten(0, 1) for part in before))
-            new.append(tuple(part.unflatten(0, embedded.shape[:2]) for part in after))  # (N, K, H) each
-            output = new[-1][0]
-        return output, (per_image, tuple(new)), alphas
+        below, new = context, []
+        for layer, (hidden, cell) in zip(self.layers, layers, strict=True):
+            gates = layer(torch.cat([self.dropout(below) if new else below, hidden], dim=-1))
+            i, f, g, o = (gates if new else gates + word_gates).float().chunk(4, dim=-1)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            below = o.sigmoid() * cell.tanh()
+            new.append((below, cell))
+        return below, context, (per_image, tuple(new)), alphas
 
     def step(self, tokens, state):
         """tokens (N, K), state -> logits (N, K, V), state, alphas (N, K, P)."""
-        output, state, alphas = self.advance(self.embed(tokens), state)
-        return self.head(output), state, alphas
+        words = self.embed(tokens)
+        output, context, state, alphas = self.advance(self.word_gates(words), state)
+        return self.head(output + self.deepen(torch.cat([words, context], dim=-1))), state, alphas
 
-    def forward(self, features, captions, lengths, image_index):
-        """features (N, P, F), captions (B, T), lengths (B,), image_index (B,) -> logits (B, T, V), alphas (B, T, P).
-
-        Teacher forcing, as `LSTMDecoder.forward`. An image's captions share its projections. Captions run longest
-        first, and those that are written leave, a fifth of the batch or more at a time: leaving costs a copy.
-        """
-        order = lengths.argsort(descending=True, stable=True)
-        state = select(self.start(features), image_index[order])  # (B, 1, ...): one hypothesis per caption
-        embedded = self.dropout(self.embed(captions[order])).unsqueeze(1)  # (B, 1, T, E)
-        outputs, looked, rows = [], [], len(order)
-        for t, writing in enumerate(token_mask(lengths, captions.size(1)).sum(0).tolist()):
-            if writing <= 0.8 * rows:
-                rows = writing
-                state = select(state, slice(rows))
-            output, state, alphas = self.advance(embedded[:rows, :, t], state)
-            idle = (0, 0, 0, len(order) - rows)
-            outputs.append(F.pad(output.squeeze(1), idle))
-            looked.append(F.pad(alphas.squeeze(1), idle))
-        outputs, alphas = (torch.stack(part, dim=1)[order.argsort()] for part in (outputs, looked))  # (B, T, H or P)
-        return write_words(self, outputs, lengths), alphas
+    def teach(self, features, captions, image_index, owner):
+        """As `LSTMDecoder.teach`, and alphas (tokens, P). An image's captions share its projections."""
+        state = map_tensors(lambda part: part.index_select(0, image_index), self.start(features))  # (B, 1, ...)
+        words = self.embed(captions.data)  # (tokens, E)
+        word_gates = self.word_gates(self.drop(words, owner, len(image_index))).unsqueeze(1)  # (tokens, 1, 4H)
+        outputs, contexts, looked = [], [], []
+        with summed_once(self.project_query, self.gate, *self.layers):
+            for gates in word_gates.split(captions.batch_sizes.tolist()):
+                if outputs and len(gates) < len(outputs[-1]):
+                    state = select(state, slice(len(gates)))  # captions leave when they are written
+                output, context, state, alphas = self.advance(gates, state)
+                outputs.append(output)
+                contexts.append(context)
+                looked.append(alphas)
+        output, context, alphas = (torch.cat(steps).squeeze(1) for steps in (outputs, contexts, looked))
+        output = output + self.deepen(torch.cat([words, context], dim=-1))
+        return self.head(self.drop(output, owner, len(image_index))), alphas
 
 
 DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}
@@ -548,13 +667,20 @@ def token_mask(lengths, steps):
     return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
 
 
-def write_words(decoder, hidden, lengths):
-    """LSTM outputs (B, T, H) -> logits (B, T, V); the vocabulary's projection is spared where a caption has ended."""
-    is_token = token_mask(lengths, hidden.size(1))
-    words = decoder.head(decoder.dropout(hidden[is_token]))
-    logits = words.new_zeros(*is_token.shape, words.size(-1))
-    logits[is_token] = words
-    return logits
+def pack(sequences, lengths):
+    """sequences (B, T, ...), lengths (B,) -> PackedSequence: what lies within the lengths, step by step.
+
+    The order depends on the lengths alone. Lengths that are on the CPU spare a GPU the wait for them.
+    """
+    lengths, order = lengths.cpu().sort(descending=True, stable=True)
+    packed = pack_padded_sequence(sequences[order.to(sequences.device)], lengths, batch_first=True)
+    places = (indices.to(sequences.device) for indices in (order, order.argsort()))
+    return PackedSequence(packed.data, packed.batch_sizes, *places)
+
+
+def unpack(packed, steps):
+    """The way back: (B, steps, ...), 0 beyond each length."""
+    return pad_packed_sequence(packed, batch_first=True, total_length=steps)[0]
 
 
 def build_decoder(args, feature_dim, vocab_size, device=None):
@@ -574,19 +700,20 @@ def doubly_stochastic_penalty(alphas, lengths):
     Returns: () float, dimensionless: (1 - attention received) ** 2, averaged over cells and captions.
     Source: [2] section 4.2.1, which sums over cells; the mean keeps alpha_c independent of the grid's size.
     """
-    received = (alphas * token_mask(lengths, alphas.size(1)).unsqueeze(-1)).sum(dim=1)  # (B, P)
+    within = token_mask(lengths.to(alphas.device), alphas.size(1))
+    received = (alphas * within.unsqueeze(-1)).sum(dim=1)  # (B, P)
     return (1 - received).square().mean()
 
 
 def cross_entropy(logits, captions, lengths, label_smoothing=0.0):
-    """logits (B, T, V), captions (B, T + 1), lengths (B,) -> (smoothed loss, plain loss), each () in nats per token.
+    """logits (B, T, V) or packed, captions (B, T + 1), lengths (B,) -> smoothed and plain loss, () in nats per token.
 
     Label smoothing spreads that share of the target evenly over the vocabulary (Szegedy et al. 2016, section 7). What
     lies beyond a caption's length is left out by length: a padding id may also be a word.
     """
-    is_token = token_mask(lengths, logits.size(1))
-    log_probs = logits[is_token].float().log_softmax(dim=-1)  # (tokens, V)
-    plain = F.nll_loss(log_probs, captions[:, 1:][is_token])
+    logits = pack(logits, lengths) if isinstance(logits, torch.Tensor) else logits
+    log_probs = logits.data.float().log_softmax(dim=-1)  # (tokens, V)
+    plain = F.nll_loss(log_probs, pack(captions[:, 1:], lengths).data)
     if not label_smoothing:
         return plain, plain
     return (1 - label_smoothing) * plain - label_smoothing * log_probs.mean(), plain
@@ -717,15 +844,20 @@ def autocast(args):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def train_step(run, features, batch):
-    """One update from one batch. Returns the plain loss before it: () float on the device, nats per token."""
+def train_step(run, features, batch, weights=(1.0, 1.0)):
+    """One update from one batch. Returns the plain loss before it: () float on the device, nats per token.
+
+    `weights`: of this batch in the mean over tokens and over captions, when it is a process's share of a larger one.
+    """
     args, device = run.args, run.args.device
-    captions, lengths, image_index = (part.to(device) for part in batch[1:])
+    _, captions, lengths, image_index = batch
+    captions, image_index = captions.to(device), image_index.to(device)  # lengths stay on the CPU
     with autocast(args):
-        logits, alphas = run.decoder(features, captions[:, :-1], lengths, image_index)
+        logits, alphas = run.model(features, captions[:, :-1], lengths, image_index, packed=True)
     loss, plain = cross_entropy(logits, captions, lengths, args.label_smoothing)
+    loss = weights[0] * loss
     if alphas is not None:
-        loss = loss + args.alpha_c * doubly_stochastic_penalty(alphas.float(), lengths)
+        loss = loss + weights[1] * args.alpha_c * doubly_stochastic_penalty(alphas.float(), lengths)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
@@ -741,13 +873,16 @@ def train_step(run, features, batch):
 def train_epoch(run, received):
     """Take the epoch's steps from where `run.progress` stands. Raises: Stopped, FloatingPointError."""
     progress, unread = run.progress, []
-    todo = list(run.batches.epoch(progress["epoch"], start=progress["batch"]))
+    todo = [share_of(batch) for batch in run.batches.epoch(progress["epoch"], start=progress["batch"])]
     run.decoder.train()
-    bar = tqdm(todo, f"epoch {progress['epoch'] + 1}", unit="batch", disable=None, leave=False)
-    steps = zip(bar, run.features.stream([batch.image_rows for batch in todo]), strict=True)
+    silent = True if process_group.rank() else None  # None: where stderr is no terminal
+    bar = tqdm(todo, f"epoch {progress['epoch'] + 1}", unit="batch", disable=silent, leave=False)
+    steps = zip(bar, run.features.stream([batch.image_rows for batch, _ in todo]), strict=True)
     try:
-        for batch, features in until_stopped(received, steps):
-            unread.append((train_step(run, features, batch), int(batch.lengths.sum())))
+        for (batch, weights), features in until_stopped(received, steps):
+            with process_group.lost_peers():
+                loss = train_step(run, features, batch, weights)
+            unread.append((loss, int(batch.lengths.sum()) if weights[0] else 0))
             progress["batch"] += 1
             progress["step"] += 1
             if len(unread) == LOOK_EVERY:
@@ -756,41 +891,72 @@ def train_epoch(run, received):
         read_losses(progress, unread)
 
 
+def share_of(batch):
+    """This process's part of a batch, and its weights in the means over the whole batch's tokens and captions.
+
+    DistributedDataParallel takes the mean of the processes' gradients, so the weights are times their number. A process
+    for which no caption is left computes one with weight 0, because all must take part.
+    """
+    rows, processes = process_group.share(len(batch.lengths)), process_group.size()
+    if processes == 1:
+        return batch, (1.0, 1.0)
+    none = rows.start == rows.stop
+    rows = slice(0, 1) if none else rows
+    lengths = batch.lengths[rows]
+    image_rows, image_index = batch.image_rows[batch.image_index[rows]].unique(return_inverse=True)
+    own = batch._replace(
+        image_rows=image_rows, image_index=image_index, lengths=lengths,
+        captions=batch.captions[rows, : int(lengths.max()) + 1],
+    )  # fmt: skip
+    weights = int(lengths.sum()) / int(batch.lengths.sum()), len(lengths) / len(batch.lengths)
+    return own, tuple(0.0 if none else processes * weight for weight in weights)
+
+
 def read_losses(progress, unread):
     """Move losses from the device into the epoch's sum; returns the last. Raises: FloatingPointError with the step."""
-    values = torch.stack([loss for loss, _ in unread]).tolist() if unread else []
-    for number, (value, (_, tokens)) in enumerate(zip(values, unread, strict=True)):
-        if not math.isfinite(value):
+    losses = torch.stack([loss for loss, _ in unread]).tolist() if unread else []
+    tokens = [tokens for _, tokens in unread]
+    unread.clear()
+    if process_group.size() > 1 and losses:
+        sums = process_group.total([loss * count for loss, count in zip(losses, tokens, strict=True)] + tokens)
+        tokens = [int(count) for count in sums[len(losses) :]]
+        losses = [loss / count for loss, count in zip(sums, tokens, strict=False)]
+    for number, (loss, count) in enumerate(zip(losses, tokens, strict=True)):
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss became {value} at step {progress['step'] - len(values) + number + 1} (epoch "
+                f"the loss became {loss} at step {progress['step'] - len(losses) + number + 1} (epoch "
                 f"{progress['epoch'] + 1}): lower --learning_rate or --grad_clip; the last good checkpoint is kept"
             )
-        progress["loss_sum"] += value * tokens
-        progress["tokens"] += tokens
-    unread.clear()
-    return value if values else math.nan
+        progress["loss_sum"] += loss * count
+        progress["tokens"] += count
+    return losses[-1] if losses else math.nan
 
 
 def validate(run, received):
     """Plain validation loss in nats per token, then scores of captions decoded without reference tokens, one row."""
     losses, tokens = 0.0, 0
     batches = list(run.val_batches.epoch(0, shuffle=False))
+    batches = batches[process_group.share(len(batches))]
     run.decoder.eval()
     stream = zip(batches, run.val_features.stream([batch.image_rows for batch in batches]), strict=True)
-    for batch, features in until_stopped(received, stream):
-        captions, lengths, image_index = (part.to(run.args.device) for part in batch[1:])
+    for batch, features in until_stopped(received, stream, apart=True):
+        captions, image_index = batch.captions.to(run.args.device), batch.image_index.to(run.args.device)
         with torch.inference_mode(), autocast(run.args):
-            logits, _ = run.decoder(features, captions[:, :-1], lengths, image_index)
-            losses += float(cross_entropy(logits, captions, lengths)[1]) * int(batch.lengths.sum())
+            logits, _ = run.decoder(features, captions[:, :-1], batch.lengths, image_index, packed=True)
+            losses += float(cross_entropy(logits, captions, batch.lengths)[1]) * int(batch.lengths.sum())
         tokens += int(batch.lengths.sum())
+    losses, tokens = process_group.total([losses, tokens])
     if not math.isfinite(losses):
         raise FloatingPointError(
             f"the validation loss of epoch {run.progress['epoch'] + 1} is {losses}: lower --learning_rate"
         )
-    grids = run.val_features.stream(torch.arange(len(run.val_table)).split(CHUNK))
+    own = torch.arange(len(run.val_table))[process_group.share(len(run.val_table))]
+    grids = run.val_features.stream(own.split(CHUNK) if len(own) else [])
     greedy = {"algorithm": "beam", "beam_size": run.args.val_beam_size, "num_captions": 1}
     found = caption_images(run.decoder, grids, run.vocabulary, run.args, **greedy)
-    best = [hypotheses[0] for hypotheses in until_stopped(received, found)]
+    best = [hypotheses[0] for hypotheses in until_stopped(received, found, apart=True)]
+    shares = process_group.gather([hypothesis._replace(attention=None) for hypothesis in best])
+    best = [hypothesis for share in shares for hypothesis in share]
     captions = dict(zip(run.val_table.image, (run.vocabulary.decode(h.tokens) for h in best), strict=True))
     scores, _ = run.scorer.score(captions)
     del scores["METEOR"]
@@ -798,7 +964,7 @@ def validate(run, received):
 
 
 def finish_epoch(run, row):
-    """Book one epoch: schedule, history, best score, checkpoints, files and the console block."""
+    """Book one epoch: schedule, best score; and, in rank 0, history, checkpoints, files and the console block."""
     args, progress = run.args, run.progress
     if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         run.scheduler.step(row["val_loss"])
@@ -808,6 +974,8 @@ def finish_epoch(run, row):
     is_best = progress["best_score"] is None or row["CIDEr"] > progress["best_score"]
     progress["stale_epochs"] = 0 if is_best else progress["stale_epochs"] + 1
     progress["best_score"] = row["CIDEr"] if is_best else progress["best_score"]
+    if process_group.rank():
+        return
     run.tracker.log_epoch(row)
     if is_best:
         save(run, "best.pt")
@@ -868,7 +1036,7 @@ def set_up(args, checkpoint):
         decoder.fit_features(next(features.stream([sample])))
     print(f"vocabulary: {len(vocabulary)} words, each in {len(texts)} captions {args.freq_threshold} times or more")
     run = SimpleNamespace(
-        args=args, encoder=encoder, decoder=decoder, vocabulary=vocabulary, dataset=dataset,
+        args=args, encoder=encoder, decoder=decoder, model=decoder, vocabulary=vocabulary, dataset=dataset,
         features=features, batches=token_batches(table.captions, vocabulary, args),
         val_table=val_table, val_features=val_features, val_batches=token_batches(val_table.captions, vocabulary, args),
         scorer=metrics_utils.CaptionScorer(dict(zip(val_table.image, val_table.captions, strict=True)), texts),
@@ -882,6 +1050,10 @@ def set_up(args, checkpoint):
     else:
         run.plan = {"epochs": args.epochs, "steps": args.epochs * run.batches.num_batches}
         run.scheduler = build_scheduler(run.optimizer, args, run.plan)
+    if process_group.size() > 1:
+        run.model = nn.parallel.DistributedDataParallel(decoder, broadcast_buffers=False)
+    if process_group.rank():  # dropout of its own
+        torch.manual_seed(args.seed + 1_000_003 * process_group.rank() + run.progress["step"])
     run.per_step = isinstance(run.scheduler, torch.optim.lr_scheduler.OneCycleLR)
     return run
 
@@ -981,8 +1153,10 @@ def train(args, checkpoint):
     for flag in ("model_save_dir", "cache_dir"):
         experiment_utils.check_writable_dir(getattr(args, flag), f"--{flag}")
     run = set_up(args, checkpoint)
-    open_run_dir(run)
     progress = run.progress
+    if process_group.rank() == 0:
+        open_run_dir(run)
+    progress["best_score"] = process_group.broadcast(progress["best_score"])
     warn_about_schedule(args, run.plan["epochs"])
     if checkpoint:
         where = f", batch {progress['batch'] + 1} of {run.batches.num_batches}" if progress["batch"] else ""
@@ -998,6 +1172,8 @@ def train(args, checkpoint):
                 row |= {"learning_rate": progress["rate"], **validate(run, received)}
             except Stopped as stop:
                 progress["seconds"] = time.perf_counter() - started
+                if process_group.rank():
+                    return 128 + stop.args[0]
                 save(run, "last.pt")
                 print(f"stopped by {signal.Signals(stop.args[0]).name} in epoch {progress['epoch'] + 1}: "
                       f"--resume {run.run_dir / 'last.pt'} goes on from here")  # fmt: skip
@@ -1006,6 +1182,8 @@ def train(args, checkpoint):
             if 0 < args.early_stopping_patience <= progress["stale_epochs"]:
                 print(f"stopped early: no better CIDEr for {progress['stale_epochs']} epochs")
                 break
+    if process_group.rank():
+        return 0
     best = run.run_dir / "best.pt"
     if args.save_attention_viz:
         run.decoder.load_state_dict(experiment_utils.load_checkpoint(best)["model"])
@@ -1179,7 +1357,10 @@ def main(args):
         checkpoint = open_checkpoint(args)
         args.device = resolve_device(args.device)
         args.precision = resolve_precision(args.precision, args.device)
-        return MODES[args.mode](args, checkpoint)
+        if process_group.size() > 1 and args.mode != "train":
+            raise ValueError(f"--mode {args.mode} runs in one process: start it without torchrun")
+        with process_group.joined(args.device):
+            return MODES[args.mode](args, checkpoint)
     except KeyboardInterrupt:
         return 130
     except (ValueError, FileNotFoundError) as error:

@@ -37,7 +37,10 @@ import flickr_image_caption as fic
 import metrics_utils
 from caption_decoding import Hypothesis
 
-pytestmark = pytest.mark.filterwarnings("error")  # a user would see it on stderr
+pytestmark = [
+    pytest.mark.filterwarnings("error"),  # a user would see it on stderr
+    pytest.mark.usefixtures("shop"),
+]
 
 TINY = """--dataset_type sample --encoder shufflenet_v2_x0_5 --encoder_weights random --embed_size 16 --hidden_size 16
     --attention_dim 8 --num_layers 1 --num_workers 0 --freq_threshold 1 --batch_size 40 --learning_rate 0.01
@@ -125,15 +128,6 @@ def enter(folder, patch):
         (folder / name).symlink_to(shop / name)
     skip_plots(patch)
     return shop
-
-
-@pytest.fixture(autouse=True)
-def shop(tmp_path, monkeypatch):
-    """The workshop; the working folder is the test's own. One thread, so that sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield enter(tmp_path, monkeypatch)
-    torch.set_num_threads(threads)
 
 
 def read_json(path):
@@ -335,9 +329,9 @@ def test_no_validation_or_test_image_is_trained_on_defect_2(monkeypatch):
     """DEFECT 2: the split was drawn over caption rows, so that other captions of a validation image were trained on."""
     seen, original = set(), fic.train_step
 
-    def train_step(run, features, batch):
+    def train_step(run, features, batch, *weights):
         seen.update(run.features.paths[row].name for row in batch.image_rows.tolist())
-        return original(run, features, batch)
+        return original(run, features, batch, *weights)
 
     monkeypatch.setattr(fic, "train_step", train_step)
     train()
@@ -440,10 +434,10 @@ def stopped(*flags, at_step, signum=signal.SIGINT):
     """Train and send a signal while step `at_step` of this process is computed; returns the outcome."""
     steps, original = itertools.count(1), fic.train_step
 
-    def train_step(run, features, batch):
+    def train_step(run, features, batch, *weights):
         if next(steps) == at_step:
             os.kill(os.getpid(), signum)
-        return original(run, features, batch)
+        return original(run, features, batch, *weights)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fic, "train_step", train_step)
@@ -487,9 +481,9 @@ def test_each_schedule_changes_the_rate_as_documented_defect_10(monkeypatch):
     """DEFECT 10: OneCycleLR was built for steps and stepped per epoch, its max_lr 1e-3 whatever was asked for."""
     rates, seen, original = {}, [], fic.train_step
 
-    def train_step(run, features, batch):
+    def train_step(run, features, batch, *weights):
         seen.append(run.optimizer.param_groups[0]["lr"])
-        return original(run, features, batch)
+        return original(run, features, batch, *weights)
 
     monkeypatch.setattr(fic, "train_step", train_step)
     for name, flags in SCHEDULERS.items():
@@ -757,7 +751,9 @@ def test_test_mode_writes_beside_the_checkpoint_unless_told(shop):
 def test_log_prob_is_that_of_a_teacher_forced_pass_defect_5(decoder, shop):
     """DEFECT 5: training and generation disagreed about <SOS>. A caption's log_prob, and greedy choices, must be
     those of the training pass over the caption itself."""
-    succeed("--mode test --algorithm greedy --output_dir found --model_path", shop / decoder / "best.pt")
+    succeed(
+        "--mode test --algorithm greedy --precision float32 --output_dir found --model_path", shop / decoder / "best.pt"
+    )
     model, vocabulary, encoder = opened(shop / decoder / "best.pt")
     for row in read_json("found/test_captions.json"):
         words = vocabulary.encode(row["caption"])

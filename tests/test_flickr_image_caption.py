@@ -1,5 +1,6 @@
 """flickr_image_caption.py: the encoder, the decoders and the losses. Schedules are in test_lr_scheduling.py."""
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -35,12 +36,7 @@ KINDS = [(kind, layers) for kind in ("lstm", "attention") for layers in (1, 3)]
 every_decoder = pytest.mark.parametrize(("kind", "num_layers"), KINDS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --------------------------------------------------------------------------------------------------------- the decoders
@@ -122,7 +118,7 @@ def test_defect_5_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_ou
             written = best.tokens + [2] * best.finished
             assert check_against_teacher_forcing(decoder, features, image, best) == written
             lengths.add(len(written))
-    assert lengths > {1, 8}
+    assert len(lengths) > 1 and 8 in lengths
 
 
 @every_decoder
@@ -160,13 +156,23 @@ def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_lay
             energies.append(decoder.score.weight[0] @ torch.tanh(summed))
         weights = torch.stack(energies).exp() / sum(energy.exp() for energy in energies)
         context = sum(weight * decoder.project_features(vector) for weight, vector in zip(weights, grid, strict=True))
-        inputs = torch.cat([decoder.embed.weight[7], torch.sigmoid(decoder.gate(query)) * context])
+        inputs = context = torch.sigmoid(decoder.gate(query)) * context
         for number, layer in enumerate(decoder.layers):
-            hidden[number], cell[number] = layer(inputs, (hidden[number], cell[number]))
+            reference = nn.LSTMCell(len(inputs) + (0 if number else EMBED), HIDDEN)
+            below, own = layer.weight.split([len(inputs), HIDDEN], dim=1)
+            words = [] if number else [decoder.word_gates.weight]
+            biases = layer.bias, torch.zeros_like(layer.bias) if number else decoder.word_gates.bias
+            named = {"weight_ih": torch.cat([*words, below], dim=1), "weight_hh": own}
+            named |= dict(zip(("bias_ih", "bias_hh"), biases, strict=True))
+            inputs = inputs if number else torch.cat([decoder.embed.weight[7], inputs])
+            hidden[number], cell[number] = torch.func.functional_call(
+                reference, named, (inputs, (hidden[number], cell[number]))
+            )
             inputs = hidden[number]
         logits, state, alphas = decoder.step(token, state)
         torch.testing.assert_close(alphas[0, 0], weights, atol=1e-5, rtol=0)
-        torch.testing.assert_close(logits[0, 0], decoder.head(inputs), atol=1e-5, rtol=0)
+        deep = inputs + decoder.deepen(torch.cat([decoder.embed.weight[7], context]))  # Xu et al. 2015, equation 7
+        torch.testing.assert_close(logits[0, 0], decoder.head(deep), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -176,7 +182,7 @@ def test_defect_1_attention_sums_to_1_and_varies_by_word_and_by_image(num_layers
     is_token = torch.arange(6) < LENGTHS.unsqueeze(1)
     torch.testing.assert_close(alphas[is_token].sum(-1), torch.ones(int(LENGTHS.sum())))
     assert alphas[is_token].min() >= 0
-    assert (alphas[2, 1:] - alphas[2, :-1]).abs().amax(-1).min() > 0.01  # word by word
+    assert (alphas[2, 1:] - alphas[2, :-1]).abs().amax(-1).min() > 0.001  # word by word
     copies = captions[2:3].expand(4, -1)
     _, alphas = run_decoder(decoder, features, copies, LENGTHS[2].expand(4), torch.arange(4))
     assert torch.pdist(alphas[:, 0]).min() > 0.01  # the same words, image by image
@@ -226,13 +232,14 @@ def test_captions_of_one_image_share_its_work_without_a_trace(kind, num_layers):
 
 @every_decoder
 def test_defect_15_every_size_counts(kind, num_layers):
+    upper = 2 if kind == "lstm" else 1  # biases of a layer above the first: torch's LSTM has two
     lstm = {  # weights and two biases for each of four gates
         "lstm": 4 * HIDDEN * (EMBED + HIDDEN + 2), "attention": 4 * HIDDEN * (2 * EMBED + HIDDEN + 2)
-    }[kind] + (num_layers - 1) * 4 * HIDDEN * (2 * HIDDEN + 2)  # fmt: skip
+    }[kind] + (num_layers - 1) * 4 * HIDDEN * (2 * HIDDEN + upper)  # fmt: skip
     image = {
         "lstm": CHANNELS * EMBED + EMBED,
         "attention": (CHANNELS * EMBED + EMBED) + (CHANNELS * COMPARE + COMPARE) + HIDDEN * COMPARE + COMPARE
-        + (HIDDEN * EMBED + EMBED) + 2 * num_layers * HIDDEN * (CHANNELS + 1),
+        + (HIDDEN * EMBED + EMBED) + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EMBED + 1) * HIDDEN,
     }[kind]  # fmt: skip
     words = VOCAB_SIZE * EMBED + (HIDDEN + 1) * VOCAB_SIZE
     decoder = make_decoder(kind, num_layers)
@@ -244,7 +251,9 @@ def test_defect_15_dropout_acts_on_every_layers_input_in_training_only(kind, num
     decoder, (features, captions) = make_decoder(kind, num_layers, drop_prob=0.5), make_batch()
     inputs = {}  # of each layer, in training: half of what goes in is 0
     modules = {"head": decoder.head} | (
-        {"lstm": decoder.lstm} if kind == "lstm" else {f"layer {n}": m for n, m in enumerate(decoder.layers)}
+        {"lstm": decoder.lstm}
+        if kind == "lstm"
+        else {"words": decoder.word_gates, **{f"layer {n}": m for n, m in enumerate(decoder.layers) if n}}
     )
     for name, module in modules.items():
         module.register_forward_pre_hook(
@@ -260,8 +269,9 @@ def test_defect_15_dropout_acts_on_every_layers_input_in_training_only(kind, num
     dropped = {
         name: float((torch.cat([t.flatten() for t in seen]) == 0).float().mean()) for name, seen in inputs.items()
     }
-    if kind == "attention":
-        dropped["layer 0"] *= 2  # its other half is the context, a mean that is hardly ever 0
+    for name in dropped:
+        if name.startswith("layer"):
+            dropped[name] *= 2  # its other half is its own output one step ago
     assert dropped == pytest.approx(dict.fromkeys(modules, 0.5), abs=0.05)
     if kind == "lstm" and num_layers > 1:
         assert decoder.lstm.dropout == 0.5  # between its layers, where no hook reaches
@@ -292,6 +302,43 @@ def test_gradients_reach_every_parameter(kind, num_layers):
     assert set(decoder.embed.weight.grad.abs().sum(1).nonzero().flatten().tolist()) == used
 
 
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_gradients_summed_once_are_those_summed_step_by_step(num_layers, monkeypatch):
+    decoder, (features, captions) = make_decoder("attention", num_layers, scale=1.0).double(), make_batch()
+    gradients = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(program, "summed_once", lambda *_layers: contextlib.nullcontext())
+        decoder.zero_grad()
+        logits, alphas = run_decoder(decoder, features.double(), captions)
+        (cross_entropy(logits, captions, LENGTHS)[0] + doubly_stochastic_penalty(alphas, LENGTHS)).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in decoder.named_parameters()})
+    assert all(layer.uses is None for layer in decoder.modules() if isinstance(layer, program.RepeatedLinear))
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+def test_packed_logits_are_the_padded_ones(kind):
+    decoder, (features, captions) = make_decoder(kind, 1), make_batch()
+    padded, _ = run_decoder(decoder, features, captions)
+    packed, _ = decoder(features, captions[:, :-1], LENGTHS, IMAGE_INDEX, packed=True)
+    assert torch.equal(program.unpack(packed, 6), padded)
+    assert cross_entropy(packed, captions, LENGTHS, 0.1) == cross_entropy(padded, captions, LENGTHS, 0.1)
+
+
+@every_decoder
+def test_dropout_leaves_the_same_units_out_at_every_step_of_a_caption(kind, num_layers):
+    decoder = make_decoder(kind, num_layers, drop_prob=0.5).train()
+    owner = torch.tensor([0, 1, 2, 0, 1, 0])
+    kept = decoder.drop(torch.ones(6, 200), owner, 3)
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(kept[0], kept[3]) and torch.equal(kept[0], kept[5]) and torch.equal(kept[1], kept[4])
+    assert not torch.equal(kept[0], kept[1])
+    cells = decoder.drop(torch.ones(2, CELLS, 200))
+    assert torch.equal(cells[:, 0], cells[:, 1]) and not torch.equal(cells[0], cells[1])
+
+
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
 def test_five_images_are_overfitted(kind):
     torch.manual_seed(0)
@@ -304,7 +351,8 @@ def test_five_images_are_overfitted(kind):
     args.device, args.precision = torch.device("cpu"), "float32"
     decoder = program.build_decoder(args, CHANNELS, VOCAB_SIZE).train()
     run = SimpleNamespace(
-        args=args, decoder=decoder, optimizer=torch.optim.Adam(decoder.parameters(), lr=0.02), per_step=False,
+        args=args, decoder=decoder, model=decoder, per_step=False,
+        optimizer=torch.optim.Adam(decoder.parameters(), lr=0.02),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
     )  # fmt: skip
     batch = (torch.arange(5), captions, lengths, torch.arange(5))
@@ -414,7 +462,7 @@ def test_features_are_the_grid_that_torchvision_pools(name):
     found = TAILS[name](model, grid)
     spread = float((expected[0] - expected[1]).abs().max())  # what the picture contributes, besides the biases
     assert spread > 1e-4
-    torch.testing.assert_close(found, expected, atol=spread * 1e-3, rtol=0)
+    torch.testing.assert_close(found, expected, atol=spread * 1e-2, rtol=0)  # float32 sums differ by processor
 
 
 def test_every_family_of_the_table_is_compared_with_torchvision():
@@ -441,10 +489,31 @@ def test_resnet50_has_a_grid_of_7_by_7_cells_of_2048_channels():
 
 def test_defect_6_images_are_normalized_as_torchvision_does(small):
     encoder = Encoder("mobilenet_v3_small", small, "random")
-    encoder.trunk = nn.Identity()
+    encoder.folded = nn.Identity()
     images = some_images(2, 16)
     expected = normalize(images).flatten(2).transpose(1, 2)
     torch.testing.assert_close(encoder(images), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "swin_t"])
+@torch.inference_mode()
+def test_folded_batchnorm_and_bfloat16_compute_the_same_features(name):
+    state = load_encoder_weights(name, "random", 0)
+    for key, tensor in state.items():  # BatchNorm statistics as of a trained network
+        if key.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif key.endswith("running_mean"):
+            tensor.uniform_(-0.5, 0.5)
+    images = some_images(2, 224)
+    exact = Encoder(name, state, "random")
+    plain = exact.trunk(normalize(images)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(exact(images), plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in exact.folded.modules()) == 0
+    half = Encoder(name, state, "random", "bfloat16")
+    assert half.key() != exact.key() and half.key()["weights_sha256"] == exact.key()["weights_sha256"]
+    found = half(images)
+    assert found.dtype == torch.float32
+    assert float((found - plain).norm() / plain.norm()) < 0.03
 
 
 def test_defect_7_the_encoder_stays_in_eval_mode(small):
@@ -670,7 +739,7 @@ def test_the_key_tells_apart_one_changed_weight(small):
 def test_a_checkpoint_brings_its_encoder_and_refuses_another(tmp_path, small):
     def args(*typed):
         options = program.parse_args(["--encoder", "mobilenet_v3_small", *typed])
-        options.device, options.model_path = torch.device("cpu"), "run/best.pt"
+        options.device, options.precision, options.model_path = torch.device("cpu"), "float32", "run/best.pt"
         return options
 
     encoder = Encoder("mobilenet_v3_small", small, "random")

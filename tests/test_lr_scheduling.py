@@ -52,7 +52,8 @@ def make_run(args, folder, checkpoint=None, batches=BATCHES):
     torch.manual_seed(0)
     decoder = program.LSTMDecoder(8, 3, embed_size=3, hidden_size=4, num_layers=1, drop_prob=0.0)
     run = SimpleNamespace(
-        args=args, decoder=decoder, optimizer=torch.optim.Adam(decoder.parameters(), lr=args.learning_rate),
+        args=args, decoder=decoder, model=decoder,
+        optimizer=torch.optim.Adam(decoder.parameters(), lr=args.learning_rate),
         scaler=torch.amp.GradScaler("cpu", enabled=False), batches=SimpleNamespace(num_batches=batches),
         progress={"epoch": 0, "step": 0, "best_score": None, "stale_epochs": 0, **program.AT_EPOCH_START},
         tracker=SimpleNamespace(history=[], log_epoch=lambda row: None), run_dir=folder, val_table=["an image"],

@@ -1,0 +1,117 @@
+"""Several processes as one run, as `torchrun` starts them: who am I, what is my share, what do the others say.
+
+    torchrun --nproc_per_node=2 flickr_image_caption.py ...
+
+Every function also works in a process that is alone, where it costs nothing. Collective ones (`broadcast`, `gather`,
+`total`, `highest`) must be called by all processes, in the same order; they speak gloo on the CPU, while gradients
+speak nccl on GPUs. Rank 0 writes files and speaks; the others compute.
+"""
+
+import contextlib
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+LOST = (
+    "another process of this run ended: its own message says why; "
+    "--resume latest goes on from the last checkpoint, with any number of processes"
+)
+
+
+def size():
+    """How many processes share the run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """Which of them this is; 0 writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank():
+    """Which of this machine's processes this is: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextlib.contextmanager
+def joined(device):
+    """While the block runs, the processes that torchrun started are one group; all but rank 0 are silent on stdout."""
+    if size() == 1:
+        yield
+        return
+    with lost_peers():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+        yield
+    distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_peers():
+    """Turns what torch says when a peer is gone into one line. Raises: ConnectionError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if size() == 1:
+            raise
+        raise ConnectionError(LOST) from error
+
+
+def broadcast(value):
+    """Rank 0's value, on every rank."""
+    if size() == 1:
+        return value
+    box = [value]
+    with lost_peers():
+        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather(value):
+    """The values of all ranks, in their order, on every rank."""
+    if size() == 1:
+        return [value]
+    found = [None] * size()
+    with lost_peers():
+        distributed.all_gather_object(found, value)
+    return found
+
+
+def total(values):
+    """Sums over the ranks of a list of numbers."""
+    return [math.fsum(column) for column in zip(*gather(values), strict=True)]
+
+
+def highest(number):
+    """The largest of the ranks' whole numbers: cheap enough for every step."""
+    if size() == 1:
+        return number
+    found = torch.tensor(number)
+    with lost_peers():
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
+
+
+def send(value, to):
+    """Hand an object to rank `to`, which waits for it with `receive`."""
+    with lost_peers():
+        distributed.send_object_list([value], to)
+
+
+def receive(sender):
+    """The object that rank `sender` sends."""
+    box = [None]
+    with lost_peers():
+        distributed.recv_object_list(box, sender)
+    return box[0]
+
+
+def share(count):
+    """This rank's slice of `count` things in order: the ranks' slices cover all, and differ by one at most."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())

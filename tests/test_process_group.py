@@ -1,0 +1,176 @@
+"""process_group.py and training by several processes, started by torchrun on this machine's CPU (gloo)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import experiment_utils
+import process_group
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_end_to_end import TINY, load, program, run_dir, train
+
+PROGRAM = Path(experiment_utils.__file__).with_name("flickr_image_caption.py")
+pytestmark = pytest.mark.usefixtures("shop")
+PLAIN = f"{TINY} --decoder attention --drop_prob 0 --label_smoothing 0.1"
+FIRST_GRADIENTS = """
+import sys, types, torch
+import flickr_image_caption as program, process_group
+args = program.parse_args(sys.argv[2:])
+args.device = torch.device("cpu")
+with process_group.joined(args.device):
+    run = program.set_up(args, None)
+    run.optimizer = torch.optim.SGD(run.decoder.parameters(), lr=0.0)
+    run.args.grad_clip = 0.0
+    batch, weights = program.share_of(next(run.batches.epoch(0)))
+    program.train_step(run, next(run.features.stream([batch.image_rows])), batch, weights)
+    if process_group.rank() == 0:
+        torch.save({name: p.grad for name, p in run.decoder.named_parameters()}, sys.argv[1])
+"""
+
+
+def environment():
+    """One thread per process; a torchrun above this test must not be seen by the one below it."""
+    ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return ours | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parent)}
+
+
+def torchrun(processes, script, *words, start=subprocess.run, **options):
+    """Run `script` as torchrun does, in the test's folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return start([*command, str(script), *map(str, words)], env=environment(), text=True, **options)
+
+
+def test_two_processes_are_one_run(tmp_path):
+    """Weights after an epoch to 1e-4, the same scores, one run directory, one cache that both have filled."""
+    alone = train(PLAIN, "--epochs 1")
+    Path("feature_cache").unlink()  # the link to the workshop's: an empty one instead
+    done = torchrun(2, PROGRAM, *PLAIN.split(), "--batch_size", 40, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Epoch 1 completed") == 1 and done.stdout.count("run directory:") == 1
+    together = run_dir(done.stdout)
+    assert len(list(together.parent.iterdir())) == 2  # the other is the run alone
+    ours, theirs = load(alone / "best.pt"), load(together / "best.pt")
+    for name, weight in ours["model"].items():
+        torch.testing.assert_close(theirs["model"][name], weight, atol=1e-4, rtol=0, msg=name)
+    assert theirs["history"][0]["val_loss"] == pytest.approx(ours["history"][0]["val_loss"], abs=1e-4)
+    assert theirs["history"][0]["train_loss"] == pytest.approx(ours["history"][0]["train_loss"], abs=1e-4)
+    assert theirs["history"][0]["CIDEr"] == pytest.approx(ours["history"][0]["CIDEr"], abs=1e-3)
+    (cache,) = Path("feature_cache").iterdir()
+    stored = (cache / "features.f16").stat().st_size
+    assert stored == 36 * 7 * 7 * theirs["encoder"]["channels"] * 2  # training and validation images, each once
+    assert np.isfinite(np.fromfile(cache / "features.f16", np.float16)).all()
+    # and one process goes on where two stopped, three where one did
+    resumed = program("--resume", together / "model_epoch_1.pt", "--epochs 1")
+    assert resumed.status == 0, resumed.err
+    assert load(run_dir(resumed) / "model_epoch_2.pt")["step"] == 8
+    done = torchrun(3, PROGRAM, "--resume", run_dir(resumed) / "model_epoch_2.pt", "--epochs", 1, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert load(run_dir(done.stdout) / "model_epoch_3.pt")["step"] == 12
+
+
+def test_the_first_steps_gradients_are_those_of_one_process(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(FIRST_GRADIENTS)
+    typed = PLAIN.split()
+    one = subprocess.run([sys.executable, script, "one.pt", *typed], env=environment(), capture_output=True, text=True)
+    assert one.returncode == 0, one.stderr
+    two = torchrun(2, script, "two.pt", *typed, capture_output=True)
+    assert two.returncode == 0, two.stderr
+    alone, together = load("one.pt"), load("two.pt")
+    norm = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
+    for name, gradient in alone.items():
+        assert (together[name] - gradient).norm() <= 1e-6 * norm, name
+
+
+def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpoint():
+    with Path("err.txt").open("w") as err:
+        running = torchrun(2, PROGRAM, *PLAIN.split(), "--epochs", 500, start=subprocess.Popen, stderr=err,
+                           stdout=subprocess.DEVNULL)  # fmt: skip
+        try:
+            victim = wait_for(
+                lambda: rank_1_of(running.pid) if list(Path().glob("saved_models/**/model_epoch_2.pt")) else None
+            )
+            os.kill(victim, signal.SIGKILL)
+            assert running.wait(60) != 0
+        finally:
+            running.kill()
+    said = [line for line in Path("err.txt").read_text().splitlines() if line.startswith("flickr_image_caption.py")]
+    assert said == [f"flickr_image_caption.py: error: {process_group.LOST}"]
+    last = experiment_utils.latest_checkpoint("saved_models")
+    assert load(last)["epoch"] >= 2
+    assert not list(last.parent.glob("*.partial"))
+
+
+def rank_1_of(launcher):
+    """Process id of the second process that this torchrun started, or None."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and b"\0RANK=1\0" in (folder / "environ").read_bytes():
+                return int(folder.name)
+        except (OSError, IndexError):
+            continue
+    return None
+
+
+def wait_for(condition, seconds=90):
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
+
+
+def test_testing_and_captioning_are_for_one_process(monkeypatch, shop):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = program("--mode test --model_path", shop / "attention/best.pt")
+    assert outcome.status == 2 and "--mode test runs in one process" in outcome.err
+
+
+@pytest.mark.parametrize(("count", "processes"), [(10, 3), (2, 3), (128, 2), (0, 2)])
+def test_shares_cover_everything_once(count, processes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    found = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        found += range(count)[process_group.share(count)]
+    assert found == list(range(count))
+
+
+def test_a_process_without_captions_takes_part_with_weight_0(monkeypatch):
+    import flickr_image_caption as fic
+    from caption_data import CaptionBatches
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    batch = next(CaptionBatches([[[4, 5]], [[6]]], 2, 9, seed=0).epoch(0))
+    weights = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        own, (token_weight, caption_weight) = fic.share_of(batch)
+        assert len(own.lengths) == 1
+        weights.append((token_weight * int(own.lengths.sum() > 0), caption_weight))
+    assert sum(weight == (0, 0) for weight in weights) == 1
+    assert sum(weight for weight, _ in weights) == pytest.approx(3)
+    assert sum(weight for _, weight in weights) == pytest.approx(3)
+
+
+def test_alone_nothing_is_sent():
+    assert (process_group.size(), process_group.rank()) == (1, 0)
+    assert process_group.broadcast("x") == "x" and process_group.gather(1) == [1] and process_group.highest(15) == 15
+    assert process_group.total([1.5, 2]) == [1.5, 2]
+    with process_group.joined(torch.device("cpu")):
+        assert not torch.distributed.is_initialized()
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
