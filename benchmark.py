@@ -1,93 +1,368 @@
 """Time what the README says is fast against the plain way of doing it, in turn, in one run.
 
-    python benchmark.py --images data/sample/Images --encoder mobilenet_v2
-    python benchmark.py --images ... --encoder_weights FILE --number 200 --rounds 3
+    python benchmark.py                          # drawn pictures, generated features; minutes
+    python benchmark.py --quick --json           # under two minutes, one JSON object
+    python benchmark.py --images data/flickr8k/Images --encoder mobilenet_v2 --chart docs/benchmark.png
 
-Encoding: our path (workers decode, batches of 32, channels last, float16 rows to a fresh cache) against
-the textbook loop (float32, one image at a time, decoded in the same process). Reported: images per second of each as
-medians over the rounds, A B A B, and the ratio's range. The cache's own cost, disk included, counts on our side.
+encode           images per second into a fresh feature cache      against float32, one image at a time, no cache
+train_lstm       captions per second of a training step            against float32, 32 captions, no image shared, the
+train_attention  the same; 7 x 7 x 1280 features, all widths 512   vocabulary and the features projected at every step
+beam_search      images per second, beam 5                         against float32, one image at a time, the same way
+metrics          captions per second, references counted once      against counting the references at every scoring
+
+Ours and the plain way alternate (A B A B ...). `ratio` is the median over the rounds, `spread` its range; both ways run
+the same model on the same batches, and the plain ways' results are tested to equal ours (tests/test_benchmark.py).
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+from PIL import Image
+
+CHANNELS, CELLS, WIDTH, VOCABULARY = 1280, 49, 512, 2539  # MobileNetV2's grid; Flickr8k's vocabulary
+SHARED, PLAIN = 128, 32  # captions per step: ours, the textbook's
+BEAM = {"beam_size": 5, "min_length": 9, "max_length": 25}  # as long as Flickr8k's captions are
+
+
+# ------------------------------------------------------------------------------------------------------- the plain ways
 
 
 def plain_encoding(encoder, paths):
-    """The textbook loop: one image at a time through torchvision's own layers, float32, default memory layout."""
+    """One image at a time through torchvision's own layers, float32, decoded in the same process -> [(1, F, h, w)]."""
     import torch
 
     import caption_data
 
-    trunk = encoder.trunk.to(memory_format=torch.contiguous_format)
     features = []
     with torch.inference_mode():
         for path in paths:
             image = torch.from_numpy(caption_data.load_image(path, encoder.image_size)).permute(2, 0, 1).unsqueeze(0)
-            features.append(trunk(((image / 255 - encoder.mean) / encoder.std).contiguous()))
-    encoder.trunk.to(memory_format=torch.channels_last)
+            features.append(encoder.trunk(((image / 255 - encoder.mean) / encoder.std).contiguous()))
     return features
 
 
-def cached_encoding(encoder, paths, num_workers):
-    """The program's way, into an empty cache."""
-    import caption_data
+def plain_logits(decoder, features, captions):
+    """Teacher forcing word by word: features (B, P, F), captions (B, T) -> logits (B, T, V), alphas or None."""
+    import torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        caption_data.cached_features(
-            paths, encoder, cache_dir=folder, key={"encoder": encoder.name}, grid=tuple(encoder.grid),
-            channels=encoder.channels, image_size=encoder.image_size, num_workers=num_workers, progress=False,
-        )  # fmt: skip
+    logits, alphas, layers = [], [], None
+    for tokens in captions.unbind(1):
+        per_image, first = decoder.start(features)  # the features are projected anew for every word
+        written, (_, layers), looked = decoder.step(tokens.unsqueeze(1), (per_image, layers or first))
+        logits.append(written.squeeze(1))
+        alphas.append(looked)
+    return torch.stack(logits, 1), None if alphas[0] is None else torch.cat(alphas, 1)
 
 
-def seconds(function, *arguments):
+def plain_step(run, features, batch):
+    """One update as textbooks write it: as `flickr_image_caption.train_step`, with `plain_logits`."""
+    import torch
+
+    import flickr_image_caption as program
+
+    _, captions, lengths, image_index = batch
+    logits, alphas = plain_logits(run.decoder, features[image_index], captions[:, :-1])
+    loss, plain = program.cross_entropy(logits, captions, lengths, run.args.label_smoothing)
+    if alphas is not None:
+        loss = loss + run.args.alpha_c * program.doubly_stochastic_penalty(alphas, lengths)
+    run.optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.decoder.parameters(), run.args.grad_clip)
+    run.optimizer.step()
+    return plain.detach()
+
+
+def plain_beam_search(decoder, features, vocabulary, beam_size, min_length, max_length):
+    """One image (P, F), its features copied for every hypothesis -> (tokens, log_prob) of the best caption."""
+    import torch
+
+    beam = [(0.0, [vocabulary.sos], None)]  # log_prob, tokens, LSTM layers
+    with torch.inference_mode():
+        for step in range(1, max_length + 1):
+            live = [hypothesis for hypothesis in beam if hypothesis[1][-1] != vocabulary.eos or len(hypothesis[1]) == 1]
+            if not live or (len(live) < len(beam) and max(beam, key=lambda h: h[0]) not in live):
+                break
+            per_image, first = decoder.start(features.expand(len(live), -1, -1))
+            layers = first
+            if live[0][2] is not None:
+                layers = tuple(tuple(torch.cat(parts) for parts in zip(*layer, strict=True))
+                               for layer in zip(*(hypothesis[2] for hypothesis in live), strict=True))  # fmt: skip
+            tokens = torch.tensor([[hypothesis[1][-1]] for hypothesis in live])
+            logits, (_, layers), _ = decoder.step(tokens, (per_image, layers))
+            log_probs = logits.squeeze(1).log_softmax(-1)
+            log_probs[:, [vocabulary.pad, vocabulary.sos, vocabulary.unk]] = -torch.inf
+            if step <= min_length:
+                log_probs[:, vocabulary.eos] = -torch.inf
+            grown = [hypothesis for hypothesis in beam if not any(hypothesis is other for other in live)]
+            for row, (log_prob, words, _) in enumerate(live):
+                own = tuple(tuple(part[row : row + 1] for part in layer) for layer in layers)
+                values, best = log_probs[row].topk(beam_size)
+                grown += [(log_prob + float(v), [*words, int(w)], own) for v, w in zip(values, best, strict=True)]
+            beam = sorted(grown, key=lambda hypothesis: hypothesis[0], reverse=True)[:beam_size]
+    ended = [hypothesis for hypothesis in beam if hypothesis[1][-1] == vocabulary.eos]
+    log_prob, tokens, _ = max(ended or beam, key=lambda hypothesis: hypothesis[0])
+    return tokens[1 : len(tokens) - bool(ended)], log_prob
+
+
+# ---------------------------------------------------------------------------------------------------------- in turn
+
+
+def seconds(function):
     """Wall time of one call."""
     started = time.perf_counter()
-    function(*arguments)
+    function()
     return time.perf_counter() - started
 
 
-def main(argv=None):
-    """Print one JSON object: `encode` with ratio, ours, plain, unit and spread."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, type=Path, help="folder of pictures")
-    parser.add_argument("--encoder", default="mobilenet_v2")
-    parser.add_argument("--encoder_weights", default="random")
-    parser.add_argument("--number", type=int, default=200, help="pictures per round (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each way, in turn (%(default)s)")
-    parser.add_argument("--num_workers", type=int, default=2)
-    args = parser.parse_args(argv)
+def compare(ours, plain, rounds, unit, amounts):
+    """Time both in turn, after one call of each that counts for nothing. `amounts`: units of work per call."""
+    ours(), plain()
+    pairs = [(amounts[0] / seconds(ours), amounts[1] / seconds(plain)) for _ in range(rounds)]
+    ratios = sorted(fast / slow for fast, slow in pairs)
+    return {
+        "ratio": statistics.median(ratios), "ours": statistics.median(fast for fast, _ in pairs),
+        "plain": statistics.median(slow for _, slow in pairs), "unit": unit, "spread": [ratios[0], ratios[-1]],
+    }  # fmt: skip
 
+
+def encode(args):
+    """Pictures into an empty cache, reading, decoding and writing counted."""
+    import caption_data
+    import download_datasets
+    import flickr_image_caption as program
+
+    with tempfile.TemporaryDirectory() as folder:
+        images = args.images
+        if images is None:
+            images = Path(folder, "sample", "Images")
+            download_datasets.draw_sample_dataset(images.parent, num_images=args.number)
+        paths = caption_data.pictures_in(images)[: args.number]
+        weights = program.load_encoder_weights(args.encoder, args.encoder_weights, 0)
+        encoder, textbook = (program.Encoder(args.encoder, weights, args.encoder_weights) for _ in range(2))
+        textbook.to(memory_format=__import__("torch").contiguous_format)
+
+        def cached():
+            with tempfile.TemporaryDirectory() as cache:
+                caption_data.cached_features(
+                    paths, encoder, cache_dir=cache, key={"encoder": encoder.name}, grid=tuple(encoder.grid),
+                    channels=encoder.channels, image_size=encoder.image_size, num_workers=args.num_workers,
+                    progress=False,
+                )  # fmt: skip
+
+        few = paths[: max(1, len(paths) // 4)]
+        amounts = len(paths), len(few)
+        return compare(cached, lambda: plain_encoding(textbook, few), args.rounds, "images per second", amounts)
+
+
+def generated(captions, seed=0):
+    """features (N, P, F) and a batch: five captions of each image, as long as Flickr8k's (12 +- 3.5 tokens)."""
     import torch
 
-    import caption_data
+    generator = torch.Generator().manual_seed(seed)
+    image_index = torch.arange(captions) // 5
+    features = torch.rand(int(image_index[-1]) + 1, CELLS, CHANNELS, generator=generator)
+    lengths = (12 + 3.5 * torch.randn(captions, generator=generator)).round().clamp(5, 25).long()
+    tokens = torch.randint(4, VOCABULARY, (captions, int(lengths.max()) + 1), generator=generator)
+    return features, (torch.arange(len(features)), tokens, lengths, image_index)
+
+
+def new_run(kind, precision):
+    """What a training step needs, untrained: always the same weights."""
+    import torch
+
+    import flickr_image_caption as program
+
+    typed = ["--decoder", kind, "--num_layers", "1", "--hidden_size", str(WIDTH)]
+    args = program.parse_args(typed)  # embedding and attention are 512 by default
+    args.device, args.precision = torch.device("cpu"), precision
+    torch.manual_seed(0)
+    decoder = program.build_decoder(args, CHANNELS, VOCABULARY)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-4, fused=precision != "float32")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return SimpleNamespace(
+        args=args, decoder=decoder, model=decoder, optimizer=optimizer, scaler=scaler, per_step=False
+    )
+
+
+def train(kind, args):
+    """One training step, dropout on."""
     import experiment_utils
     import flickr_image_caption as program
 
-    weights = program.load_encoder_weights(args.encoder, args.encoder_weights, 0)
-    encoder = program.Encoder(args.encoder, weights, args.encoder_weights)
-    paths = caption_data.pictures_in(args.images)[: args.number]
-    plain_encoding(encoder, paths[:8])
-    cached_encoding(encoder, paths[:8], 0)
-    rounds = [
-        (seconds(cached_encoding, encoder, paths, args.num_workers), seconds(plain_encoding, encoder, paths))
-        for _ in range(args.rounds)
-    ]
-    ratios = sorted(plain / ours for ours, plain in rounds)
-    report = {
-        "encode": {
-            "ratio": statistics.median(ratios), "spread": [ratios[0], ratios[-1]], "unit": "images per second",
-            "ours": len(paths) / statistics.median(ours for ours, _ in rounds),
-            "plain": len(paths) / statistics.median(plain for _, plain in rounds),
-        },
-        "encoder": args.encoder, "images": len(paths), "threads": torch.get_num_threads(),
+    precision = experiment_utils.resolve_precision("auto", __import__("torch").device("cpu"))
+    ours, plain = new_run(kind, precision), new_run(kind, "float32")
+    shared, small = generated(SHARED), generated(PLAIN)
+    for run in (ours, plain):
+        run.decoder.train()
+    result = compare(
+        lambda: program.train_step(ours, *shared), lambda: plain_step(plain, *small), args.rounds * 3,
+        "captions per second", (SHARED, PLAIN),
+    )  # fmt: skip
+    return result | {"precision": precision}
+
+
+def searcher():
+    """A decoder, untrained but decided enough for captions to differ and to end, its vocabulary, and features."""
+    import torch
+
+    run = new_run("attention", "float32")
+    with torch.no_grad():
+        for parameter in run.decoder.parameters():
+            parameter.mul_(3)
+        run.decoder.head.bias[2] += 4
+    return run.decoder.eval(), SimpleNamespace(pad=0, sos=1, eos=2, unk=3), run.args
+
+
+def beam_search(args):
+    """Features to captions, beam 5."""
+    import torch
+
+    import caption_decoding
+    import experiment_utils
+    import flickr_image_caption as program
+
+    decoder, vocabulary, options = searcher()
+    options.precision = experiment_utils.resolve_precision("auto", options.device)
+    features = torch.rand(args.search, CELLS, CHANNELS, generator=torch.Generator().manual_seed(0))
+    few = features[: max(1, len(features) // 50)]
+
+    def ours():
+        for chunk in features.split(program.CHUNK):
+            with program.autocast(options):
+                caption_decoding.generate(decoder, chunk, vocabulary, **BEAM)
+
+    def plain():
+        for image in few:
+            plain_beam_search(decoder, image, vocabulary, **BEAM)
+
+    result = compare(ours, plain, args.rounds, "images per second", (len(features), len(few)))
+    return result | {"precision": options.precision}
+
+
+def metrics(args):
+    """BLEU, ROUGE-L, CIDEr and the shares of 1,000 captions, one of each image's five references changed a little."""
+    import random
+
+    import metrics_utils
+
+    draw = random.Random(0)
+    words = [f"word{number}" for number in range(VOCABULARY)]
+    likely = [1 / (rank + 1) for rank in range(VOCABULARY)]  # Zipf's law
+    references = {
+        str(image): [" ".join(draw.choices(words, likely, k=12)) for _ in range(5)] for image in range(args.search)
+    }
+    captions = {image: f"{texts[0]} word0" for image, texts in references.items()}
+    scorer = metrics_utils.CaptionScorer(references)
+    return compare(
+        lambda: scorer.score(captions), lambda: metrics_utils.CaptionScorer(references).score(captions), args.rounds,
+        "captions per second", (args.search, args.search),
+    )  # fmt: skip
+
+
+def ceilings():
+    """What this machine can do at best: matrix products, memory and JPEG decoding, medians of nine."""
+    import torch
+
+    import caption_data
+
+    def per_second(work, function):
+        function()
+        return work / statistics.median(seconds(function) for _ in range(9))
+
+    found, side = {}, 2048
+    for precision in ("float32", "bfloat16"):
+        left, right = (torch.rand(side, side).to(getattr(torch, precision)) for _ in range(2))
+        found[f"{precision} matrix product, GFLOP/s"] = per_second(2 * side**3 / 1e9, lambda a=left, b=right: a @ b)
+    source = torch.rand(64 * 2**20)
+    target = torch.empty_like(source)
+    found["memory copy, GB/s read and written"] = per_second(2 * source.nbytes / 1e9, lambda: target.copy_(source))
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder, "picture.jpg")
+        noise = torch.randint(0, 256, (14, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        Image.fromarray(noise.numpy()).resize((500, 375)).save(picture, quality=90)
+        one = per_second(1, lambda: caption_data.load_image(picture, 224))
+    found["JPEG 500 x 375 to 224 x 224, images/s and core"] = one
+    return found
+
+
+STAGES = {
+    "encode": encode, "train_lstm": lambda args: train("lstm", args),
+    "train_attention": lambda args: train("attention", args), "beam_search": beam_search, "metrics": metrics,
+}  # fmt: skip
+
+
+def draw_chart(report, path):
+    """One bar per stage: how many times the plain way's speed ours is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in STAGES if name in report][::-1]
+    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    for row, name in enumerate(names):
+        stage = report[name]
+        low, high = (abs(stage["ratio"] - end) for end in stage["spread"])
+        axes.barh(row, stage["ratio"], color="#3b6ea5", height=0.6, xerr=[[low], [high]], ecolor="#555555")
+        axes.annotate(f" {stage['ratio']:.1f}x   {stage['ours']:,.0f} {stage['unit']}", (stage["spread"][1], row),
+                      va="center", fontsize=9)  # fmt: skip
+    axes.axvline(1, color="#555555", linewidth=0.8)
+    axes.set(yticks=range(len(names)), yticklabels=[name.replace("_", " ") for name in names],
+             xlabel="times the speed of the plain way, both timed in turn",
+             xlim=(0, 1.7 * max(report[name]["spread"][1] for name in names)))  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160)
+
+
+def main(argv=None):
+    """Time the stages; print one line for each, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="some of " + " ".join(STAGES) + " (all)")
+    parser.add_argument("--quick", action="store_true", help="fewer pictures and rounds: under two minutes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw the ratios, as PNG or PDF")
+    parser.add_argument("--images", type=Path, help="folder of pictures (drawn ones)")
+    parser.add_argument("--encoder", default="resnet50", help="torchvision model (%(default)s)")
+    parser.add_argument("--encoder_weights", default="random", help="random, imagenet or a file (%(default)s)")
+    parser.add_argument("--number", type=int, help="pictures to encode (256; --quick 64)")
+    parser.add_argument("--rounds", type=int, help="of each way, in turn (5; --quick 3)")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures (%(default)s)")
+    args = parser.parse_args(argv)
+    unknown = [stage for stage in args.stages if stage not in STAGES]
+    if unknown:
+        parser.error(f"no stage {unknown[0]}: choose from {' '.join(STAGES)}")
+    args.number = args.number or (64 if args.quick else 256)
+    args.rounds = args.rounds or (3 if args.quick else 5)
+    args.search = 200 if args.quick else 1000  # images to search, captions to score
+
+    import torch
+
+    import experiment_utils
+
+    report = {}
+    for stage in args.stages or STAGES:
+        report[stage] = STAGES[stage](args)
+        if not args.json:
+            figures, (low, high) = report[stage], report[stage]["spread"]
+            print(f"{stage:16} {figures['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  {figures['ours']:9,.1f} "
+                  f"against {figures['plain']:,.1f} {figures['unit']}", flush=True)  # fmt: skip
+    report |= {
+        "ceilings": ceilings(), "encoder": args.encoder, "threads": torch.get_num_threads(),
         "commit": experiment_utils.git_info()["commit"], "environment": experiment_utils.environment(),
     }  # fmt: skip
-    print(json.dumps(report, indent=2))
+    if not args.json:
+        print(*(f"{name}: {value:,.0f}" for name, value in report["ceilings"].items()), sep="\n")
+    if args.chart:
+        draw_chart(report, args.chart)
+    if args.json:
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
