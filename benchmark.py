@@ -133,8 +133,11 @@ def compare(ours, plain, rounds, unit, amounts):
 
 def encode(args):
     """Pictures into an empty cache, reading, decoding and writing counted."""
+    import torch
+
     import caption_data
     import download_datasets
+    import experiment_utils
     import flickr_image_caption as program
 
     with tempfile.TemporaryDirectory() as folder:
@@ -144,8 +147,9 @@ def encode(args):
             download_datasets.draw_sample_dataset(images.parent, num_images=args.number)
         paths = caption_data.pictures_in(images)[: args.number]
         weights = program.load_encoder_weights(args.encoder, args.encoder_weights, 0)
-        encoder, textbook = (program.Encoder(args.encoder, weights, args.encoder_weights) for _ in range(2))
-        textbook.to(memory_format=__import__("torch").contiguous_format)
+        precision = experiment_utils.resolve_precision("auto", torch.device("cpu"))
+        encoder = program.Encoder(args.encoder, weights, args.encoder_weights, precision)
+        textbook = program.Encoder(args.encoder, weights, args.encoder_weights)
 
         def cached():
             with tempfile.TemporaryDirectory() as cache:
@@ -157,7 +161,8 @@ def encode(args):
 
         few = paths[: max(1, len(paths) // 4)]
         amounts = len(paths), len(few)
-        return compare(cached, lambda: plain_encoding(textbook, few), args.rounds, "images per second", amounts)
+        result = compare(cached, lambda: plain_encoding(textbook, few), args.rounds, "images per second", amounts)
+        return result | {"precision": precision}
 
 
 def generated(captions, seed=0):
@@ -192,10 +197,12 @@ def new_run(kind, precision):
 
 def train(kind, args):
     """One training step, dropout on."""
+    import torch
+
     import experiment_utils
     import flickr_image_caption as program
 
-    precision = experiment_utils.resolve_precision("auto", __import__("torch").device("cpu"))
+    precision = experiment_utils.resolve_precision("auto", torch.device("cpu"))
     ours, plain = new_run(kind, precision), new_run(kind, "float32")
     shared, small = generated(SHARED), generated(PLAIN)
     for run in (ours, plain):
