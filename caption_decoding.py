@@ -76,8 +76,9 @@ def rank(log_prob, logits, log_norm, done, width, pad):
     """
     best, words = logits.topk(min(width, logits.size(-1)))  # (N, K, C)
     totals = (log_prob.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))).masked_fill(done.unsqueeze(-1), -torch.inf)
-    index = torch.cat([totals[..., 0].masked_fill(done, torch.inf).unsqueeze(-1), totals[..., 1:]], dim=-1)
-    index = index.flatten(1).topk(min(width, index[0].numel())).indices
+    order = totals.clone()
+    order[..., 0].masked_fill_(done, torch.inf)
+    index = order.flatten(1).topk(min(width, order[0].numel())).indices
     totals[..., 0] = torch.where(done, log_prob, totals[..., 0])
     words = words.masked_fill(done.unsqueeze(-1), pad)
     return index // totals.size(-1), words.flatten(1).gather(1, index), totals.flatten(1).gather(1, index)

@@ -118,11 +118,7 @@ def resolve_device(name):
     """--device -> torch.device; auto takes CUDA, then MPS, then the CPU. Raises: ValueError when it is not there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        if torch.cuda.is_available():
-            return (
-                torch.device("cuda", process_group.local_rank()) if process_group.size() > 1 else torch.device("cuda")
-            )
-        return torch.device("mps" if mps else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):

@@ -619,7 +619,7 @@ class AttentionDecoder(Decoder):
         """query (N, K, H), keys (N, P, A), values (N, P, E) -> context (N, K, E), alphas (N, K, P); rows sum to 1."""
         energy = (keys.unsqueeze(1) + 2 * self.project_query(query).unsqueeze(2)).sigmoid()  # (N, K, P, A)
         alphas = (2 * self.score(energy).squeeze(-1).float()).softmax(dim=-1)
-        return alphas @ values * self.gate(query).sigmoid(), alphas
+        return alphas.type_as(values) @ values * self.gate(query).sigmoid(), alphas
 
     def advance(self, word_gates, state):
         """One step: word gates (N, K, 4H), state -> output (N, K, H), context (N, K, E), state, alphas (N, K, P)."""

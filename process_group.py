@@ -32,17 +32,14 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def local_rank():
-    """Which of this machine's processes this is: the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 @contextlib.contextmanager
 def joined(device):
     """While the block runs, the processes that torchrun started are one group; all but rank 0 are silent on stdout."""
     if size() == 1:
         yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what `cuda` without a number means from here on
     with lost_peers():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):

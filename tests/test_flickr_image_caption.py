@@ -109,16 +109,16 @@ def check_against_teacher_forcing(decoder, features, image, hypothesis):
 def test_defect_5_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_output(kind, num_layers):
     lengths = set()
     features = torch.randn(6, CELLS, CHANNELS, generator=torch.Generator().manual_seed(2)) * 2
-    for seed in range(6):
-        decoder = make_decoder(kind, num_layers, seed=seed)
+    for seed in range(8):
+        decoder = make_decoder(kind, num_layers, seed=seed, scale=4.0)
         with torch.no_grad():
             decoder.head.bias[[0, 1, 3]] = -50.0  # search never writes these; here teacher forcing does not, either
-            decoder.head.bias[2] += seed % 2  # some captions end, some are cut
+            decoder.head.bias[2] += seed % 4  # some captions end, some are cut
         for image, (best,) in enumerate(generate(decoder, features, VOCABULARY, algorithm="greedy", max_length=8)):
             written = best.tokens + [2] * best.finished
             assert check_against_teacher_forcing(decoder, features, image, best) == written
             lengths.add(len(written))
-    assert len(lengths) > 1 and 8 in lengths
+    assert lengths > {1, 8}
 
 
 @every_decoder
@@ -177,12 +177,12 @@ def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_lay
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_defect_1_attention_sums_to_1_and_varies_by_word_and_by_image(num_layers):
-    decoder, (features, captions) = make_decoder("attention", num_layers), make_batch()
+    decoder, (features, captions) = make_decoder("attention", num_layers, scale=5.0), make_batch()
     _, alphas = run_decoder(decoder, features, captions)
     is_token = torch.arange(6) < LENGTHS.unsqueeze(1)
     torch.testing.assert_close(alphas[is_token].sum(-1), torch.ones(int(LENGTHS.sum())))
     assert alphas[is_token].min() >= 0
-    assert (alphas[2, 1:] - alphas[2, :-1]).abs().amax(-1).min() > 0.001  # word by word
+    assert (alphas[2, 1:] - alphas[2, :-1]).abs().amax(-1).min() > 0.01  # word by word
     copies = captions[2:3].expand(4, -1)
     _, alphas = run_decoder(decoder, features, copies, LENGTHS[2].expand(4), torch.arange(4))
     assert torch.pdist(alphas[:, 0]).min() > 0.01  # the same words, image by image
@@ -304,18 +304,18 @@ def test_gradients_reach_every_parameter(kind, num_layers):
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_gradients_summed_once_are_those_summed_step_by_step(num_layers, monkeypatch):
-    decoder, (features, captions) = make_decoder("attention", num_layers, scale=1.0), make_batch()
+    decoder, (features, captions) = make_decoder("attention", num_layers, scale=1.0).double(), make_batch()
     gradients = []
     for plain in (False, True):
         if plain:
             monkeypatch.setattr(program, "summed_once", lambda *_layers: contextlib.nullcontext())
         decoder.zero_grad()
-        logits, alphas = run_decoder(decoder, features, captions)
+        logits, alphas = run_decoder(decoder, features.double(), captions)
         (cross_entropy(logits, captions, LENGTHS)[0] + doubly_stochastic_penalty(alphas, LENGTHS)).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in decoder.named_parameters()})
     assert all(layer.uses is None for layer in decoder.modules() if isinstance(layer, program.RepeatedLinear))
     for name, gradient in gradients[1].items():
-        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
@@ -452,17 +452,17 @@ def test_features_are_the_grid_that_torchvision_pools(name):
     for module in model.modules():  # untrained networks fade out: keep the signal up
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.fill_(0.1)
-    encoder = Encoder(name, model.state_dict(), "random")
+    encoder = Encoder(name, model.state_dict(), "random", "float64")  # untrained networks magnify float32's rounding
     images = some_images(2, encoder.image_size)
     features = encoder(images)
     assert features.dtype == torch.float32
     assert features.shape == (2, encoder.grid[0] * encoder.grid[1], encoder.channels)
     grid = features.transpose(1, 2).unflatten(2, encoder.grid)  # cells are in reading order
-    expected = model(normalize(images))
-    found = TAILS[name](model, grid)
+    expected = model.double()(normalize(images).double())
+    found = TAILS[name](model, grid.double())
     spread = float((expected[0] - expected[1]).abs().max())  # what the picture contributes, besides the biases
     assert spread > 1e-4
-    torch.testing.assert_close(found, expected, atol=spread * 1e-2, rtol=0)  # float32 sums differ by processor
+    torch.testing.assert_close(found, expected, atol=spread * 1e-3, rtol=0)
 
 
 def test_every_family_of_the_table_is_compared_with_torchvision():
