@@ -332,6 +332,9 @@ def precision_is_computed_in():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, name)
         loss, run = stepped(f"--precision {name}")
         assert loss == pytest.approx(4, abs=0.3) and not run.scaler.is_enabled()
+    args = arguments("--decoder attention")
+    args.precision = "float16"  # as a GPU would take it
+    assert fic.set_up(args, None).scaler.is_enabled()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert experiment_utils.resolve_precision("auto", torch.device("cuda")) == "float16"
