@@ -30,7 +30,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
@@ -43,7 +43,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import image_shards
 import process_group
+from image_shards import ShardImage, Shards
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Datasets: where they lie, and one table from any of their formats
@@ -77,12 +79,13 @@ class Dataset:
     """A captioned image collection, split by image.
 
     table: one row per image: `image` (str, path below image_dir), `captions` (list of str), `split` (train|val|test).
+    image_dir: `image_dir / image` is what `cached_features` and `open_images` take.
     notes: lines for the console: what was read, which splits, what was skipped and why.
     bad_images: {image: reason} of the images skipped so far; at most max_bad_fraction of the `images_named`.
     """
 
     table: pd.DataFrame
-    image_dir: Path
+    image_dir: Path | Shards
     captions_file: Path
     notes: list[str]
     max_bad_fraction: float
@@ -135,7 +138,8 @@ def load_dataset(
     skipped_rows = _counted(captions_file, "rows", problems, total_rows, max_bad_fraction)
 
     split_of, split_note = resolve_splits(list(captions), recorded, captions_file, split_seed, splits)
-    on_disk = {name: os.path.isfile(image_dir / name) for name in split_of}  # noqa: PTH113 - takes over-long names
+    in_shards = isinstance(image_dir, Shards)  # what they lack is known once they have been read
+    on_disk = {name: in_shards or os.path.isfile(image_dir / name) for name in split_of}  # noqa: PTH113 - long names
     bad_images |= {name: f"not in {image_dir}" for name, present in on_disk.items() if not present}
     images_named = len(split_of.keys() | bad_images.keys())
     skipped_images = _counted(captions_file, "images", [*bad_images.items()], images_named, max_bad_fraction)
@@ -148,7 +152,10 @@ def load_dataset(
         table = _fewer_train_images(table, max_train_images, split_seed)
     _check_splits(table, captions_file)
 
-    uncaptioned = sum(path.name not in captions for path in image_dir.iterdir() if PICTURE_NAME.search(path.name))
+    if in_shards:
+        image_dir = replace(image_dir, names=tuple(table.image))
+    pictures = [] if in_shards else [path.name for path in image_dir.iterdir() if PICTURE_NAME.search(path.name)]
+    uncaptioned = sum(name not in captions for name in pictures)
     notes = [
         f"{captions_file}: {sum(map(len, captions.values()))} captions of {len(captions)} images",
         skipped_rows,
@@ -161,17 +168,18 @@ def load_dataset(
     return Dataset(table, image_dir, captions_file, notes, max_bad_fraction, images_named, bad_images)
 
 
-def find_dataset(dataset_type, image_dir=None, captions_file=None) -> tuple[Path, Path]:
-    """(image folder, captions file) of ./data/<dataset_type>, unless given; `custom` has no folder of its own.
+def find_dataset(dataset_type, image_dir=None, captions_file=None) -> tuple[Path | Shards, Path]:
+    """(image folder or shards, captions file) of ./data/<dataset_type>, unless given; `custom` has none of its own.
 
     Raises: FileNotFoundError saying which command gets the dataset, ValueError when `custom` lacks a path.
     """
     if dataset_type == "custom" and not (image_dir and captions_file):
         raise ValueError("--dataset_type custom needs both --image_dir and --captions_file")
     root = Path("data") / dataset_type
-    image_dir = Path(image_dir) if image_dir else _first_of(root, IMAGE_FOLDERS, "image folder")
+    image_dir = image_dir or _first_of(root, IMAGE_FOLDERS, "image folder")
+    image_dir = image_shards.find_shards(image_dir, PICTURE_NAME) or Path(image_dir)
     captions_file = Path(captions_file) if captions_file else _first_of(root, CAPTIONS_FILES, "captions file")
-    if not image_dir.is_dir():
+    if isinstance(image_dir, Path) and not image_dir.is_dir():
         raise FileNotFoundError(f"--image_dir {image_dir}: no such folder; expected the folder that holds the images")
     if not captions_file.is_file():
         raise FileNotFoundError(f"--captions_file {captions_file}: no such file; expected a captions CSV, TXT or JSON")
@@ -631,20 +639,20 @@ BROKEN_IMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, Ru
 BROKEN_IMAGE += (MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The picture in its own size, turned as EXIF says, RGB.
+def open_image(path: str | Path | ShardImage, content: bytes | None = None) -> Image.Image:
+    """The picture in its own size, turned as EXIF says, RGB. `content`: its bytes, where `path` is no file.
 
     Transparent pictures lie on white; 16-bit grey is scaled to 8 bits; of an animation the first frame is taken.
     Raises: ValueError naming the file when it is not a readable image.
     """
-    path = Path(path)
+    path = Path(path) if content is None else path
     try:
-        if not path.is_file():
+        if content is None and not path.is_file():
             raise ValueError("it is a folder" if path.is_dir() else "there is no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
+            with Image.open(path if content is None else io.BytesIO(content), formats=IMAGE_FORMATS) as image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a readable image (none of {', '.join(IMAGE_FORMATS)})") from None
@@ -653,9 +661,17 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({reason})") from None
 
 
-def load_image(path: str | Path, size: int) -> np.ndarray:
+def open_images(paths: Sequence[Path] | Sequence[ShardImage]) -> Iterator[Image.Image]:
+    """`open_image` of each in turn; all of them from the same shards, of which one pass is made first."""
+    if paths and isinstance(paths[0], ShardImage):
+        contents = dict(image_shards.read(paths[0].shards.urls, [path.name for path in paths]))
+        return (open_image(path, contents.get(path.name, b"")) for path in paths)
+    return map(open_image, paths)
+
+
+def load_image(path: str | Path | ShardImage, size: int, content: bytes | None = None) -> np.ndarray:
     """`open_image`, squashed whole to a square as encoders see it: (size, size, 3) uint8. Raises: as `open_image`."""
-    image = open_image(path)
+    image = open_image(path, content)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.array(image)
@@ -694,10 +710,36 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, position: int):
+        return position, _pixels_or_reason(self.paths[position], self.size)
+
+
+class ShardImages(torch.utils.data.IterableDataset):
+    """The items of `ImageFiles`, in the order of the shards; (None, reason) where a shard cannot be read.
+
+    Processes of a run, and their workers, read different shards. Images that no shard holds do not come.
+    """
+
+    def __init__(self, images: Sequence[ShardImage], size: int):
+        self.images, self.size = images, size
+        self.urls = images[0].shards.urls[process_group.rank() :: process_group.size()]
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        urls = self.urls[worker.id :: worker.num_workers] if worker else self.urls
+        position_of = {image.name: position for position, image in enumerate(self.images)}
         try:
-            return position, load_image(self.paths[position], self.size).transpose(2, 0, 1)
-        except ValueError as error:
-            return position, str(error).removeprefix(f"{self.paths[position]}: ")
+            for name, content in image_shards.read(urls, position_of):
+                position = position_of[name]
+                yield position, _pixels_or_reason(self.images[position], self.size, content)
+        except (OSError, ValueError) as error:  # raised here, a worker's traceback would come with it
+            yield None, str(error)
+
+
+def _pixels_or_reason(path, size, content=None):
+    try:
+        return load_image(path, size, content).transpose(2, 0, 1)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: ")
 
 
 def _collate(items):
@@ -718,13 +760,25 @@ def _worker_signals(_worker_id):
 
 
 def _decoded(paths, size, batches: Sequence[Sequence[int]], num_workers: int) -> DataLoader:
+    return _loader(ImageFiles(paths, size), min(num_workers, len(batches)), batch_sampler=batches)
+
+
+def _decoded_from_shards(images, size, batch_size: int, num_workers: int):
+    dataset = ShardImages(images, size)
+    for positions, pixels, reasons in _loader(dataset, min(num_workers, len(dataset.urls)), batch_size=batch_size):
+        if None in reasons:
+            raise OSError(reasons[None])
+        yield positions, pixels, reasons
+
+
+def _loader(dataset, num_workers: int, **batches) -> DataLoader:
     return DataLoader(
-        ImageFiles(paths, size),
-        batch_sampler=batches,
+        dataset,
         collate_fn=_collate,
-        num_workers=min(num_workers, os.cpu_count() or 1, len(batches)),
+        num_workers=min(num_workers, os.cpu_count() or 1),
         worker_init_fn=_worker_signals,
         generator=torch.Generator(),  # its own: a loader must not advance the global random state
+        **batches,
     )
 
 
@@ -744,6 +798,10 @@ def image_loader(
 
 def find_unreadable(paths: Sequence[Path], *, num_workers: int = 0, progress: bool = True) -> dict[Path, str]:
     """{path: reason} of the images that cannot be read: decodes each once, for runs without a feature cache."""
+    if paths and isinstance(paths[0], ShardImage):
+        raise ValueError(
+            f"--no_feature_cache: {paths[0].shards} are shards, which are read in order only: leave it out"
+        )
     batches = [list(range(i, min(i + 32, len(paths)))) for i in range(0, len(paths), 32)]
     unreadable = {}
     with tqdm(total=len(paths), desc="checking", unit="image", disable=None if progress else True) as bar:
@@ -792,7 +850,7 @@ class Features:
 
 
 def cached_features(
-    paths: Sequence[Path],
+    paths: Sequence[Path] | Sequence[ShardImage],
     encode: Callable[[torch.Tensor], torch.Tensor],
     *,
     cache_dir: str | Path,
@@ -815,7 +873,10 @@ def cached_features(
     modification time), `key.json`. Rows reach the disk before the index names them, so a run that is killed at any
     moment leaves a cache that the next one continues; a second run waits for the first. Processes of one run share the
     work: rank 0 keeps the cache, the others hand it what they encode, and all must see its folder.
-    Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow float16.
+    Shards are read only when the cache lacks one of their images, and then all that it lacks of `Shards.names` are
+    encoded; `faults.json` remembers which did not come.
+    Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow float16; OSError when
+    a shard cannot be read.
     """
     cells = grid[0] * grid[1]
     full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "format": CACHE_FORMAT}
@@ -830,22 +891,39 @@ def cached_features(
     else:
         with _locked(folder), _Store(folder, (cells, channels)) as store:
             stamps, unreadable = _stamps(paths)
-            todo = {stamp: path for path, stamp in stamps.items() if stamp not in store.row_of}  # one path per file
+            known = image_shards.load_faults(folder)
+            todo = _lacking(stamps, store, known)
+            if shards := next((path.shards for path in todo.values() if isinstance(path, ShardImage)), None):
+                todo |= _lacking(_stamps([shards / name for name in shards.names])[0], store, known)
             _check_free_space(folder, len(todo) * store.row_bytes)
             with tqdm(total=len(todo), desc=desc, unit="image", disable=None if progress and todo else True) as bar:
                 own = encoded(process_group.broadcast(list(todo.values())))
-                failed = _store_encoded(store, list(todo), own, -(-len(todo) // batch_size), bar)
+                failed = known | _store_encoded(store, list(todo), own, bar)
+            if shards:
+                image_shards.save_faults(folder, failed)
         unreadable |= {path: failed[stamp] for path, stamp in stamps.items() if stamp in failed}
         rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
         process_group.broadcast((rows, unreadable))
     return Features(folder / "features.f16", rows, cells, channels), unreadable
 
 
+def _lacking(stamps, store, known):
+    """{stamp: path}, one path per file, of those that are neither stored nor known to be unreadable."""
+    return {stamp: path for path, stamp in stamps.items() if stamp not in store.row_of and stamp not in known}
+
+
 def _encoded(paths, encode, image_size, batch_size, num_workers):
-    """This process's batches: (positions in `paths`, features (n, P, F) float16, {position: reason} of the others)."""
+    """This process's batches: (positions in `paths`, features (n, P, F) float16, {position: reason} of the others).
+
+    None after the last one.
+    """
     batches = [range(i, min(i + batch_size, len(paths))) for i in range(0, len(paths), batch_size)]
     batches = batches[process_group.rank() :: process_group.size()]
-    for positions, pixels, reasons in _decoded(paths, image_size, batches, num_workers) if batches else ():
+    if paths and isinstance(paths[0], ShardImage):
+        decoded = _decoded_from_shards(paths, image_size, batch_size, num_workers)
+    else:
+        decoded = _decoded(paths, image_size, batches, num_workers) if batches else ()
+    for positions, pixels, reasons in decoded:
         features = None
         if positions:
             with torch.inference_mode():
@@ -859,25 +937,36 @@ def _encoded(paths, encode, image_size, batch_size, num_workers):
                     )
             features = features.contiguous().cpu().numpy()
         yield positions, features, reasons
+    yield None
 
 
-def _store_encoded(store, stamps, own, batches, bar) -> dict[tuple, str]:
-    """Append what this process and the others encode, in turn; returns {stamp: reason} of the unreadable ones."""
-    failed = {}
-    for number in range(batches):
-        sender = number % process_group.size()
-        positions, features, reasons = process_group.receive(sender) if sender else next(own)
-        failed |= {stamps[position]: reason for position, reason in reasons.items()}
-        if positions:
-            store.append([stamps[position] for position in positions], features)
-        bar.update(len(positions) + len(reasons))
+def _store_encoded(store, stamps, own, bar) -> dict[tuple, str]:
+    """Append what this process and the others encode, in turn; returns {stamp: reason} of those that did not come."""
+    failed = dict.fromkeys(stamps, "no shard holds it by this name")
+    senders = [*range(process_group.size())]
+    while senders:
+        for sender in [*senders]:
+            found = process_group.receive(sender) if sender else next(own)
+            if found is None:
+                senders.remove(sender)
+                continue
+            positions, features, reasons = found
+            failed |= {stamps[position]: why for position, why in reasons.items() if stamps[position] in failed}
+            for position in positions:
+                failed.pop(stamps[position], None)
+            if positions:
+                store.append([stamps[position] for position in positions], features)
+            bar.update(len(positions) + len(reasons))
     return failed
 
 
-def _stamps(paths: Sequence[Path]) -> tuple[dict[Path, tuple], dict[Path, str]]:
+def _stamps(paths: Sequence[Path] | Sequence[ShardImage]) -> tuple[dict[Path, tuple], dict[Path, str]]:
     """{path: (resolved path, size in bytes, modification time in ns)} and {path: reason} of files that have none."""
     stamps, missing = {}, {}
     for path in paths:
+        if isinstance(path, ShardImage):
+            stamps[path] = path.stamp()
+            continue
         try:
             status = path.stat()
             stamps[path] = (str(path.resolve()), status.st_size, status.st_mtime_ns)

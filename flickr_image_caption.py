@@ -86,7 +86,7 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset_type", choices=("flickr8k", "flickr30k", "sample", "custom"), default="flickr30k",
         help="default folder ./data/<dataset_type>, and the run folder's name (%(default)s)")  # fmt: skip
-    add("--image_dir", help="folder of images, instead of the default one")
+    add("--image_dir", help="folder of images, or WebDataset shards (*.tar), instead of the default folder")
     add("--captions_file", help="captions in any of the formats the README lists, instead of the default one")
     add(
         "--split_seed", type=count, default=42, help="draws the 0.8/0.1/0.1 split where the data has none (%(default)s)"
@@ -258,6 +258,7 @@ import attention_visualization
 import caption_data
 import download_datasets
 import experiment_utils
+import image_shards
 import metrics_utils
 import process_group
 from caption_decoding import generate, map_tensors, select
@@ -795,6 +796,8 @@ class FeatureSource:
 
 def open_dataset(args, checkpoint=None):
     """The dataset, split as the checkpoint's was; another one, without any image in common, has its own split."""
+    if args.image_dir and "image_dir" not in args.typed:
+        image_shards.refuse_remote(args.image_dir)
     stored = checkpoint["splits"] if checkpoint else None
     if stored and {"dataset_type", "captions_file"} & args.typed:
         _, captions_file = caption_data.find_dataset(args.dataset_type, args.image_dir, args.captions_file)
@@ -816,7 +819,8 @@ def open_features(args, encoder, dataset, split):
 
     table, features = source()
     if features.unreadable:
-        reasons = {path.relative_to(dataset.image_dir).as_posix(): why for path, why in features.unreadable.items()}
+        names = zip(table.image, features.paths, strict=True)
+        reasons = {name: features.unreadable[path] for name, path in names if path in features.unreadable}
         print(dataset.drop_unreadable(reasons))
         table, features = source()
     return table, features
@@ -1189,7 +1193,8 @@ def train(args, checkpoint):
         run.decoder.load_state_dict(experiment_utils.load_checkpoint(best)["model"])
         positions = torch.arange(min(args.attention_viz_samples, len(run.val_table)))
         found = caption_images(run.decoder, run.val_features.stream([positions]), run.vocabulary, args)
-        draw_attention(run.run_dir, args, run.encoder.grid, run.vocabulary, run.val_features.paths, found)
+        paths = run.val_features.paths[: len(positions)]
+        draw_attention(run.run_dir, args, run.encoder.grid, run.vocabulary, paths, found)
     print(f"best CIDEr {progress['best_score']:.4f}: {best}\ntest it: python {Path(sys.argv[0]).name} --mode test "
           f"--model_path {best}")  # fmt: skip
     return 0
@@ -1200,10 +1205,11 @@ def train(args, checkpoint):
 
 def draw_attention(folder, args, grid, vocabulary, paths, found, first=1):
     """One picture per path, numbered from `first`: where the decoder looked for each word of its best hypothesis."""
-    for number, (path, hypotheses) in enumerate(zip(paths, found, strict=False), start=first):
+    pictures = caption_data.open_images(paths)
+    for number, (picture, hypotheses) in enumerate(zip(pictures, found, strict=False), start=first):
         best = hypotheses[0]
         attention_visualization.save_attention_viz(
-            folder, number, caption_data.open_image(path), [vocabulary.words[token] for token in best.tokens],
+            folder, number, picture, [vocabulary.words[token] for token in best.tokens],
             best.attention.unflatten(1, grid).numpy(), advanced=args.advanced_attention_viz, log_prob=best.log_prob,
         )  # fmt: skip
 

@@ -1,0 +1,349 @@
+"""image_shards.py and what caption_data makes of it: pictures in shards fill the same feature cache as files."""
+
+import gzip
+import http.server
+import io
+import os
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_caption_data import FakeEncoder, _bomb, _cached, _expected, _folder
+from test_end_to_end import TINY, load, program, run_dir, snapshot, succeed, train
+
+import caption_data
+import image_shards
+import process_group
+from image_shards import find_shards
+
+
+def png(level):
+    """A picture of 8 x 8 pixels, all of this grey."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, level, level)).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_shard(path, members):
+    """A tar file of {name: content}; None makes a symbolic link to /etc/passwd."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if content is None:
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            else:
+                member.size = len(content)
+            archive.addfile(member, io.BytesIO(content or b""))
+    return path
+
+
+def grey_shards(folder, count=6, each=2):
+    """`count` pictures whose grey level is their number, with a text beside each; the pattern of the shards."""
+    for start in range(0, count, each):
+        levels = range(start, min(start + each, count))
+        members = {f"{i}.png": png(i) for i in levels} | {f"{i}.txt": b"a caption" for i in levels}
+        write_shard(folder / f"grey-{start // each}.tar", members)
+    return f"{folder}/grey-{{0..{(count - 1) // each}}}.tar"
+
+
+def images_in(source, names):
+    shards = find_shards(source, caption_data.PICTURE_NAME)
+    return [shards / name for name in names]
+
+
+CACHE_FILES = {"features.f16", "index", "key.json", "lock"}
+NEVER = {"encode": FakeEncoder(break_after=0, error=AssertionError)}
+
+
+def no_streaming(patch):
+    def read(urls, wanted):
+        raise AssertionError("the shards are streamed")
+
+    patch.setattr(image_shards, "read", read)
+
+
+# Which shards
+
+
+def test_what_means_shards(tmp_path):
+    write_shard(tmp_path / "tars/b.tar", {})
+    write_shard(tmp_path / "tars/a.tgz", {})
+    (tmp_path / "tars/a.json").write_text("{}")
+    assert [Path(url).name for url in _find(tmp_path / "tars").urls] == ["a.tgz", "b.tar"]
+    assert [Path(url).name for url in _find(f"{tmp_path}/tars/{{b.tar,a.tgz}}").urls] == ["b.tar", "a.tgz"]
+    assert _find("https://a.org/x-{00..02}.tar").urls[2] == "https://a.org/x-02.tar"
+    assert _find("pipe:cat a.tar").urls == ("pipe:cat a.tar",)
+    assert _find("pipe:" + "x" * 5000).size == 0
+    for name in ("dog.jpg", "folder/"):  # what beside tar files makes an ordinary image folder
+        folder = tmp_path / name.strip("/.jpg")
+        write_shard(folder / "a.tar", {})
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
+        assert _find(folder) is None
+    assert _find(tmp_path / "nowhere") is None and _find("") is None
+
+
+def _find(source):
+    return find_shards(source, caption_data.PICTURE_NAME)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        ("grey-{0..4}.tar", r"2 of 5 shards are missing, the first is .*grey-3\.tar"),
+        ("none.tar", r"1 of 1 shards are missing"),
+        ("grey-{0..2.tar", "not a pattern"),
+        ("{pipe:touch proof;#,x}.tar", "2 of 2 shards are missing"),
+        ("PIPE:touch proof.tar", "1 of 1 shards are missing"),
+    ],
+)
+def test_missing_shards_are_one_line_that_names_the_flag(tmp_path, monkeypatch, pattern, fault):
+    monkeypatch.chdir(tmp_path)
+    grey_shards(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match=rf"^--image_dir .*{fault}"):
+        _find(pattern)
+    assert not Path("proof").exists()
+
+
+def test_without_webdataset_one_line_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with pytest.raises(ValueError, match=r"pip install webdataset$"):
+        _find(grey_shards(tmp_path))
+
+
+# What they fill the cache with
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_fill_the_cache_as_files_do_and_are_read_once(tmp_path, monkeypatch, num_workers):
+    images = images_in(grey_shards(tmp_path / "tars"), [f"{i}.png" for i in range(6)])
+    files = tmp_path / "files"
+    files.mkdir()
+    for i in range(6):
+        (files / f"{i}.png").write_bytes(png(i))
+    from_files, _ = _cached([files / image.name for image in images], FakeEncoder(), tmp_path / "a")
+    encoder = FakeEncoder()
+    features, unreadable = _cached(images[::-1], encoder, tmp_path / "b", num_workers=num_workers)
+    assert (encoder.images, unreadable) == (6, {})
+    assert torch.equal(features[range(6)], from_files[range(5, -1, -1)])
+    if not num_workers:
+        stored = [(_folder(tmp_path / cache) / "features.f16").read_bytes() for cache in "ab"]
+        assert stored[0] == stored[1]
+    no_streaming(monkeypatch)
+    again, _ = _cached(images, **NEVER, cache_dir=tmp_path / "b")
+    assert torch.equal(again[range(6)], from_files[range(6)])
+
+
+def test_a_killed_run_is_continued(tmp_path):
+    images, encoder = images_in(grey_shards(tmp_path), [f"{i}.png" for i in range(6)]), FakeEncoder()
+    with pytest.raises(KeyboardInterrupt):
+        _cached(images, FakeEncoder(break_after=4, error=KeyboardInterrupt), tmp_path / "cache")
+    features, _ = _cached(images, encoder, tmp_path / "cache")
+    assert encoder.images == 2
+    assert torch.equal(features[range(6)], _expected(range(6)))
+
+
+def test_changed_shards_are_encoded_again(tmp_path):
+    names, pattern = ["0.png", "5.png"], grey_shards(tmp_path)
+    _cached(images_in(pattern, names), FakeEncoder(), tmp_path / "cache")
+    write_shard(tmp_path / "grey-2.tar", {"5.png": png(99)})
+    features, _ = _cached(images_in(pattern, names), FakeEncoder(), tmp_path / "cache")
+    assert torch.equal(features[range(2)], _expected([0, 99]))
+
+
+def test_missing_and_broken_members_are_returned_and_remembered(tmp_path, monkeypatch):
+    """A link is no picture, a name is not looked for in another folder, and the second run makes no pass."""
+    bad = {"text.jpg": b"not an image", "bomb.png": _bomb(30_000), "link.jpg": None, "folder/1.png": png(1)}
+    write_shard(tmp_path / "a.tar", {"./0.png": png(0)} | bad)
+    images = images_in(tmp_path / "a.tar", ["0.png", "1.png", *bad])
+    for _ in range(2):
+        features, unreadable = _cached(images, FakeEncoder(), tmp_path / "cache")
+        assert {image.name: reason.split(",")[0][:32] for image, reason in unreadable.items()} == {
+            "1.png": "no shard holds it by this name",
+            "link.jpg": "no shard holds it by this name",
+            "text.jpg": "not a readable image (none of JP",
+            "bomb.png": "not a readable image (Image size",
+        }
+        assert torch.equal(features[[0, 5]], _expected([0, 1]))
+        no_streaming(monkeypatch)
+
+
+def test_one_pass_serves_all_splits(tmp_path, monkeypatch):
+    pattern = grey_shards(tmp_path / "tars", 20, each=10)
+    rows = [f"{i}.png,a dog runs,{('val', 'test', 'train')[min(i, 2)]}\n" for i in range(21)]  # the last is in no shard
+    (tmp_path / "captions.csv").write_text("image,caption,split\n" + "".join(rows))
+    dataset = caption_data.load_dataset("custom", pattern, tmp_path / "captions.csv", max_bad_fraction=0.05)
+    paths = {split: [dataset.image_dir / name for name in names] for split, names in dataset.split_names().items()}
+    encoder = FakeEncoder()
+    _, unreadable = _cached(paths["train"], encoder, tmp_path / "cache")
+    assert encoder.images == 20
+    note = dataset.drop_unreadable({path.name: reason for path, reason in unreadable.items()})
+    assert note.endswith("1 of 21 images skipped: 20.png (no shard holds it by this name)")
+    no_streaming(monkeypatch)
+    features, _ = _cached(paths["test"], **NEVER, cache_dir=tmp_path / "cache")
+    assert torch.equal(features[[0]], _expected([1]))
+
+
+def test_a_name_that_two_shards_hold_is_one_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    write_shard(tmp_path / "a.tar", {"0.png": b"broken", "1.png": png(1)})
+    write_shard(tmp_path / "b.tar", {"0.png": png(0), "1.png": png(1)})
+    for num_workers in (0, 2):
+        images = images_in(f"{tmp_path}/{{a,b}}.tar", ["0.png", "1.png"])
+        features, unreadable = _cached(
+            images, FakeEncoder(), tmp_path / f"cache/{num_workers}", num_workers=num_workers
+        )
+        assert len(unreadable) == (num_workers == 0)  # alone, the first one counts; in parallel, a readable one
+        assert torch.equal(features[[1]], _expected([1]))
+
+
+def test_processes_of_a_run_read_different_shards(tmp_path, monkeypatch):
+    """Rank 0 stores in turn what three ranks encode of two shards, the third none."""
+    images = images_in(grey_shards(tmp_path / "tars", 5, each=3), [f"{i}.png" for i in range(6)])
+    encoders, sent = [FakeEncoder() for _ in range(3)], {}
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (1, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        sent[rank] = iter(list(caption_data._encoded(images, encoders[rank], 8, batch_size=1, num_workers=0)))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(process_group, "broadcast", lambda value: value)
+    monkeypatch.setattr(process_group, "receive", lambda sender: next(sent[sender]))
+    features, unreadable = _cached(images, encoders[0], tmp_path / "cache")
+    assert [encoder.images for encoder in encoders] == [3, 2, 0]
+    assert unreadable == {images[5]: "no shard holds it by this name"}
+    assert torch.equal(features[range(5)], _expected(range(5)))
+
+
+def test_hostile_names_write_nothing_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "deep/tars").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep/tars")
+    names = [
+        "../../x.jpg",
+        f"{tmp_path}/x.jpg",
+        "..\\x.jpg",
+        "a/../../x.jpg",
+        "ok.png",
+        "\x1b[2J.jpg",
+        "x" * 3000 + ".jpg",
+    ]
+    write_shard(tmp_path / "deep/tars/a.tar", dict.fromkeys(names, png(7)))
+    before = snapshot(tmp_path)
+    images = images_in(tmp_path / "deep/tars", names)
+    assert len(list(caption_data.open_images(images))) == len(names)
+    assert snapshot(tmp_path) == before
+    _cached(images, FakeEncoder(), tmp_path / "cache")
+    new = {Path(path).relative_to(tmp_path) for path in snapshot(tmp_path).keys() - before.keys()}
+    assert {path.parts[0] for path in new} == {"cache"}
+    assert {path.name for path in new if len(path.parts) > 2} == CACHE_FILES | {"faults.json"}
+
+
+def test_a_huge_member_is_not_taken_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_shards, "MAX_IMAGE_BYTES", 1000)
+    write_shard(tmp_path / "a.tar.gz", {"0.png": png(0) + bytes(2**20)})
+    ((name, content),) = image_shards.read([str(tmp_path / "a.tar.gz")], ["0.png"])
+    assert (name, len(content)) == ("0.png", 1000)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", ["text", "cut", "cut_gzip", "exit 3"])
+def test_a_damaged_shard_stops_the_run_and_is_named(tmp_path, damage, num_workers):
+    """`exit 3`: a command that fails after whole members, as a broken download does."""
+    good = write_shard(tmp_path / "a.tar", {"0.png": png(0)})
+    bad = write_shard(tmp_path / "b.tar", {"1.png": png(1) + bytes(5000), "2.png": png(2)})
+    whole = bad.read_bytes()
+    bad.write_bytes(
+        {"text": b"a shard? " * 999, "cut": whole[:3000], "cut_gzip": gzip.compress(whole)[:-30]}.get(damage, whole)
+    )
+    source = f"pipe:cat {bad} && exit 3" if damage == "exit 3" else str(bad)
+    images = images_in(f"{good}::{source}", [f"{i}.png" for i in range(4)])
+    with pytest.raises(OSError, match=rf"^{source}: a shard that cannot be read: .+") as caught:
+        _cached(images, FakeEncoder(), tmp_path / "cache", num_workers=num_workers)
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    assert not (_folder(tmp_path / "cache") / "faults.json").exists()
+
+
+def test_urls_and_pipes(tmp_path):
+    """Pictures come over HTTP; a file that is not there is an error; a pipe that is left early is none."""
+    grey_shards(tmp_path / "tars", 4)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=tmp_path / "tars")
+
+        def log_message(self, *_arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        images = images_in(address + "grey-{0..1}.tar", [f"{i}.png" for i in range(4)])
+        features, unreadable = _cached(images, FakeEncoder(), tmp_path / "cache")
+        assert unreadable == {} and torch.equal(features[range(4)], _expected(range(4)))
+        with pytest.raises(OSError, match=r"nothing\.tar: a shard that cannot be read: .*exit 22"):
+            list(image_shards.read([address + "nothing.tar"], ["0.png"]))
+        server.shutdown()
+    endless = f"pipe:cat {tmp_path}/tars/grey-0.tar /dev/zero"
+    assert [name for name, _ in image_shards.read([endless], ["0.png"])] == ["0.png"]
+    touchy = f"pipe:trap '' PIPE; cat {tmp_path}/tars/grey-0.tar && head -c 1000000 /dev/zero 2>&1"
+    assert [name for name, _ in image_shards.read([touchy], ["0.png", "9.png"])] == ["0.png"]
+
+
+# The program
+
+
+def sample_shards(folder="shards", each=15):
+    """The sample dataset's pictures in shards; the flags that name them."""
+    paths = sorted(Path("data/sample/Images").iterdir())
+    for number, start in enumerate(range(0, len(paths), each)):
+        members = {path.name: path.read_bytes() for path in paths[start : start + each]}
+        write_shard(Path(folder) / f"sample-{number}.tar", members)
+    return f"--image_dir {folder}/sample-{{0..{number}}}.tar"
+
+
+@pytest.mark.usefixtures("shop")
+def test_the_program_trains_tests_and_draws_as_from_files():
+    flags = "--decoder attention --save_attention_viz --attention_viz_samples 2"
+    from_files, shards = train(flags), sample_shards()
+    from_shards = run_dir(succeed(TINY, flags, shards, "--cache_dir own_cache"))
+    assert (
+        load(from_files / "best.pt")["history"][0]["train_loss"]
+        == load(from_shards / "best.pt")["history"][0]["train_loss"]
+    )
+    for number in (1, 2):
+        name = f"attention_viz_sample_{number}.png"
+        assert (from_files / name).read_bytes() == (from_shards / name).read_bytes()
+    (cache,) = Path("own_cache").iterdir()
+    assert len((cache / "index").read_text().splitlines()) == 40  # the test split too
+    with pytest.MonkeyPatch.context() as patch:
+        no_streaming(patch)
+        succeed("--mode test --precision float32 --model_path", from_shards / "best.pt")
+    refused = program(TINY, shards, "--no_feature_cache")
+    assert refused.status == 2 and refused.err.count("\n") == 1 and "--no_feature_cache" in refused.err
+    refused = program(TINY, "--image_dir shards/sample-{0..9}.tar")
+    assert refused.status == 2 and refused.err.count("\n") == 1 and "--image_dir" in refused.err
+
+
+@pytest.mark.usefixtures("shop")
+def test_a_checkpoint_s_commands_are_not_run(shop):
+    """A checkpoint may come from anyone: what it would fetch with a command is fetched only when it is typed."""
+    checkpoint = load(shop / "attention/best.pt")
+    checkpoint["config"]["image_dir"] = "pipe:touch proof; cat shards/*.tar"
+    torch.save(checkpoint, "theirs.pt")
+    outcome = program("--mode test --model_path theirs.pt")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and "give --image_dir yourself" in outcome.err
+    assert not Path("proof").exists()
+    picture = next(Path("data/sample/Images").iterdir())
+    succeed("--mode caption --model_path theirs.pt --images", picture)
+    sample_shards(each=40)
+    out = succeed("--mode test --model_path theirs.pt --image_dir", Path("pipe:touch proof; cat shards/*.tar"))
+    assert Path("proof").exists() and "sample test: 4 images" in out
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
