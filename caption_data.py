@@ -17,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -820,17 +821,16 @@ COMMIT_SECONDS = 2.0  # work that a killed run may lose
 
 
 class Features:
-    """Grid features of a list of images, float16, read from the cache's memory map.
+    """Grid features of a list of images, read from the cache's memory map.
 
-    `features[rows]` -> (n, P, F) float16 tensor for positions in the list; unreadable images must not be asked for.
+    `features[rows]` -> (n, P, F) tensor of `dtype` for positions in the list; unreadable images must not be asked for.
     """
 
-    def __init__(self, file: Path, rows: np.ndarray, cells: int, channels: int):
-        """rows: (images,) int64, where each image lies in the file; -1 for unreadable ones."""
-        stored = int(rows.max(initial=-1)) + 1
-        shape = (stored, cells, channels)
-        self.grid = np.memmap(file, np.float16, "r", shape=shape) if stored else np.empty(shape, np.float16)
-        self.rows = rows
+    def __init__(self, file: Path, rows: np.ndarray, shape: tuple[int, int], dtype: torch.dtype):
+        """rows: (images,) int64, where each image lies in the file; -1 for unreadable ones. shape: (P, F)."""
+        size = int(rows.max(initial=-1)) + 1, math.prod(shape) * dtype.itemsize
+        self.data = np.memmap(file, np.uint8, "r", shape=size) if size[0] else np.empty(size, np.uint8)
+        self.rows, self.shape, self.dtype = rows, shape, dtype
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -839,13 +839,13 @@ class Features:
         rows = self.rows[np.asarray(positions)]
         if (rows < 0).any():
             raise IndexError("features of an unreadable image asked for")
-        return torch.from_numpy(self.grid[rows])
+        return torch.from_numpy(self.data[rows]).view(self.dtype).unflatten(1, self.shape)
 
     def mean(self, chunk: int = 256) -> torch.Tensor:
-        """(images, 1, F) float16 in memory: each grid's mean, summed in float32; 0 for unreadable images."""
-        pooled = torch.zeros(len(self.rows), 1, self.grid.shape[2], dtype=torch.float16)
+        """(images, 1, F) in memory: each grid's mean, summed in float32; 0 for unreadable images."""
+        pooled = torch.zeros(len(self.rows), 1, self.shape[1], dtype=self.dtype)
         for positions in torch.from_numpy((self.rows >= 0).nonzero()[0]).split(chunk):
-            pooled[positions] = self[positions].float().mean(dim=1, keepdim=True).half()
+            pooled[positions] = self[positions].float().mean(dim=1, keepdim=True).to(self.dtype)
         return pooled
 
 
@@ -858,6 +858,7 @@ def cached_features(
     grid: tuple[int, int],
     channels: int,
     image_size: int,
+    dtype: torch.dtype = torch.float16,
     batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = True,
@@ -869,27 +870,32 @@ def cached_features(
         encode: (n, 3, image_size, image_size) uint8 on the CPU -> (n, P, F) float on any device.
         key: JSON values that decide the features: `encoder` (its name), its weights' SHA-256, geometry.
         grid, channels: (h, w) and F, so P = h * w.
-    The cache is a folder per key: `features.f16` (a row per image), `index` (which file each row came from: path, size,
-    modification time), `key.json`. Rows reach the disk before the index names them, so a run that is killed at any
-    moment leaves a cache that the next one continues; a second run waits for the first. Processes of one run share the
-    work: rank 0 keeps the cache, the others hand it what they encode, and all must see its folder.
+        dtype: what the features are rounded to: float32, float16, bfloat16 or float8_e4m3fn.
+    The cache is a folder per key and dtype: `features.f16`, `.f32`, `.bf16` or `.f8_e4m3fn` (a row per image), `index`
+    (which file each row came from: path, size, modification time), `key.json`. Rows reach the disk before the index
+    names them, so a run that is killed at any moment leaves a cache that the next one continues; a second run waits for
+    the first. Processes of one run share the work: rank 0 keeps the cache, the others hand it what they encode, and all
+    must see its folder.
     Shards are read only when the cache lacks one of their images, and then all that it lacks of `Shards.names` are
     encoded; `faults.json` remembers which did not come.
-    Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow float16; OSError when
-    a shard cannot be read.
+    Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow the dtype; OSError
+    when a shard cannot be read.
     """
-    cells = grid[0] * grid[1]
+    shape, dtype_name = (grid[0] * grid[1], channels), str(dtype).removeprefix("torch.")
     full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "format": CACHE_FORMAT}
+    if dtype != torch.float16:  # caches of which are older than the choice
+        full_key["dtype"] = dtype_name
     folder = _cache_folder(Path(cache_dir), full_key)
+    file = folder / f"features.{dtype_name.replace('float', 'f')}"
     encoded = functools.partial(
-        _encoded, encode=encode, image_size=image_size, batch_size=batch_size, num_workers=num_workers
+        _encoded, encode=encode, image_size=image_size, dtype=dtype, batch_size=batch_size, num_workers=num_workers
     )
     if process_group.rank():
         for found in encoded(process_group.broadcast(None)):
             process_group.send(found, to=0)
         rows, unreadable = process_group.broadcast(None)
     else:
-        with _locked(folder), _Store(folder, (cells, channels)) as store:
+        with _locked(folder), _Store(file, math.prod(shape) * dtype.itemsize) as store:
             stamps, unreadable = _stamps(paths)
             known = image_shards.load_faults(folder)
             todo = _lacking(stamps, store, known)
@@ -904,7 +910,7 @@ def cached_features(
         unreadable |= {path: failed[stamp] for path, stamp in stamps.items() if stamp in failed}
         rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
         process_group.broadcast((rows, unreadable))
-    return Features(folder / "features.f16", rows, cells, channels), unreadable
+    return Features(file, rows, shape, dtype), unreadable
 
 
 def _lacking(stamps, store, known):
@@ -912,8 +918,8 @@ def _lacking(stamps, store, known):
     return {stamp: path for path, stamp in stamps.items() if stamp not in store.row_of and stamp not in known}
 
 
-def _encoded(paths, encode, image_size, batch_size, num_workers):
-    """This process's batches: (positions in `paths`, features (n, P, F) float16, {position: reason} of the others).
+def _encoded(paths, encode, image_size, dtype, batch_size, num_workers):
+    """This process's batches: (positions in `paths`, their rows as `_rounded` gives them, {position: reason}).
 
     None after the last one.
     """
@@ -927,17 +933,23 @@ def _encoded(paths, encode, image_size, batch_size, num_workers):
         features = None
         if positions:
             with torch.inference_mode():
-                features = encode(torch.from_numpy(pixels)).half()
-            low, high = features.flatten(1).aminmax(dim=1)  # both nan where any is
-            for position, finite in zip(positions, (low.isfinite() & high.isfinite()).tolist(), strict=True):
-                if not finite:
-                    raise ValueError(
-                        f"{paths[position]}: the encoder's output overflows float16; "
-                        "use --no_feature_cache with this encoder"
-                    )
-            features = features.contiguous().cpu().numpy()
+                features = encode(torch.from_numpy(pixels))
+                features = _rounded(features, dtype, [paths[position] for position in positions])
         yield positions, features, reasons
     yield None
+
+
+def _rounded(features: torch.Tensor, dtype: torch.dtype, paths: Sequence[Path]) -> np.ndarray:
+    """Features (n, P, F) of these files, as bytes (n, P, bytes). Raises: ValueError naming one that overflows."""
+    low, high = features.flatten(1).aminmax(dim=1)  # both nan where any is
+    limit = torch.finfo(dtype).max  # before rounding: float8_e4m3fn has no inf
+    for path, fits in zip(paths, ((low >= -limit) & (high <= limit)).tolist(), strict=True):
+        if not fits:
+            raise ValueError(
+                f"{path}: the encoder's output overflows {str(dtype).removeprefix('torch.')}; "
+                "use a wider --cache_dtype, or --no_feature_cache, with this encoder"
+            )
+    return features.to(dtype).contiguous().cpu().view(torch.uint8).numpy()
 
 
 def _store_encoded(store, stamps, own, bar) -> dict[tuple, str]:
@@ -1013,17 +1025,17 @@ def _check_free_space(folder: Path, needed: int):
     if needed > free:
         raise ValueError(
             f"--cache_dir {folder.parent}: the features need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "make room, name another --cache_dir or use --no_feature_cache"
+            "make room, name another --cache_dir, a narrower --cache_dtype or --no_feature_cache"
         )
 
 
 class _Store:
     """The two files of a cache folder, opened for appending: rows reach the disk first, then their index lines."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int]):
-        self.row_bytes = shape[0] * shape[1] * 2
-        self.data = (folder / "features.f16").open("ab", buffering=0)
-        self.index = (folder / "index").open("a+b", buffering=0)
+    def __init__(self, file: Path, row_bytes: int):
+        self.row_bytes = row_bytes
+        self.data = file.open("ab", buffering=0)
+        self.index = file.with_name("index").open("a+b", buffering=0)
         self.row_of = self._repair()  # {stamp: row}
         self.rows = self.data.tell() // self.row_bytes
         self.pending, self.committed_at = [], time.monotonic()
@@ -1047,7 +1059,7 @@ class _Store:
         return row_of
 
     def append(self, stamps: list[tuple], block: np.ndarray):
-        """Add rows (n, P, F) float16 for these files."""
+        """Add rows (n, ...), of `row_bytes` bytes each, for these files."""
         if self.data.write(block) != block.nbytes:  # a short write: the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.data.name)
         for row, stamp in enumerate(stamps, start=self.rows):

@@ -101,6 +101,8 @@ def build_parser():
     add("--encoder_weights", "--resnet_weights", default="imagenet", metavar="imagenet|random|FILE",
         help="torchvision's IMAGENET1K_V1, untrained ones from --seed, or a state dict (%(default)s)")  # fmt: skip
     add("--cache_dir", default="./feature_cache", help="encoded images, shared by all runs (%(default)s)")
+    add("--cache_dtype", choices=("float32", "float16", "bfloat16", "float8_e4m3fn"), default="float16",
+        help="what encoded images are rounded to on disk (%(default)s)")  # fmt: skip
     add("--no_feature_cache", action="store_true", help="encode images whenever they are needed and store nothing")
 
     add = parser.add_argument_group("decoder").add_argument
@@ -777,7 +779,8 @@ class FeatureSource:
         key = encoder.key()
         self.features, self.unreadable = caption_data.cached_features(
             paths, encoder, cache_dir=args.cache_dir, key={"encoder": key.pop("name"), **key}, grid=tuple(encoder.grid),
-            channels=encoder.channels, image_size=encoder.image_size, num_workers=args.num_workers,
+            channels=encoder.channels, image_size=encoder.image_size, dtype=getattr(torch, args.cache_dtype),
+            num_workers=args.num_workers,
         )  # fmt: skip
         if pooled:
             self.features = self.features.mean()

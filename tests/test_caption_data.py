@@ -358,6 +358,25 @@ def test_each_picture_is_encoded_once(tmp_path, num_workers):
     assert (folder / "features.f16").stat().st_size == 5 * 24
 
 
+FILES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "f8_e4m3fn"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
+    paths, cache, dtype = _grey(tmp_path / "i", 3), tmp_path / "cache", getattr(torch, name)
+    _cached(paths, FakeEncoder(), cache)  # float16
+    encoder = FakeEncoder()
+    for _ in range(2):
+        features, _ = _cached(paths, encoder, cache, dtype=dtype)
+    assert encoder.images == (0 if name == "float16" else 3)
+    assert features[[2, 0]].dtype == dtype
+    assert torch.equal(features[[2, 0]].float(), _expected([2, 0]).to(dtype).float())
+    (file,) = cache.glob(f"*/features.{FILES[name]}")
+    assert file.stat().st_size == 3 * 12 * dtype.itemsize
+    assert isinstance(features.data, np.memmap)  # not read into memory
+    assert json.loads(file.with_name("key.json").read_text()).get("dtype", "float16") == name
+
+
 def test_the_mean_of_the_grid(tmp_path):
     paths = [*_grey(tmp_path / "i", 3), tmp_path / "none.png"]
     features, _ = _cached(paths, FakeEncoder(), tmp_path / "cache")
@@ -457,22 +476,33 @@ def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, enc
     assert (_folder(cache) / "features.f16").stat().st_size == 5 * 24
 
 
-@pytest.mark.parametrize("value", [65_520.0, -70_000.0, float("nan")])  # the largest float16 is 65,504
-def test_features_beyond_float16_are_refused_and_the_rest_is_kept(tmp_path, value):
-    paths, cache = _grey(tmp_path / "i", 6), tmp_path / "cache"
-    with pytest.raises(ValueError, match=r"4\.png: the encoder's output overflows float16"):
-        _cached(paths, FakeEncoder(overflow=(4, value)), cache)
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("float16", 65_520.0),  # the largest is 65,504
+        ("float16", -70_000.0),
+        ("float16", float("nan")),
+        ("float32", float("inf")),
+        ("bfloat16", -3.4e38),
+        ("float8_e4m3fn", 449.0),  # there is no inf beyond the largest, 448
+        ("float8_e4m3fn", float("nan")),
+    ],
+)
+def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dtype, value):
+    paths, cache, options = _grey(tmp_path / "i", 6), tmp_path / "cache", {"dtype": getattr(torch, dtype)}
+    with pytest.raises(ValueError, match=rf"4\.png: the encoder's output overflows {dtype}; use a wider --cache_dtype"):
+        _cached(paths, FakeEncoder(overflow=(4, value)), cache, **options)
     encoder = FakeEncoder()
-    features, _ = _cached(paths, encoder, cache)
+    features, _ = _cached(paths, encoder, cache, **options)
     assert encoder.images == 2
-    assert torch.equal(features[range(6)], _expected(range(6)))
+    assert torch.equal(features[range(6)].float(), _expected(range(6)).to(options["dtype"]).float())
 
 
 def test_free_space_is_checked_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(caption_data.shutil, "disk_usage", lambda _path: usage._replace(free=71))
     paths, encoder = _grey(tmp_path / "i", 3), FakeEncoder()  # 72 bytes
-    with pytest.raises(ValueError, match=r"--cache_dir .*--no_feature_cache"):
+    with pytest.raises(ValueError, match=r"--cache_dir .*--cache_dtype or --no_feature_cache"):
         _cached(paths, encoder, tmp_path / "cache")
     assert encoder.images == 0
     _cached(paths[:2], encoder, tmp_path / "cache")

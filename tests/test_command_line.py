@@ -259,6 +259,21 @@ def cache_dir_holds_the_features():
     assert file.stat().st_size == 6 * 49 * 1024 * 2  # 2 + 4 images, float16
 
 
+def cache_dtype_is_what_the_disk_holds():
+    for name, file, bytes_each in (("float8_e4m3fn", "features.f8_e4m3fn", 1), ("float32", "features.f32", 4)):
+        run = ready(f"--decoder attention --cache_dir elsewhere --cache_dtype {name}")
+        (file,) = Path("elsewhere").glob(f"*/{file}")
+        assert file.stat().st_size == 36 * 49 * 1024 * bytes_each  # training and validation images
+        assert run.features.features[[0]].dtype == getattr(torch, name)
+        assert next(run.features.stream([[0]])).dtype == torch.float32
+    best = train("--decoder attention --cache_dir elsewhere --cache_dtype bfloat16") / "best.pt"
+    assert load(best)["config"]["cache_dtype"] == "bfloat16"
+    succeed("--mode test --precision float32 --output_dir out --model_path", best)
+    (file,) = Path("elsewhere").glob("*/features.bf16")
+    assert file.stat().st_size == 40 * 49 * 1024 * 2
+    succeed("--mode caption --images data/sample/Images --model_path", best)
+
+
 def no_feature_cache_stores_nothing():
     run = ready("--no_feature_cache --max_train_images 2 --cache_dir elsewhere")
     assert run.features.features is None and not Path("elsewhere").exists()
@@ -513,6 +528,7 @@ FLAG_EFFECTS = {
     "--encoder_weights": encoder_weights_come_from_the_file,
     "--resnet_weights": functools.partial(encoder_weights_come_from_the_file, "--resnet_weights"),
     "--cache_dir": cache_dir_holds_the_features,
+    "--cache_dtype": cache_dtype_is_what_the_disk_holds,
     "--no_feature_cache": no_feature_cache_stores_nothing,
     "--decoder": decoder_is_built_by_name,
     "--embed_size": sizes_reach_the_decoders,
