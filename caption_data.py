@@ -821,9 +821,10 @@ COMMIT_SECONDS = 2.0  # work that a killed run may lose
 
 
 class Features:
-    """Grid features of a list of images, read from the cache's memory map.
+    """Features of a list of images, grids or their means, read from the cache's memory map.
 
-    `features[rows]` -> (n, P, F) tensor of `dtype` for positions in the list; unreadable images must not be asked for.
+    `features[rows]` -> (n, P, F) tensor of `dtype` for positions in the list, P = 1 for means; unreadable images must
+    not be asked for.
     """
 
     def __init__(self, file: Path, rows: np.ndarray, shape: tuple[int, int], dtype: torch.dtype):
@@ -841,13 +842,6 @@ class Features:
             raise IndexError("features of an unreadable image asked for")
         return torch.from_numpy(self.data[rows]).view(self.dtype).unflatten(1, self.shape)
 
-    def mean(self, chunk: int = 256) -> torch.Tensor:
-        """(images, 1, F) in memory: each grid's mean, summed in float32; 0 for unreadable images."""
-        pooled = torch.zeros(len(self.rows), 1, self.shape[1], dtype=self.dtype)
-        for positions in torch.from_numpy((self.rows >= 0).nonzero()[0]).split(chunk):
-            pooled[positions] = self[positions].float().mean(dim=1, keepdim=True).to(self.dtype)
-        return pooled
-
 
 def cached_features(
     paths: Sequence[Path] | Sequence[ShardImage],
@@ -859,6 +853,7 @@ def cached_features(
     channels: int,
     image_size: int,
     dtype: torch.dtype = torch.float16,
+    pooled: bool = False,
     batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = True,
@@ -871,6 +866,8 @@ def cached_features(
         key: JSON values that decide the features: `encoder` (its name), its weights' SHA-256, geometry.
         grid, channels: (h, w) and F, so P = h * w.
         dtype: what the features are rounded to: float32, float16, bfloat16 or float8_e4m3fn.
+        pooled: keep only the mean (1, F) of each rounded grid, in a cache of its own; pictures whose grids the other
+            cache of this key and dtype holds are not encoded again.
     The cache is a folder per key and dtype: `features.f16`, `.f32`, `.bf16` or `.f8_e4m3fn` (a row per image), `index`
     (which file each row came from: path, size, modification time), `key.json`. Rows reach the disk before the index
     names them, so a run that is killed at any moment leaves a cache that the next one continues; a second run waits for
@@ -881,14 +878,15 @@ def cached_features(
     Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow the dtype; OSError
     when a shard cannot be read.
     """
-    shape, dtype_name = (grid[0] * grid[1], channels), str(dtype).removeprefix("torch.")
+    shape, dtype_name = (1 if pooled else grid[0] * grid[1], channels), str(dtype).removeprefix("torch.")
     full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "format": CACHE_FORMAT}
     if dtype != torch.float16:  # caches of which are older than the choice
         full_key["dtype"] = dtype_name
-    folder = _cache_folder(Path(cache_dir), full_key)
+    folder = _cache_folder(Path(cache_dir), full_key, "_pooled" if pooled else "")
     file = folder / f"features.{dtype_name.replace('float', 'f')}"
+    rounded = functools.partial(_rounded, dtype=dtype, pooled=pooled)
     encoded = functools.partial(
-        _encoded, encode=encode, image_size=image_size, dtype=dtype, batch_size=batch_size, num_workers=num_workers
+        _encoded, encode=encode, rounded=rounded, image_size=image_size, batch_size=batch_size, num_workers=num_workers
     )
     if process_group.rank():
         for found in encoded(process_group.broadcast(None)):
@@ -903,6 +901,9 @@ def cached_features(
                 todo |= _lacking(_stamps([shards / name for name in shards.names])[0], store, known)
             _check_free_space(folder, len(todo) * store.row_bytes)
             with tqdm(total=len(todo), desc=desc, unit="image", disable=None if progress and todo else True) as bar:
+                if pooled:
+                    grids = folder.with_name(folder.name.removesuffix("_pooled")) / file.name
+                    _take_means(store, todo, grids, (grid[0] * grid[1], channels), dtype, bar)
                 own = encoded(process_group.broadcast(list(todo.values())))
                 failed = known | _store_encoded(store, list(todo), own, bar)
             if shards:
@@ -918,7 +919,7 @@ def _lacking(stamps, store, known):
     return {stamp: path for path, stamp in stamps.items() if stamp not in store.row_of and stamp not in known}
 
 
-def _encoded(paths, encode, image_size, dtype, batch_size, num_workers):
+def _encoded(paths, encode, rounded, image_size, batch_size, num_workers):
     """This process's batches: (positions in `paths`, their rows as `_rounded` gives them, {position: reason}).
 
     None after the last one.
@@ -934,13 +935,13 @@ def _encoded(paths, encode, image_size, dtype, batch_size, num_workers):
         if positions:
             with torch.inference_mode():
                 features = encode(torch.from_numpy(pixels))
-                features = _rounded(features, dtype, [paths[position] for position in positions])
+                features = rounded(features, [paths[position] for position in positions])
         yield positions, features, reasons
     yield None
 
 
-def _rounded(features: torch.Tensor, dtype: torch.dtype, paths: Sequence[Path]) -> np.ndarray:
-    """Features (n, P, F) of these files, as bytes (n, P, bytes). Raises: ValueError naming one that overflows."""
+def _rounded(features: torch.Tensor, paths: Sequence[Path], dtype: torch.dtype, pooled: bool) -> np.ndarray:
+    """Features (n, P, F) of these files as bytes (n, P or 1, bytes). Raises: ValueError naming one that overflows."""
     low, high = features.flatten(1).aminmax(dim=1)  # both nan where any is
     limit = torch.finfo(dtype).max  # before rounding: float8_e4m3fn has no inf
     for path, fits in zip(paths, ((low >= -limit) & (high <= limit)).tolist(), strict=True):
@@ -949,7 +950,34 @@ def _rounded(features: torch.Tensor, dtype: torch.dtype, paths: Sequence[Path]) 
                 f"{path}: the encoder's output overflows {str(dtype).removeprefix('torch.')}; "
                 "use a wider --cache_dtype, or --no_feature_cache, with this encoder"
             )
-    return features.to(dtype).contiguous().cpu().view(torch.uint8).numpy()
+    features = features.to(dtype).contiguous()
+    return _as_bytes(_mean(features) if pooled else features)
+
+
+def _mean(grids: torch.Tensor) -> torch.Tensor:
+    """(n, P, F) -> (n, 1, F) of the same dtype, summed in float32."""
+    return grids.float().mean(dim=1, keepdim=True).to(grids.dtype)
+
+
+def _as_bytes(rows: torch.Tensor) -> np.ndarray:
+    return rows.cpu().view(torch.uint8).numpy()
+
+
+def _take_means(store, todo: dict[tuple, Path], file: Path, shape, dtype, bar):
+    """Append the means of those grids that `file`, of another cache, holds already; they leave `todo`."""
+    index = file.with_name("index")
+    if not (file.exists() and index.exists()):
+        return
+    lines = index.read_bytes()  # before the size: another run may be adding rows
+    row_of, _ = _read_index(lines, file.stat().st_size // (math.prod(shape) * dtype.itemsize))
+    known = sorted(todo.keys() & row_of.keys(), key=row_of.get)  # in the order of the disk
+    grids = Features(file, np.array([row_of[stamp] for stamp in known], np.int64), shape, dtype)
+    for start in range(0, len(known), 256):
+        stamps = known[start : start + 256]
+        store.append(stamps, _as_bytes(_mean(grids[range(start, start + len(stamps))])))
+        for stamp in stamps:
+            del todo[stamp]
+        bar.update(len(stamps))
 
 
 def _store_encoded(store, stamps, own, bar) -> dict[tuple, str]:
@@ -987,11 +1015,11 @@ def _stamps(paths: Sequence[Path] | Sequence[ShardImage]) -> tuple[dict[Path, tu
     return stamps, missing
 
 
-def _cache_folder(cache_dir: Path, key: dict) -> Path:
+def _cache_folder(cache_dir: Path, key: dict, suffix: str) -> Path:
     """The folder of this key, made if needed."""
     text = json.dumps(key, sort_keys=True, indent=1)
     name = re.sub(r"[^\w.-]", "_", str(key.get("encoder", "encoder")))
-    folder = cache_dir / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    folder = cache_dir / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "lock").touch()
@@ -1029,6 +1057,21 @@ def _check_free_space(folder: Path, needed: int):
         )
 
 
+def _read_index(index: bytes, stored: int) -> tuple[dict[tuple, int], int]:
+    """{stamp: row} of an index up to its first line that is damaged or beyond `stored` rows, and the bytes up to it."""
+    row_of, whole = {}, 0
+    for line in index.splitlines(keepends=True):
+        try:
+            row, path, size, modified = json.loads(line)
+            if not line.endswith(b"\n") or not 0 <= row < stored:
+                break
+            row_of[path, size, modified] = row
+        except (ValueError, TypeError):
+            break
+        whole += len(line)
+    return row_of, whole
+
+
 class _Store:
     """The two files of a cache folder, opened for appending: rows reach the disk first, then their index lines."""
 
@@ -1042,17 +1085,8 @@ class _Store:
 
     def _repair(self) -> dict[tuple, int]:
         """Cut off what a killed run left half-written; what remains is {stamp: row}."""
-        stored, row_of, whole = self.data.seek(0, os.SEEK_END) // self.row_bytes, {}, 0
         self.index.seek(0)
-        for line in self.index.readall().splitlines(keepends=True):
-            try:
-                row, path, size, modified = json.loads(line)
-                if not line.endswith(b"\n") or not 0 <= row < stored:
-                    break
-                row_of[path, size, modified] = row
-            except (ValueError, TypeError):
-                break
-            whole += len(line)
+        row_of, whole = _read_index(self.index.readall(), self.data.seek(0, os.SEEK_END) // self.row_bytes)
         self.index.truncate(whole)
         self.data.truncate((max(row_of.values(), default=-1) + 1) * self.row_bytes)
         self.data.seek(0, os.SEEK_END)

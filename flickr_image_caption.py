@@ -779,11 +779,9 @@ class FeatureSource:
         key = encoder.key()
         self.features, self.unreadable = caption_data.cached_features(
             paths, encoder, cache_dir=args.cache_dir, key={"encoder": key.pop("name"), **key}, grid=tuple(encoder.grid),
-            channels=encoder.channels, image_size=encoder.image_size, dtype=getattr(torch, args.cache_dtype),
-            num_workers=args.num_workers,
+            channels=encoder.channels, image_size=encoder.image_size, num_workers=args.num_workers,
+            dtype=getattr(torch, args.cache_dtype), pooled=pooled,
         )  # fmt: skip
-        if pooled:
-            self.features = self.features.mean()
 
     def stream(self, batches):
         """For each batch of positions (n,) in the list: features (n, P, F) float32 on the device; P = 1 if pooled."""

@@ -377,13 +377,59 @@ def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
     assert json.loads(file.with_name("key.json").read_text()).get("dtype", "float16") == name
 
 
-def test_the_mean_of_the_grid(tmp_path):
-    paths = [*_grey(tmp_path / "i", 3), tmp_path / "none.png"]
-    features, _ = _cached(paths, FakeEncoder(), tmp_path / "cache")
-    mean = features.mean(chunk=2)
-    assert mean.shape == (4, 1, 3)
-    assert mean.dtype == torch.float16
-    assert mean[:, 0].tolist() == [[15, 15.125, 15.25], [16, 16.125, 16.25], [17, 17.125, 17.25], [0, 0, 0]]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
+    paths, cache = [*_grey(tmp_path / "i", 3), tmp_path / "none.png"], tmp_path / "cache"
+    means, unreadable = _cached(paths, FakeEncoder(), cache, dtype=dtype, pooled=True)
+    assert means[[0]].shape == (1, 1, 3) and means[[0]].dtype == dtype and list(unreadable) == paths[3:]
+    exact = torch.tensor([[15, 15.125, 15.25], [16, 16.125, 16.25], [17, 17.125, 17.25]])
+    torch.testing.assert_close(
+        means[range(3)][:, 0].float(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=0
+    )
+    assert _folder(cache).name.endswith("_pooled")
+    assert [path.stat().st_size for path in _folder(cache).glob("features.*")] == [3 * 3 * dtype.itemsize]
+    encoder = FakeEncoder()  # the grids are another matter
+    _cached(paths, encoder, cache, dtype=dtype)
+    assert encoder.images == 3
+
+
+def test_means_of_stored_grids_are_taken_without_encoding(tmp_path):
+    paths, cache, noise = _grey(tmp_path / "i", 5), tmp_path / "cache", torch.rand(8, 49, 96) * 9
+
+    def encode(pixels):
+        encoded.extend(pixels[:, 0, 0, 0].tolist())
+        return noise[pixels[:, 0, 0, 0].long()].transpose(1, 2).contiguous().transpose(1, 2)  # as the encoder's lie
+
+    encoded, options = [], {"grid": (7, 7), "channels": 96}
+    _cached([paths[3], paths[1]], encode, cache, **options)
+    taken, _ = _cached(paths, encode, cache, pooled=True, **options)
+    assert encoded == [3, 1, 0, 2, 4]
+    torch.testing.assert_close(taken[range(5)].float(), noise[:5].mean(1, keepdim=True), rtol=1e-3, atol=0)
+    fresh, _ = _cached(paths, encode, tmp_path / "other", pooled=True, **options)
+    torch.testing.assert_close(taken[range(5)], fresh[range(5)], rtol=1e-3, atol=0)
+    paths += _grey(tmp_path / "i", 1, start=5)
+    del encoded[:]
+    added, _ = _cached(paths, encode, cache, pooled=True, **options)
+    assert encoded == [5] and torch.equal(added[range(5)], taken[range(5)])
+
+
+def test_means_are_taken_from_what_a_killed_run_left_of_the_grids(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 5), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    _tear(_folder(cache) / "features.f16", lambda data: data[:-5])
+    encoder = FakeEncoder()
+    means, _ = _cached(paths, encoder, cache, pooled=True)
+    assert encoder.images == 1
+    assert torch.equal(means[range(5)], _expected(range(5)).mean(1, keepdim=True))
+
+
+def test_means_do_without_grids_that_were_deleted(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 3), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    (_folder(cache) / "features.f16").unlink()
+    encoder = FakeEncoder()
+    _cached(paths, encoder, cache, pooled=True)
+    assert encoder.images == 3
 
 
 def test_another_key_is_another_cache(tmp_path):
@@ -427,18 +473,20 @@ def test_unreadable_images_are_returned(tmp_path):
 def test_nothing_readable(tmp_path):
     features, unreadable = _cached([tmp_path / "none.png"], FakeEncoder(), tmp_path / "cache")
     assert list(unreadable) == [tmp_path / "none.png"]
-    assert features.mean().tolist() == [[[0, 0, 0]]]
+    assert len(features) == 1
 
 
+@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError("a broken disk")])
-def test_an_interrupted_cache_is_continued(tmp_path, error):
-    paths, cache = _grey(tmp_path / "i", 7), tmp_path / "cache"
+def test_an_interrupted_cache_is_continued(tmp_path, error, pooled):
+    paths, cache, options = _grey(tmp_path / "i", 7), tmp_path / "cache", {"pooled": pooled, "dtype": torch.float32}
     with pytest.raises(type(error)):
-        _cached(paths, FakeEncoder(break_after=4, error=error), cache)
+        _cached(paths, FakeEncoder(break_after=4, error=error), cache, **options)
     encoder = FakeEncoder()
-    features, _ = _cached(paths, encoder, cache)
+    features, _ = _cached(paths, encoder, cache, **options)
     assert encoder.images == 3
-    assert torch.equal(features[range(7)], _expected(range(7)))
+    expected = _expected(range(7)).float()
+    assert torch.equal(features[range(7)], expected.mean(1, keepdim=True) if pooled else expected)
 
 
 def _tear(file: Path, change):
@@ -498,14 +546,15 @@ def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dt
     assert torch.equal(features[range(6)].float(), _expected(range(6)).to(options["dtype"]).float())
 
 
-def test_free_space_is_checked_first(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(caption_data.shutil, "disk_usage", lambda _path: usage._replace(free=71))
-    paths, encoder = _grey(tmp_path / "i", 3), FakeEncoder()  # 72 bytes
+@pytest.mark.parametrize("options", [{}, {"pooled": True, "dtype": torch.float32}, {"dtype": torch.float8_e4m3fn}])
+def test_free_space_is_checked_first(tmp_path, monkeypatch, options):
+    usage, row = shutil.disk_usage(tmp_path), 24 if not options else 12  # bytes
+    monkeypatch.setattr(caption_data.shutil, "disk_usage", lambda _path: usage._replace(free=3 * row - 1))
+    paths, encoder = _grey(tmp_path / "i", 3), FakeEncoder()
     with pytest.raises(ValueError, match=r"--cache_dir .*--cache_dtype or --no_feature_cache"):
-        _cached(paths, encoder, tmp_path / "cache")
+        _cached(paths, encoder, tmp_path / "cache", **options)
     assert encoder.images == 0
-    _cached(paths[:2], encoder, tmp_path / "cache")
+    _cached(paths[:2], encoder, tmp_path / "cache", **options)
     assert encoder.images == 2
 
 

@@ -256,7 +256,9 @@ def encoder_weights_come_from_the_file(flag="--encoder_weights"):
 def cache_dir_holds_the_features():
     ready("--cache_dir elsewhere --max_train_images 2")
     (file,) = Path("elsewhere").glob("*/features.f16")
-    assert file.stat().st_size == 6 * 49 * 1024 * 2  # 2 + 4 images, float16
+    assert file.stat().st_size == 6 * 1024 * 2  # 2 + 4 images, float16: the LSTM's means
+    ready("--cache_dir elsewhere --max_train_images 2 --decoder attention")
+    assert sorted(file.stat().st_size for file in Path("elsewhere").glob("*/features.f16"))[1] == 6 * 49 * 1024 * 2
 
 
 def cache_dtype_is_what_the_disk_holds():
@@ -974,7 +976,7 @@ def test_a_disk_that_fills_up_in_training_leaves_the_previous_checkpoint_whole(m
 
 
 def test_a_disk_that_fills_up_while_encoding_is_one_line_and_the_next_run_goes_on():
-    with file_size_limit(15 * 49 * 1024 * 2):  # room for fifteen images' features
+    with file_size_limit(15 * 1024 * 2):  # room for fifteen images' features
         failed(TINY, "--cache_dir own", naming=["features.f16"])
     assert not Path("saved_models").exists()
     assert EPOCH_BLOCK.search(succeed(TINY, "--cache_dir own"))
