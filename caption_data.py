@@ -10,12 +10,12 @@ Nothing here knows a model: `encode` is any function from pixels to features, an
 Axes: N images, B captions, P = h * w grid cells, F feature channels, T steps (words and <EOS>).
 """
 
+import array
 import contextlib
 import csv
 import errno
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -72,6 +72,7 @@ MAX_FILE_BYTES = 2**31  # the largest public captions file (COCO, all splits) ha
 MAX_CAPTION_CHARACTERS = 2_000  # spaCy takes quadratic time for a run of quotes
 SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON allows and no file can hold
 TOKEN_LINE = re.compile(r"[^\t]+#\d+\t")
+LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|tiff?|webp)\b", re.IGNORECASE)
 
 
@@ -416,8 +417,13 @@ def _recognise(path: Path, text: str) -> Iterator[tuple[str, tuple | str]]:
     )
 
 
+def _lines(text: str) -> Iterator[str]:
+    """Lines with their ends, one at a time: io.StringIO would take four bytes for every character of the text."""
+    return (match[0] for match in LINE.finditer(text))
+
+
 def _token_entries(text: str):
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         head, tab, caption = line.partition("\t")
         image, _, ordinal = head.rpartition("#")
         if tab and image and ordinal.isdecimal():
@@ -428,7 +434,7 @@ def _token_entries(text: str):
 
 def _csv_entries(path, text, delimiter, header, image, caption):
     split = header.index("split") if "split" in header else None
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(_lines(text), delimiter=delimiter)
     first = 1
     try:
         for row in reader:
@@ -515,9 +521,15 @@ def tokenize(text: str) -> list[str]:
 
     In scripts without spaces (Han, Kana, Thai, Lao, Khmer, Burmese) every character with its marks is a word.
     """
-    text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
-    text = UNSPACED.sub(r" \g<0> ", text)
-    return [word for token in _spacy_tokenizer()(text) if any(map(str.isalnum, word := token.lower_))]
+    return [word for chunk in text.split() for word in _words(chunk)]
+
+
+@functools.lru_cache(2**15)  # captions repeat few chunks: spaCy would take ten times as long for all of them
+def _words(chunk: str) -> tuple[str, ...]:
+    """Words of what stands between two spaces, which is how spaCy splits a text first."""
+    chunk = INVISIBLE.sub("", unicodedata.normalize("NFC", chunk))
+    chunk = UNSPACED.sub(r" \g<0> ", chunk)
+    return tuple(word for token in _spacy_tokenizer()(chunk) if any(map(str.isalnum, word := token.lower_)))
 
 
 class Vocabulary:
@@ -597,20 +609,21 @@ class CaptionBatches:
         seed: with the epoch it alone decides the order of the images.
     """
 
-    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], batch_size: int, max_length: int, seed: int):
-        rows = [
-            torch.tensor([Vocabulary.sos, *words[: max_length - 1], Vocabulary.eos], dtype=torch.int32)
-            for image in captions
-            for words in image
-        ]
-        if not rows:
+    def __init__(self, captions: Iterable[Sequence[Sequence[int]]], batch_size: int, max_length: int, seed: int):
+        tokens, lengths, counts = array.array("i"), array.array("i"), array.array("i")
+        for image in captions:
+            counts.append(len(image))
+            for words in image:
+                tokens.extend((Vocabulary.sos, *words[: max_length - 1], Vocabulary.eos))
+                lengths.append(min(len(words), max_length - 1) + 1)
+        if not lengths:
             raise ValueError("no captions to make batches of")
         self.batch_size, self.seed = batch_size, seed
-        self.padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=Vocabulary.pad)
-        self.lengths = torch.tensor([len(row) - 1 for row in rows])
-        self.counts = torch.tensor([len(image) for image in captions])  # captions per image
+        self.tokens = torch.from_numpy(np.array(tokens))  # of all captions, one after the other
+        self.lengths, self.counts = (torch.tensor(numbers) for numbers in (lengths, counts))  # counts: per image
+        self.start = (self.lengths + 1).cumsum(0) - (self.lengths + 1)  # where each caption's tokens begin
         self.first = self.counts.cumsum(0) - self.counts  # row of each image's first caption
-        self.num_batches = -(-len(rows) // batch_size)
+        self.num_batches = -(-len(lengths) // batch_size)
 
     def epoch(self, epoch: int, start: int = 0, shuffle: bool = True) -> Iterator[Batch]:
         """Batches of an epoch from number `start` on: the same ones whatever `start`."""
@@ -626,7 +639,10 @@ class CaptionBatches:
             batch = slice(begin, begin + self.batch_size)
             lengths = self.lengths[rows[batch]]
             image_rows, image_index = owner[batch].unique_consecutive(return_inverse=True)
-            captions = self.padded[rows[batch], : int(lengths.max()) + 1].long()
+            steps = torch.arange(int(lengths.max()) + 1)
+            places = (self.start[rows[batch]].unsqueeze(1) + steps).clamp_max(len(self.tokens) - 1)
+            captions = self.tokens[places].long()
+            captions[steps > lengths.unsqueeze(1)] = Vocabulary.pad
             yield Batch(image_rows, captions, lengths, image_index)
 
 

@@ -238,6 +238,7 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import pickle
 import shutil
@@ -878,11 +879,12 @@ def train_step(run, features, batch, weights=(1.0, 1.0)):
 def train_epoch(run, received):
     """Take the epoch's steps from where `run.progress` stands. Raises: Stopped, FloatingPointError."""
     progress, unread = run.progress, []
-    todo = [share_of(batch) for batch in run.batches.epoch(progress["epoch"], start=progress["batch"])]
+    todo, ahead = itertools.tee(map(share_of, run.batches.epoch(progress["epoch"], start=progress["batch"])))
     run.decoder.train()
     silent = True if process_group.rank() else None  # None: where stderr is no terminal
-    bar = tqdm(todo, f"epoch {progress['epoch'] + 1}", unit="batch", disable=silent, leave=False)
-    steps = zip(bar, run.features.stream([batch.image_rows for batch, _ in todo]), strict=True)
+    bar = tqdm(todo, f"epoch {progress['epoch'] + 1}", run.batches.num_batches - progress["batch"], unit="batch",
+               disable=silent, leave=False)  # fmt: skip
+    steps = zip(bar, run.features.stream(batch.image_rows for batch, _ in ahead), strict=True)
     try:
         for (batch, weights), features in until_stopped(received, steps):
             with process_group.lost_peers():
@@ -1065,7 +1067,7 @@ def set_up(args, checkpoint):
 
 def token_batches(captions, vocabulary, args):
     """Captions (per image a list of texts) as batches of word ids."""
-    ids = [[vocabulary.encode(text) for text in image] for image in captions]
+    ids = ([vocabulary.encode(text) for text in image] for image in captions)
     return caption_data.CaptionBatches(ids, args.batch_size, args.max_length, args.seed)
 
 

@@ -13,6 +13,8 @@ Shapes: N images, S = 16 statistics per image, R bootstrap resamples, T words of
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import re
@@ -80,7 +82,7 @@ def tokenize(caption):
 
 
 class CaptionScorer:
-    """Score captions against one fixed set of references; what depends on the references alone is computed once.
+    """Score captions against one fixed set of references; what follows from these alone is computed once, when needed.
 
     Args:
         references: {image id: [raw caption, ...]}, at least one caption per image. These images are the scored split:
@@ -93,11 +95,31 @@ class CaptionScorer:
         for image, captions in references.items():
             if not captions:
                 raise ValueError(f"image {image!r} has no reference captions; each scored image needs at least one")
-        self.references = {image: [tokenize(c) for c in captions] for image, captions in references.items()}
-        self.training_captions = None if training_captions is None else {tuple(tokenize(c)) for c in training_captions}
-        ngrams = {image: [count_ngrams(c) for c in captions] for image, captions in self.references.items()}
-        self.document_frequency = Counter(ngram for counts in ngrams.values() for ngram in set().union(*counts))
-        self.cider_vectors = {image: [self._cider_vectors(c) for c in counts] for image, counts in ngrams.items()}
+        self.raw_references, self.training_captions = references, training_captions
+
+    @functools.cached_property
+    def references(self):
+        """{image id: [tokens of a caption, ...]}."""
+        return {image: [tokenize(c) for c in captions] for image, captions in self.raw_references.items()}
+
+    @functools.cached_property
+    def document_frequency(self):
+        """Counter: in how many images' references an n-gram stands."""
+        found = (set().union(*map(count_ngrams, captions)) for captions in self.references.values())
+        return Counter(itertools.chain.from_iterable(found))
+
+    @functools.cached_property
+    def cider_vectors(self):
+        """{image id: [`_cider_vectors` of a caption, ...]}."""
+        counts = {image: map(count_ngrams, captions) for image, captions in self.references.items()}
+        return {image: [self._cider_vectors(c) for c in captions] for image, captions in counts.items()}
+
+    @functools.cached_property
+    def known_captions(self):
+        """Hashes of the training captions (n,), 8 bytes each where the words of one take a kilobyte; or None."""
+        if self.training_captions is None:
+            return None
+        return np.fromiter((hash(tuple(tokenize(c))) for c in self.training_captions), np.int64)
 
     def score(self, hypotheses, *, meteor=False, bootstrap=0, seed=0):
         """Score one caption per image.
@@ -172,12 +194,13 @@ class CaptionScorer:
 
     def _caption_statistics(self, captions):
         """Captions (N token lists) -> the scores that look at no reference."""
-        images, known = max(1, len(captions)), self.training_captions
+        images, known = max(1, len(captions)), self.known_captions
+        copied = None if known is None else int(np.isin([hash(tuple(c)) for c in captions], known).sum()) / images
         return {
             "caption_length": sum(map(len, captions)) / images,
             "vocabulary_used": len(set().union(*captions)),
             "share_unique": len(set(map(tuple, captions))) / images,
-            "share_copied": None if known is None else sum(tuple(c) in known for c in captions) / images,
+            "share_copied": copied,
         }
 
 

@@ -4,11 +4,13 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import struct
 import sys
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -61,6 +63,28 @@ def test_words_of_a_caption(text, words):
 def test_words_are_stable_under_a_second_tokenisation():
     text = "The dogs' owner can't see a t-shirt; 两只狗 at 10:30"
     assert tokenize(" ".join(tokenize(text))) == tokenize(text)
+
+
+def test_splitting_at_spaces_first_changes_no_word():
+    """A text's words are those that spaCy finds in the whole of it, whichever of its special cases meet."""
+    draw, tokenizer = random.Random(0), caption_data._spacy_tokenizer()
+    pieces = [
+        *tokenizer.rules,
+        *"()[].,;:!?'\"-/&%$8DPxO",
+        "\u0301",
+        "A",
+        "dogs'",
+        "T-shirt",
+        "ye\u0301",
+        "犬が",
+        "\t",
+        "\n",
+    ]
+    for _ in range(3000):
+        text = "".join(draw.choice(pieces) + draw.choice(["", " ", " ", "  "]) for _ in range(draw.randint(1, 9)))
+        whole = caption_data.UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFC", text))
+        words = [word for token in tokenizer(whole) if any(map(str.isalnum, word := token.lower_))]
+        assert tokenize(text) == words, text
 
 
 def test_vocabulary_counts_orders_and_cuts():
