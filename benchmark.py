@@ -3,6 +3,7 @@
     python benchmark.py                          # drawn pictures, generated features; minutes
     python benchmark.py --quick --json           # under two minutes, one JSON object
     python benchmark.py --images data/flickr8k/Images --encoder mobilenet_v2 --chart docs/benchmark.png
+    python benchmark.py --scale 1000 8000 31000 123000       # what training costs with so many images; 16 GB of disk
 
 encode           images per second into a fresh feature cache      against float32, one image at a time, no cache
 train_lstm       captions per second of a training step            against float32, 32 captions, no image shared, the
@@ -12,11 +13,20 @@ metrics          captions per second, references counted once      against count
 
 Ours and the plain way alternate (A B A B ...). `ratio` is the median over the rounds, `spread` its range; both ways run
 the same model on the same batches, and the plain ways' results are tested to equal ours (tests/test_benchmark.py).
+
+--scale starts the program's own training, a fresh process each, on generated datasets: five captions an image, a
+feature cache that is filled. Start-up lasts from the process's start to the end of its first step; private memory is
+the most that no file backs (RssAnon), mapped memory what the system keeps of the cache's file for it.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
+import random
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +37,7 @@ from PIL import Image
 
 CHANNELS, CELLS, WIDTH, VOCABULARY = 1280, 49, 512, 2539  # MobileNetV2's grid; Flickr8k's vocabulary
 SHARED, PLAIN = 128, 32  # captions per step: ours, the textbook's
+SCALED = ("lstm", "attention")  # decoders of --scale: one reads means, the other grids
 BEAM = {"beam_size": 5, "min_length": 9, "max_length": 25}  # as long as Flickr8k's captions are
 
 
@@ -254,8 +265,6 @@ def beam_search(args):
 
 def metrics(args):
     """BLEU, ROUGE-L, CIDEr and the shares of 1,000 captions, one of each image's five references changed a little."""
-    import random
-
     import metrics_utils
 
     draw = random.Random(0)
@@ -304,6 +313,150 @@ STAGES = {
 }  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------------------------- scale
+
+
+def scale_options(folder, kind):
+    """The command line of a training run on the generated dataset in a folder."""
+    return [
+        "--dataset_type", "custom", "--image_dir", f"{folder}/Images", "--captions_file", f"{folder}/captions.csv",
+        "--cache_dir", f"{folder}/{kind}", "--decoder", kind, "--encoder", "mobilenet_v2",
+        "--encoder_weights", "random", "--device", "cpu", "--num_layers", "1", "--hidden_size",
+        str(WIDTH), "--freq_threshold", "1",  # as many words for all sizes
+    ]  # fmt: skip
+
+
+def write_captions(folder, images):
+    """Empty image files and five captions each: 12 +- 3.5 words, Zipf's law over VOCABULARY words of usual lengths."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlucmwfgyp", k=2 + draw.randrange(8))) for _ in range(VOCABULARY)]
+    sums = list(itertools.accumulate(1 / rank for rank in range(1, VOCABULARY + 1)))
+    (folder / "Images").mkdir()
+    with (folder / "captions.csv").open("w") as file:
+        file.write("image,caption\n")
+        for number in range(images):
+            name = f"{number:07}_0123456789.jpg"
+            (folder / "Images" / name).touch()
+            for _ in range(5):
+                length = min(25, max(5, round(draw.gauss(12, 3.5))))
+                file.write(f"{name},{' '.join(draw.choices(words, cum_weights=sums, k=length)).capitalize()} .\n")
+
+
+def fill_cache(folder, kind):
+    """The feature cache of these images as a run with this decoder would leave it; bytes on disk."""
+    import torch
+
+    import caption_data
+    import flickr_image_caption as program
+
+    args = program.parse_args(scale_options(folder, kind))
+    args.device, args.precision = torch.device("cpu"), program.resolve_precision(args.precision, torch.device("cpu"))
+    program.FeatureSource(args, program.open_encoder(args), [], pooled=program.DECODERS[kind].pooled)  # an empty one
+    (file,) = Path(args.cache_dir).glob("*/features.*")
+    cells = 1 if program.DECODERS[kind].pooled else CELLS
+    block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0)).half().numpy()
+    stamps = list(caption_data._stamps(sorted((folder / "Images").iterdir()))[0].values())
+    with caption_data._Store(file, block[0].nbytes) as store:
+        for start in range(0, len(stamps), 256):
+            chunk = stamps[start : start + 256]
+            offset = 7 * start // 256 % 256  # not always the same features
+            store.append(chunk, block[offset : offset + len(chunk)])
+    return file.stat().st_size
+
+
+def start_and_step(typed, warm_up, steps, started):
+    """In a fresh process: start the training that `typed` asks for, take some steps, print times in seconds as JSON.
+
+    `started`: the clock when the process was started. The first `warm_up` steps do not count.
+    """
+    import caption_data
+    import flickr_image_caption as program
+
+    ends, captions, opening, received = [], [], [], []
+    imported, open_cache, step = time.time(), caption_data.cached_features, program.train_step
+
+    def timed_open(*args, **options):
+        began = time.time()
+        found = open_cache(*args, **options)
+        opening.append(time.time() - began)
+        return found
+
+    def timed_step(run, features, batch, weights):
+        loss = step(run, features, batch, weights)
+        ends.append(time.time())
+        captions.append(len(batch.lengths))
+        if len(ends) == warm_up + steps:
+            received.append(1)  # as a signal would
+        return loss
+
+    caption_data.cached_features, program.train_step = timed_open, timed_step
+    args = program.parse_args(typed)
+    args.device = program.resolve_device(args.device)
+    args.precision = program.resolve_precision(args.precision, args.device)
+    with contextlib.redirect_stdout(sys.stderr):
+        run = program.set_up(args, None)
+    ready = time.time()
+    with contextlib.suppress(program.Stopped):
+        while True:
+            program.train_epoch(run, received)
+            run.progress |= {**program.AT_EPOCH_START, "epoch": run.progress["epoch"] + 1}
+    per_caption = (ends[-1] - ends[warm_up - 1]) / sum(captions[warm_up:])
+    cache = sum(opening)
+    print(json.dumps({
+        "startup_seconds": ends[0] - started, "import_seconds": imported - started, "cache_seconds": cache,
+        "data_and_model_seconds": ready - imported - cache, "first_step_seconds": ends[0] - ready,
+        "ms_per_caption": 1000 * per_caption, "epoch_seconds": per_caption * len(run.batches.lengths),
+        "training_captions": len(run.batches.lengths), "words": len(run.vocabulary), "precision": args.precision,
+    }))  # fmt: skip
+
+
+def measure(typed, warm_up, steps):
+    """`start_and_step` in a process of its own, and its peak memory in MiB, looked at every 20 ms."""
+    call = f"import benchmark; benchmark.start_and_step({typed}, {warm_up}, {steps}, {time.time()})"
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parent, stdout=said, stderr=errors)
+        status = Path(f"/proc/{child.pid}/status")
+        while child.poll() is None:
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            for name in peaks.keys() & fields.keys():  # one that has ended has no memory
+                peaks[name] = max(peaks[name], int(fields[name].split()[0]) / 1024)
+            time.sleep(0.02)
+        said.seek(0)
+        errors.seek(0)
+        if child.returncode:
+            raise RuntimeError(errors.read())
+        found = json.loads(said.read())
+    return found | {"peak_private_mib": peaks["RssAnon"], "peak_mapped_mib": peaks["RssFile"]}
+
+
+def scale(args):
+    """{images: {decoder: what its training costs}} of generated datasets. Raises: OSError if the disk is too small."""
+    largest = max(args.scale)
+    needed = largest * ((CELLS + 1) * CHANNELS * 2 + 1200)  # grids and means; captions, index lines, image files
+    free = shutil.disk_usage(args.scale_dir or tempfile.gettempdir()).free
+    line = f"{largest:,} images need {needed / 1e9:.2f} GB in {args.scale_dir or tempfile.gettempdir()}"
+    if needed > free:
+        raise OSError(f"--scale: {line}, {free / 1e9:.2f} GB are free: give --scale_dir or fewer images")
+    print(f"{line}; {free / 1e9:.2f} GB are free", file=sys.stderr)
+    found = {}
+    for images in args.scale:
+        with tempfile.TemporaryDirectory(dir=args.scale_dir) as folder:
+            write_captions(Path(folder), images)
+            for kind in SCALED:
+                size = fill_cache(Path(folder), kind)
+                one = measure(scale_options(folder, kind), *args.scale_steps) | {"cache_gb": size / 1e9}
+                found.setdefault(str(images), {})[kind] = one
+                if not args.json:
+                    print(f"scale {images:7,} {kind:10} start-up {one['startup_seconds']:.1f} s (import "
+                          f"{one['import_seconds']:.1f}, cache {one['cache_seconds']:.1f}, data and model "
+                          f"{one['data_and_model_seconds']:.1f}, first step {one['first_step_seconds']:.1f}); "
+                          f"{one['ms_per_caption']:.2f} ms per caption, epoch {one['epoch_seconds']:,.0f} s; private "
+                          f"{one['peak_private_mib']:,.0f} MiB, mapped {one['peak_mapped_mib']:,.0f} MiB; cache "
+                          f"{one['cache_gb']:.2f} GB", flush=True)  # fmt: skip
+    return found
+
+
 def draw_chart(report, path):
     """One bar per stage: how many times the plain way's speed ours is."""
     import matplotlib
@@ -340,12 +493,17 @@ def main(argv=None):
     parser.add_argument("--number", type=int, help="pictures to encode (256; --quick 64)")
     parser.add_argument("--rounds", type=int, help="of each way, in turn (5; --quick 3)")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures (%(default)s)")
+    parser.add_argument("--scale", type=int, nargs="+", metavar="IMAGES", help="also, or only, datasets of these sizes")
+    parser.add_argument("--scale_dir", metavar="FOLDER", help="where they are generated (the temporary folder)")
     args = parser.parse_args(argv)
     unknown = [stage for stage in args.stages if stage not in STAGES]
     if unknown:
         parser.error(f"no stage {unknown[0]}: choose from {' '.join(STAGES)}")
+    if args.scale and min(args.scale) < 10:
+        parser.error(f"--scale {min(args.scale)}: expected at least 10 images")
     args.number = args.number or (64 if args.quick else 256)
     args.rounds = args.rounds or (3 if args.quick else 5)
+    args.scale_steps = (1, 4) if args.quick else (5, 40)  # that warm up, that count
     args.search = 200 if args.quick else 1000  # images to search, captions to score
 
     import torch
@@ -353,19 +511,26 @@ def main(argv=None):
     import experiment_utils
 
     report = {}
-    for stage in args.stages or STAGES:
+    if args.scale:
+        try:
+            report["scale"] = scale(args)
+        except OSError as error:
+            parser.error(str(error))
+    for stage in args.stages or ([] if args.scale else STAGES):
         report[stage] = STAGES[stage](args)
         if not args.json:
             figures, (low, high) = report[stage], report[stage]["spread"]
             print(f"{stage:16} {figures['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  {figures['ours']:9,.1f} "
                   f"against {figures['plain']:,.1f} {figures['unit']}", flush=True)  # fmt: skip
+    if args.stages or not args.scale:
+        report["ceilings"] = ceilings()
     report |= {
-        "ceilings": ceilings(), "encoder": args.encoder, "threads": torch.get_num_threads(),
+        "encoder": args.encoder, "threads": torch.get_num_threads(),
         "commit": experiment_utils.git_info()["commit"], "environment": experiment_utils.environment(),
     }  # fmt: skip
-    if not args.json:
-        print(*(f"{name}: {value:,.0f}" for name, value in report["ceilings"].items()), sep="\n")
-    if args.chart:
+    for name, value in () if args.json else report.get("ceilings", {}).items():
+        print(f"{name}: {value:,.0f}")
+    if args.chart and report.keys() & STAGES.keys():
         draw_chart(report, args.chart)
     if args.json:
         print(json.dumps(report, indent=2))

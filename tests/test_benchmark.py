@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,38 @@ def test_the_report_is_one_json_object_and_a_chart(tmp_path):
 def test_a_stage_that_is_none_is_misuse():
     done = subprocess.run([sys.executable, "benchmark.py", "coffee"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no stage coffee" in done.stderr
+
+
+def check_scale(found):
+    parts = ("import", "cache", "data_and_model", "first_step")
+    assert sum(found[f"{part}_seconds"] for part in parts) == pytest.approx(found["startup_seconds"], abs=1e-3)
+    assert found["training_captions"] == 24 * 5 and found["words"] > 400
+    assert found["epoch_seconds"] == pytest.approx(found["ms_per_caption"] * 0.12)
+
+
+def test_scale_measures_the_programs_training_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "SCALED", ("attention",))
+    benchmark.main(["--scale", "30", "--quick", "--json", "--scale_dir", str(tmp_path)])
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert "30 images need 0.00 GB" in err and list(tmp_path.iterdir()) == []
+    assert not {"ceilings", *benchmark.STAGES} & report.keys()
+    found = report["scale"]["30"]["attention"]
+    check_scale(found)
+    assert found["cache_gb"] == 30 * 49 * 1280 * 2 / 1e9
+    assert 100 < found["peak_private_mib"] < 4000 and found["peak_mapped_mib"] > 100
+
+
+def test_scale_trains_on_means_where_the_decoder_reads_means(tmp_path, capsys, monkeypatch):
+    for module, name in ((caption_data, "cached_features"), (program, "train_step")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # start_and_step replaces them
+    benchmark.write_captions(tmp_path, 30)
+    assert benchmark.fill_cache(tmp_path, "lstm") == 30 * 1280 * 2
+    benchmark.start_and_step(benchmark.scale_options(tmp_path, "lstm"), 1, 4, time.time())
+    check_scale(json.loads(capsys.readouterr().out))
+
+
+def test_scale_refuses_what_the_disk_does_not_hold(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--scale", "1000000000", "--scale_dir", str(tmp_path)])
+    assert "1,000,000,000 images need" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
