@@ -16,6 +16,7 @@ import csv
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
