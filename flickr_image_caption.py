@@ -483,7 +483,10 @@ class Decoder(nn.Module):
 
 
 class LSTMDecoder(Decoder):
-    """LSTM that is shown the image once, then the words. Source: [1] section 3.1, equations 10 to 12."""
+    """LSTM that is shown the image once, then the words. Source: [1] section 3.1, equations 10 to 12.
+
+    Departure: the image also reaches the output of every step directly, so that it is not forgotten on the way.
+    """
 
     options = ("embed_size", "hidden_size", "num_layers", "drop_prob")
     pooled = True  # reads the mean over the grid only
@@ -491,6 +494,7 @@ class LSTMDecoder(Decoder):
     def __init__(self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob):
         super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
         self.project_image = nn.Linear(feature_dim, embed_size)
+        self.remind = nn.Linear(embed_size, hidden_size, bias=False)
         self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True, dropout=drop_prob * (num_layers > 1))
 
     def teach(self, features, captions, image_index, owner):
@@ -505,6 +509,7 @@ class LSTMDecoder(Decoder):
         sizes = torch.cat([captions.batch_sizes[:1], captions.batch_sizes])
         hidden = self.lstm(PackedSequence(inputs, sizes))[0].data
         hidden = hidden[len(image) :]  # what follows the image itself is no word
+        hidden = hidden + self.remind(self.dropout(image)).index_select(0, owner)
         return self.head(self.drop(hidden, owner, len(image))), None
 
     def show(self, features):
@@ -513,15 +518,16 @@ class LSTMDecoder(Decoder):
 
     def start(self, features):
         """features (N, P, F) -> state once the image was shown, one hypothesis per image."""
-        _, (hidden, cell) = self.lstm(self.show(features).unsqueeze(1))  # (L, N, H) each
-        return (), (hidden.transpose(0, 1).unsqueeze(1), cell.transpose(0, 1).unsqueeze(1))  # (N, 1, L, H) each
+        image = self.show(features).unsqueeze(1)
+        layers = tuple(part.transpose(0, 1).unsqueeze(1) for part in self.lstm(image)[1])  # (N, 1, L, H) each
+        return self.remind(image), layers
 
     def step(self, tokens, state):
         """tokens (N, K), state -> logits (N, K, V), state, None."""
         hidden, cell = (part.flatten(0, 1).transpose(0, 1).contiguous() for part in state[1])  # (L, N K, H)
         output, new = self.lstm(self.embed(tokens).flatten(0, 1).unsqueeze(1), (hidden, cell))
         new = tuple(part.transpose(0, 1).unflatten(0, tokens.shape) for part in new)  # (N, K, L, H)
-        return self.head(output).view(*tokens.shape, -1), ((), new), None
+        return self.head(output.view(*tokens.shape, -1) + state[0]), (state[0], new), None
 
 
 class RepeatedLinear(nn.Linear):

@@ -113,7 +113,7 @@ def test_defect_5_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_ou
         decoder = make_decoder(kind, num_layers, seed=seed, scale=4.0)
         with torch.no_grad():
             decoder.head.bias[[0, 1, 3]] = -50.0  # search never writes these; here teacher forcing does not, either
-            decoder.head.bias[2] += seed % 4  # some captions end, some are cut
+            decoder.head.bias[2] += 4 * (seed % 4)  # some captions end, some are cut
         for image, (best,) in enumerate(generate(decoder, features, VOCABULARY, algorithm="greedy", max_length=8)):
             written = best.tokens + [2] * best.finished
             assert check_against_teacher_forcing(decoder, features, image, best) == written
@@ -132,13 +132,13 @@ def test_beam_search_agrees_with_teacher_forcing_after_reordering(kind, num_laye
             check_against_teacher_forcing(decoder, features, image, hypothesis)
 
 
-def test_the_lstm_decoder_is_a_torch_lstm_that_sees_the_image_first():
+def test_the_lstm_decoder_is_a_torch_lstm_that_sees_the_image_first_and_again_beside_every_output():
     decoder, (features, captions) = make_decoder("lstm", 3), make_batch()
     logits, _ = run_decoder(decoder, features, captions)
     for row, (image, length) in enumerate(zip(IMAGE_INDEX, LENGTHS, strict=True)):
         mean = features[image].mean(0) @ decoder.project_image.weight.T + decoder.project_image.bias
         inputs = torch.stack([mean, *decoder.embed.weight[captions[row, :length]]])
-        hidden = decoder.lstm(inputs)[0][1:]
+        hidden = decoder.lstm(inputs)[0][1:] + mean @ decoder.remind.weight.T
         torch.testing.assert_close(logits[row, :length], decoder.head(hidden), atol=1e-5, rtol=0)
 
 
@@ -237,7 +237,7 @@ def test_defect_15_every_size_counts(kind, num_layers):
         "lstm": 4 * HIDDEN * (EMBED + HIDDEN + 2), "attention": 4 * HIDDEN * (2 * EMBED + HIDDEN + 2)
     }[kind] + (num_layers - 1) * 4 * HIDDEN * (2 * HIDDEN + upper)  # fmt: skip
     image = {
-        "lstm": CHANNELS * EMBED + EMBED,
+        "lstm": CHANNELS * EMBED + EMBED + EMBED * HIDDEN,
         "attention": (CHANNELS * EMBED + EMBED) + (CHANNELS * COMPARE + COMPARE) + HIDDEN * COMPARE + COMPARE
         + (HIDDEN * EMBED + EMBED) + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EMBED + 1) * HIDDEN,
     }[kind]  # fmt: skip
@@ -251,7 +251,7 @@ def test_defect_15_dropout_acts_on_every_layers_input_in_training_only(kind, num
     decoder, (features, captions) = make_decoder(kind, num_layers, drop_prob=0.5), make_batch()
     inputs = {}  # of each layer, in training: half of what goes in is 0
     modules = {"head": decoder.head} | (
-        {"lstm": decoder.lstm}
+        {"lstm": decoder.lstm, "remind": decoder.remind}
         if kind == "lstm"
         else {"words": decoder.word_gates, **{f"layer {n}": m for n, m in enumerate(decoder.layers) if n}}
     )
