@@ -626,12 +626,18 @@ class CaptionBatches:
         self.first = self.counts.cumsum(0) - self.counts  # row of each image's first caption
         self.num_batches = -(-len(lengths) // batch_size)
 
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+
+    def mirrored(self, epoch: int) -> torch.Tensor:
+        """(images,) bool: which images are seen mirrored in an epoch, each with probability 1/2."""
+        return torch.rand(len(self.counts), generator=self._generator(epoch)) < 0.5
+
     def epoch(self, epoch: int, start: int = 0, shuffle: bool = True) -> Iterator[Batch]:
         """Batches of an epoch from number `start` on: the same ones whatever `start`."""
         images = torch.arange(len(self.counts))
         if shuffle:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            images = torch.randperm(len(images), generator=generator)
+            images = torch.randperm(len(images), generator=self._generator(epoch))
         counts = self.counts[images]
         owner = images.repeat_interleave(counts)  # (captions,) image of each caption, in the order of this epoch
         within = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)

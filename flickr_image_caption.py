@@ -123,6 +123,7 @@ def build_parser():
     add("--epochs", type=size, default=10, help="on resume: additional epochs (%(default)s)")
     add("--batch_size", type=size, default=128, help="captions per step (%(default)s)")
     add("--learning_rate", type=rate, default=0.0001, help="Adam's initial rate (%(default)s)")
+    add("--horizontal_flip", action="store_true", help="mirror every other training image, drawn anew each epoch")
     add("--label_smoothing", type=number(float, 0, 0.99), default=0.0, help="spread over all words (%(default)s)")
     add(
         "--grad_clip", type=number(float, 0), default=5.0, help="largest L2 norm of the gradient, 0 = off (%(default)s)"
@@ -777,26 +778,49 @@ def warn_about_schedule(args, epochs):
 class FeatureSource:
     """Encoder output for a list of image files: from the feature cache, or encoded anew with --no_feature_cache."""
 
-    def __init__(self, args, encoder, paths, *, pooled):
-        """`pooled`: the grid's mean, as one cell, is enough. `unreadable` then maps paths to reasons."""
+    def __init__(self, args, encoder, paths, *, pooled, mirrored=False):
+        """`pooled`: the grid's mean, as one cell, is enough. `mirrored`: mirrored images will be asked for, too.
+
+        `unreadable` then maps paths to reasons.
+        """
         self.args, self.encoder, self.paths, self.pooled = args, encoder, paths, pooled
         if args.no_feature_cache:
             self.features, self.unreadable = None, caption_data.find_unreadable(paths, num_workers=args.num_workers)
             return
-        key = encoder.key()
-        self.features, self.unreadable = caption_data.cached_features(
-            paths, encoder, cache_dir=args.cache_dir, key={"encoder": key.pop("name"), **key}, grid=tuple(encoder.grid),
-            channels=encoder.channels, image_size=encoder.image_size, num_workers=args.num_workers,
-            dtype=getattr(torch, args.cache_dtype), pooled=pooled,
+        self.features, self.unreadable = self.cached(encoder)
+        if mirrored and not self.unreadable:
+            self.mirrored, _ = self.cached(lambda images: encoder(images.flip(-1)), mirrored=True)
+
+    def cached(self, encode, **more):
+        """(features, {path: reason}) as `caption_data.cached_features`; `more` goes into the cache's key."""
+        args, key = self.args, self.encoder.key() | more
+        return caption_data.cached_features(
+            self.paths, encode, cache_dir=args.cache_dir, key={"encoder": key.pop("name"), **key},
+            grid=tuple(self.encoder.grid), channels=self.encoder.channels, image_size=self.encoder.image_size,
+            num_workers=args.num_workers, dtype=getattr(torch, args.cache_dtype), pooled=self.pooled,
         )  # fmt: skip
 
-    def stream(self, batches):
-        """For each batch of positions (n,) in the list: features (n, P, F) float32 on the device; P = 1 if pooled."""
-        if self.features is not None:
-            yield from (self.features[rows].to(self.args.device).float() for rows in batches)
+    def stream(self, batches, mirror=None):
+        """For each batch of positions (n,) in the list: features (n, P, F) float32 on the device; P = 1 if pooled.
+
+        `mirror`: (images,) bool, which of them are to be mirrored; None: none.
+        """
+        if self.features is None:
+            yield from self.encoded(batches, mirror)
             return
+        for rows in batches:
+            features = self.features[rows]
+            if mirror is not None:
+                features[mirror[rows]] = self.mirrored[rows[mirror[rows]]].to(features.device)
+            yield features.to(self.args.device).float()
+
+    def encoded(self, batches, mirror):
+        """As `stream`, without a cache."""
+        batches = list(batches)
         loader = caption_data.image_loader(self.paths, self.encoder.image_size, batches, self.args.num_workers)
-        for images in loader:
+        for rows, images in zip(batches, loader, strict=True):
+            if mirror is not None:
+                images[mirror[rows]] = images[mirror[rows]].flip(-1)
             with torch.inference_mode():
                 features = self.encoder(images)
             yield (features.mean(1, keepdim=True) if self.pooled else features).clone()
@@ -823,7 +847,8 @@ def open_features(args, encoder, dataset, split):
     def source():
         table = dataset.table[dataset.table.split == split].reset_index(drop=True)
         paths = [dataset.image_dir / name for name in table.image]
-        return table, FeatureSource(args, encoder, paths, pooled=DECODERS[args.decoder].pooled)
+        mirrored = args.horizontal_flip and args.mode == split == "train"
+        return table, FeatureSource(args, encoder, paths, pooled=DECODERS[args.decoder].pooled, mirrored=mirrored)
 
     table, features = source()
     if features.unreadable:
@@ -890,7 +915,8 @@ def train_epoch(run, received):
     silent = True if process_group.rank() else None  # None: where stderr is no terminal
     bar = tqdm(todo, f"epoch {progress['epoch'] + 1}", run.batches.num_batches - progress["batch"], unit="batch",
                disable=silent, leave=False)  # fmt: skip
-    steps = zip(bar, run.features.stream(batch.image_rows for batch, _ in ahead), strict=True)
+    mirror = run.batches.mirrored(progress["epoch"]) if run.args.horizontal_flip else None
+    steps = zip(bar, run.features.stream((batch.image_rows for batch, _ in ahead), mirror), strict=True)
     try:
         for (batch, weights), features in until_stopped(received, steps):
             with process_group.lost_peers():

@@ -281,6 +281,23 @@ def no_feature_cache_stores_nothing():
     assert run.features.features is None and not Path("elsewhere").exists()
 
 
+def horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch():
+    run = ready("--horizontal_flip --decoder attention")
+    mirror, rows = run.batches.mirrored(0), torch.arange(len(run.features.paths))
+    assert 0 < mirror.sum() < len(rows) and torch.equal(mirror, run.batches.mirrored(0))
+    assert not torch.equal(mirror, run.batches.mirrored(1))
+    plain, seen = (next(run.features.stream([rows], coins)) for coins in (None, mirror))
+    assert torch.equal((plain != seen).flatten(1).any(1), mirror)
+    image = torch.from_numpy(caption_data.load_image(run.features.paths[int(mirror.int().argmax())], 224).copy())
+    torch.testing.assert_close(
+        seen[mirror][0], run.encoder(image.permute(2, 0, 1)[None].flip(-1))[0], rtol=2e-2, atol=1e-3
+    )
+    uncached = ready("--horizontal_flip --decoder attention --no_feature_cache").features
+    torch.testing.assert_close(next(uncached.stream([rows], mirror)), seen, rtol=2e-2, atol=1e-3)
+    one, other = (load(train(flags) / "best.pt")["history"][0] for flags in ("", "--horizontal_flip"))
+    assert one["train_loss"] != other["train_loss"]
+
+
 def decoder_is_built_by_name():
     assert isinstance(ready("--decoder lstm").decoder, fic.LSTMDecoder)
     assert isinstance(ready("--decoder attention").decoder, fic.AttentionDecoder)
@@ -532,6 +549,7 @@ FLAG_EFFECTS = {
     "--cache_dir": cache_dir_holds_the_features,
     "--cache_dtype": cache_dtype_is_what_the_disk_holds,
     "--no_feature_cache": no_feature_cache_stores_nothing,
+    "--horizontal_flip": horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch,
     "--decoder": decoder_is_built_by_name,
     "--embed_size": sizes_reach_the_decoders,
     "--hidden_size": sizes_reach_the_decoders,
