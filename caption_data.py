@@ -865,6 +865,15 @@ class Features:
             raise IndexError("features of an unreadable image asked for")
         return torch.from_numpy(self.data[rows]).view(self.dtype).unflatten(1, self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """What `to` takes."""
+        return len(self) * math.prod(self.shape) * self.dtype.itemsize
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        """All of them in the memory of a device: (images, P, F), to be read as this is."""
+        return torch.cat([self[rows].to(device) for rows in torch.arange(len(self)).split(256)])
+
 
 def cached_features(
     paths: Sequence[Path] | Sequence[ShardImage],

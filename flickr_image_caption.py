@@ -781,7 +781,7 @@ class FeatureSource:
     def __init__(self, args, encoder, paths, *, pooled, mirrored=False):
         """`pooled`: the grid's mean, as one cell, is enough. `mirrored`: mirrored images will be asked for, too.
 
-        `unreadable` then maps paths to reasons.
+        `unreadable` then maps paths to reasons. On CUDA features move to the GPU where they fit into half of its room.
         """
         self.args, self.encoder, self.paths, self.pooled = args, encoder, paths, pooled
         if args.no_feature_cache:
@@ -794,11 +794,13 @@ class FeatureSource:
     def cached(self, encode, **more):
         """(features, {path: reason}) as `caption_data.cached_features`; `more` goes into the cache's key."""
         args, key = self.args, self.encoder.key() | more
-        return caption_data.cached_features(
+        features, unreadable = caption_data.cached_features(
             self.paths, encode, cache_dir=args.cache_dir, key={"encoder": key.pop("name"), **key},
             grid=tuple(self.encoder.grid), channels=self.encoder.channels, image_size=self.encoder.image_size,
             num_workers=args.num_workers, dtype=getattr(torch, args.cache_dtype), pooled=self.pooled,
         )  # fmt: skip
+        room = torch.cuda.mem_get_info(args.device)[0] / 2 if args.device.type == "cuda" else 0
+        return features.to(args.device) if not unreadable and features.nbytes <= room else features, unreadable
 
     def stream(self, batches, mirror=None):
         """For each batch of positions (n,) in the list: features (n, P, F) float32 on the device; P = 1 if pooled.
@@ -1398,6 +1400,8 @@ def main(args):
         checkpoint = open_checkpoint(args)
         args.device = resolve_device(args.device)
         args.precision = resolve_precision(args.precision, args.device)
+        if args.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
         if process_group.size() > 1 and args.mode != "train":
             raise ValueError(f"--mode {args.mode} runs in one process: start it without torchrun")
         with process_group.joined(args.device):

@@ -401,6 +401,13 @@ def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
     assert json.loads(file.with_name("key.json").read_text()).get("dtype", "float16") == name
 
 
+def test_features_in_a_devices_memory_read_as_those_on_disk(tmp_path):
+    features, _ = _cached(_grey(tmp_path / "i", 3), FakeEncoder(), tmp_path / "cache")
+    resident = features.to(torch.device("cpu"))
+    assert resident.nbytes == features.nbytes == 3 * 24
+    assert torch.equal(resident[torch.tensor([2, 0])], features[torch.tensor([2, 0])])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
     paths, cache = [*_grey(tmp_path / "i", 3), tmp_path / "none.png"], tmp_path / "cache"
