@@ -237,7 +237,6 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before torch, whose import takes seconds: --help and mistakes answer at once
 
 import contextlib
-import copy
 import hashlib
 import itertools
 import json
@@ -315,8 +314,8 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
-        self.precision, self.folded = precision, fold_batchnorm(self.trunk).to(getattr(torch, precision))
-        self.folded.to(memory_format=torch.channels_last)
+        self.precision, self.folded = precision, torch.fx.experimental.optimization.fuse(self.trunk)
+        self.folded.to(getattr(torch, precision), memory_format=torch.channels_last)
         with torch.inference_mode():
             blank = torch.zeros(1, 3, self.image_size, self.image_size)
             self.channels, *self.grid = self.trunk(blank).shape[1:]  # F, [h, w]
@@ -341,14 +340,6 @@ class Encoder(nn.Module):
             "grid": list(self.grid), "channels": self.channels, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
             "precision": self.precision,
         }  # fmt: skip
-
-
-def fold_batchnorm(trunk):
-    """A copy of the trunk that computes the same with fewer passes over memory; a plain copy if it cannot be traced."""
-    try:
-        return torch.fx.experimental.optimization.fuse(trunk)
-    except (torch.fx.proxy.TraceError, TypeError):  # torch.fx follows no data-dependent control flow
-        return copy.deepcopy(trunk)
 
 
 def load_encoder_weights(name, source, seed):
