@@ -1,5 +1,6 @@
 """image_shards.py and what caption_data makes of it: pictures in shards fill the same feature cache as files."""
 
+import functools
 import gzip
 import http.server
 import io
@@ -207,10 +208,11 @@ def test_processes_of_a_run_read_different_shards(tmp_path, monkeypatch):
     """Rank 0 stores in turn what three ranks encode of two shards, the third none."""
     images = images_in(grey_shards(tmp_path / "tars", 5, each=3), [f"{i}.png" for i in range(6)])
     encoders, sent = [FakeEncoder() for _ in range(3)], {}
+    rounded = functools.partial(caption_data._rounded, dtype=torch.float16, pooled=False)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (1, 2):
         monkeypatch.setenv("RANK", str(rank))
-        sent[rank] = iter(list(caption_data._encoded(images, encoders[rank], 8, batch_size=1, num_workers=0)))
+        sent[rank] = iter(list(caption_data._encoded(images, encoders[rank], rounded, 8, batch_size=1, num_workers=0)))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(process_group, "broadcast", lambda value: value)
     monkeypatch.setattr(process_group, "receive", lambda sender: next(sent[sender]))
