@@ -198,6 +198,16 @@ def test_a_picture_is_squashed_whole_without_a_crop(tmp_path):
     assert (pixels[:, 11:] == 255).all()
 
 
+def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    path = _save(tmp_path / "a.jpg", Image.fromarray(colours).resize((2000, 1500), Image.Resampling.BICUBIC))
+    for size, expected in ((None, (2000, 1500)), (376, (2000, 1500)), (375, (1000, 750)), (224, (1000, 750))):
+        assert open_image(path, size=size).size == expected
+    exact = np.asarray(open_image(path).resize((224, 224), Image.Resampling.BILINEAR), np.float32)
+    difference = np.abs(load_image(path, 224) - exact)  # of 255
+    assert difference.mean() < 0.5 and difference.max() <= 3
+
+
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to show"
