@@ -506,7 +506,7 @@ class LSTMDecoder(Decoder):
 
     def show(self, features):
         """features (N, P, F) -> the image as the LSTM's first input (N, E)."""
-        return self.project_image(self.standardise(features).mean(1))
+        return self.project_image(self.dropout(self.standardise(features).mean(1)))
 
     def start(self, features):
         """features (N, P, F) -> state once the image was shown, one hypothesis per image."""
@@ -611,7 +611,7 @@ class AttentionDecoder(Decoder):
         """features (N, P, F) -> state: what is computed once per image, and LSTM layers made of the mean feature."""
         features = self.standardise(features)
         keys, values = 2 * self.project_keys(features), self.drop(self.project_features(features))  # (N, P, A or E)
-        mean = features.mean(1, keepdim=True)
+        mean = self.dropout(features.mean(1, keepdim=True))
         hidden, cell = (
             layer(mean).tanh().chunk(len(self.layers), -1) for layer in (self.start_hidden, self.start_cell)
         )

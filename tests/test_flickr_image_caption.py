@@ -251,9 +251,13 @@ def test_defect_15_dropout_acts_on_every_layers_input_in_training_only(kind, num
     decoder, (features, captions) = make_decoder(kind, num_layers, drop_prob=0.5), make_batch()
     inputs = {}  # of each layer, in training: half of what goes in is 0
     modules = {"head": decoder.head} | (
-        {"lstm": decoder.lstm, "remind": decoder.remind}
+        {"lstm": decoder.lstm, "image": decoder.project_image, "remind": decoder.remind}
         if kind == "lstm"
-        else {"words": decoder.word_gates, **{f"layer {n}": m for n, m in enumerate(decoder.layers) if n}}
+        else {
+            "mean": decoder.start_cell,
+            "words": decoder.word_gates,
+            **{f"layer {n}": m for n, m in enumerate(decoder.layers) if n},
+        }
     )
     for name, module in modules.items():
         module.register_forward_pre_hook(
