@@ -867,7 +867,7 @@ class Features:
         rows = self.rows[np.asarray(positions)]
         if (rows < 0).any():
             raise IndexError("features of an unreadable image asked for")
-        return torch.from_numpy(self.data[rows]).view(self.dtype).unflatten(1, self.shape)
+        return torch.from_numpy(self.data[rows].reshape(-1)).view(self.dtype).view(len(rows), *self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -403,7 +403,7 @@ def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
     for _ in range(2):
         features, _ = _cached(paths, encoder, cache, dtype=dtype)
     assert encoder.images == (0 if name == "float16" else 3)
-    assert features[[2, 0]].dtype == dtype
+    assert features[[2, 0]].dtype == dtype and features[torch.tensor([], dtype=int)].shape == (0, 4, 3)
     assert torch.equal(features[[2, 0]].float(), _expected([2, 0]).to(dtype).float())
     (file,) = cache.glob(f"*/features.{FILES[name]}")
     assert file.stat().st_size == 3 * 12 * dtype.itemsize
