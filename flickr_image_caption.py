@@ -919,8 +919,10 @@ def train_epoch(run, received):
             progress["step"] += 1
             if len(unread) == LOOK_EVERY:
                 bar.set_postfix(loss=f"{read_losses(progress, unread):.3f}")
-    finally:
+    except Stopped:  # of all processes together; what one of them raises alone must not wait for the others here
         read_losses(progress, unread)
+        raise
+    read_losses(progress, unread)
 
 
 def share_of(batch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import experiment_utils
+import flickr_image_caption as program_module
 import process_group
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -111,6 +112,26 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpo
     last = experiment_utils.latest_checkpoint("saved_models")
     assert load(last)["epoch"] >= 2
     assert not list(last.parent.glob("*.partial"))
+
+
+def test_what_one_process_raises_ends_it_without_waiting_for_the_others(monkeypatch):
+    args = program_module.parse_args(TINY.split())
+    args.device, args.precision = torch.device("cpu"), "float32"
+    run, asked = program_module.set_up(args, None), []
+    step = program_module.train_step
+
+    def failing(run, *given):
+        if run.progress["step"] == 1:
+            raise RuntimeError("of this process alone")
+        return step(run, *given)
+
+    monkeypatch.setattr(program_module, "train_step", failing)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(process_group, "highest", lambda number: number)
+    monkeypatch.setattr(process_group, "gather", lambda value: asked.append(value) or [value])
+    with pytest.raises(RuntimeError, match="of this process alone"):
+        program_module.train_epoch(run, [])
+    assert run.progress["step"] == 1 and not asked
 
 
 def rank_1_of(launcher):
