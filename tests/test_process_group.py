@@ -122,14 +122,14 @@ def test_what_one_process_raises_ends_it_without_waiting_for_the_others(monkeypa
 
     def failing(run, *given):
         if run.progress["step"] == 1:
-            raise RuntimeError("of this process alone")
+            raise ValueError("of this process alone")
         return step(run, *given)
 
     monkeypatch.setattr(program_module, "train_step", failing)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(process_group, "highest", lambda number: number)
     monkeypatch.setattr(process_group, "gather", lambda value: asked.append(value) or [value])
-    with pytest.raises(RuntimeError, match="of this process alone"):
+    with pytest.raises(ValueError, match="of this process alone"):
         program_module.train_epoch(run, [])
     assert run.progress["step"] == 1 and not asked
 
