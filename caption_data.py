@@ -915,9 +915,8 @@ def cached_features(
     when a shard cannot be read.
     """
     shape, dtype_name = (1 if pooled else grid[0] * grid[1], channels), str(dtype).removeprefix("torch.")
-    full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "format": CACHE_FORMAT}
-    if dtype != torch.float16:  # caches of which are older than the choice
-        full_key["dtype"] = dtype_name
+    full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "dtype": dtype_name,
+                "format": CACHE_FORMAT}  # fmt: skip
     folder = _cache_folder(Path(cache_dir), full_key, "_pooled" if pooled else "")
     file = folder / f"features.{dtype_name.replace('float', 'f')}"
     rounded = functools.partial(_rounded, dtype=dtype, pooled=pooled)

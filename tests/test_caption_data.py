@@ -408,7 +408,7 @@ def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
     (file,) = cache.glob(f"*/features.{FILES[name]}")
     assert file.stat().st_size == 3 * 12 * dtype.itemsize
     assert isinstance(features.data, np.memmap)  # not read into memory
-    assert json.loads(file.with_name("key.json").read_text()).get("dtype", "float16") == name
+    assert json.loads(file.with_name("key.json").read_text())["dtype"] == name
 
 
 def test_features_in_a_devices_memory_read_as_those_on_disk(tmp_path):
