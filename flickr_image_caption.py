@@ -71,26 +71,18 @@ def build_parser():
     add = parser.add_argument_group("what to do").add_argument
     add("--mode", choices=("train", "test", "caption"), default="train", help="default: train")
     add("--model_path", metavar="PATH", help="checkpoint, or a folder of runs: to resume (train), test or caption with")
-    add(
-        "--resume",
-        metavar="latest|PATH",
-        help="train: go on from the newest checkpoint of the newest run, or from PATH",
-    )
+    add("--resume", metavar="latest|PATH", help="train: go on from the newest run's newest checkpoint, or from PATH")
     add("--model_save_dir", default="./saved_models", help="run folders go below it (%(default)s)")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="fixes weights, batches and dropout (%(default)s)")
-    add(
-        "--num_workers", type=count, default=16, help="processes that decode images, at most one per core (%(default)s)"
-    )
+    add("--num_workers", type=count, default=16, help="processes decoding images, at most one per core (%(default)s)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_type", choices=("flickr8k", "flickr30k", "sample", "custom"), default="flickr30k",
         help="default folder ./data/<dataset_type>, and the run folder's name (%(default)s)")  # fmt: skip
     add("--image_dir", help="folder of images, or WebDataset shards (*.tar), instead of the default folder")
     add("--captions_file", help="captions in any of the formats the README lists, instead of the default one")
-    add(
-        "--split_seed", type=count, default=42, help="draws the 0.8/0.1/0.1 split where the data has none (%(default)s)"
-    )
+    add("--split_seed", type=count, default=42, help="draws the 0.8/0.1/0.1 split if the data has none (%(default)s)")
     add("--freq_threshold", type=size, default=5, help="fewest times a word stands in training captions (%(default)s)")
     add("--max_bad_fraction", type=share, default=0.01, help="most missing or malformed items tolerated (%(default)s)")
     add("--max_train_images", type=size, help="use only so many training images, for smoke runs")
@@ -112,12 +104,7 @@ def build_parser():
     add("--num_layers", type=size, default=3, help="LSTM layers (%(default)s)")
     add("--attention_dim", type=size, default=512, help="attention decoder: units that compare cells (%(default)s)")
     add("--drop_prob", type=number(float, 0, 0.99), default=0.3, help="dropout probability (%(default)s)")
-    add(
-        "--alpha_c",
-        type=number(float, 0),
-        default=1.0,
-        help="attention decoder: doubly stochastic penalty (%(default)s)",
-    )
+    add("--alpha_c", type=number(float, 0), default=1.0, help="attention: doubly stochastic penalty (%(default)s)")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=size, default=10, help="on resume: additional epochs (%(default)s)")
@@ -125,9 +112,7 @@ def build_parser():
     add("--learning_rate", type=rate, default=0.0001, help="Adam's initial rate (%(default)s)")
     add("--horizontal_flip", action="store_true", help="mirror every other training image, drawn anew each epoch")
     add("--label_smoothing", type=number(float, 0, 0.99), default=0.0, help="spread over all words (%(default)s)")
-    add(
-        "--grad_clip", type=number(float, 0), default=5.0, help="largest L2 norm of the gradient, 0 = off (%(default)s)"
-    )
+    add("--grad_clip", type=number(float, 0), default=5.0, help="largest L2 norm of gradients, 0 = off (%(default)s)")
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32")  # fmt: skip
     add("--early_stopping_patience", type=count, default=0, help="epochs without a better CIDEr, 0 = off (%(default)s)")
@@ -212,13 +197,7 @@ def check_options(args):
     most = {"greedy": 1, "beam": args.beam_size, "sample": math.inf}[args.algorithm]
     if args.num_captions > most:
         raise ValueError(f"--num_captions {args.num_captions} is more than --algorithm {args.algorithm} finds ({most})")
-    idle = {
-        "beam_size": "beam",
-        "length_penalty": "beam",
-        "temperature": "sample",
-        "top_k": "sample",
-        "top_p": "sample",
-    }
+    idle = dict.fromkeys(("temperature", "top_k", "top_p"), "sample") | {"beam_size": "beam", "length_penalty": "beam"}
     for name, algorithm in idle.items():
         if name in args.typed and args.algorithm != algorithm:
             raise ValueError(f"--{name} belongs to --algorithm {algorithm}, not {args.algorithm}")
@@ -236,7 +215,6 @@ def check_options(args):
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch, whose import takes seconds: --help and mistakes answer at once
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -266,6 +244,7 @@ import metrics_utils
 import process_group
 from caption_decoding import generate, map_tensors, select
 from experiment_utils import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
+from repeated_linear import RepeatedLinear, summed_once
 
 WEIGHTS_DIR = download_datasets.WEIGHTS_DIR  # document A's place for downloaded weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
@@ -520,67 +499,6 @@ class LSTMDecoder(Decoder):
         output, new = self.lstm(self.embed(tokens).flatten(0, 1).unsqueeze(1), (hidden, cell))
         new = tuple(part.transpose(0, 1).unflatten(0, tokens.shape) for part in new)  # (N, K, L, H)
         return self.head(output.view(*tokens.shape, -1) + state[0]), (state[0], new), None
-
-
-class RepeatedLinear(nn.Linear):
-    """A linear layer used at every time step. Within `summed_once` its gradient is one matrix product over all steps.
-
-    Autograd alone adds up T products of few rows, each of the weight's size (Appleyard et al. 2016, section 3.3).
-    """
-
-    uses = None  # of one sequence: (input, gradient of the output) per step, filled as the gradient comes by
-
-    def forward(self, x):
-        """(..., in) -> (..., out)."""
-        if self.uses is None:
-            return super().forward(x)
-        return LinearUse.apply(x.to(self.shared[0].dtype), *self.shared, self.uses)
-
-
-class LinearUse(torch.autograd.Function):
-    """x (..., in) -> x weight^T + bias. Its gradient goes to x; what the weight's needs is put into `uses`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, uses):
-        ctx.save_for_backward(x, weight)
-        ctx.uses = uses
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        ctx.uses.append((x.flatten(0, -2), gradient.flatten(0, -2)))
-        return gradient @ weight, None, None, None
-
-
-class LinearUses(torch.autograd.Function):
-    """The weight and bias that every LinearUse reads: autograd comes back here once it has been through all of them."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, uses):
-        ctx.uses = uses
-        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
-
-    @staticmethod
-    def backward(ctx, *_):
-        x, gradient = (torch.cat(part) for part in zip(*ctx.uses, strict=True))
-        ctx.uses.clear()
-        return gradient.t() @ x, gradient.sum(0) if ctx.needs_input_grad[1] else None, None
-
-
-@contextlib.contextmanager
-def summed_once(*layers):
-    """While one sequence runs through RepeatedLinear `layers`: their gradients are summed over its steps at once."""
-    try:
-        for layer in layers if torch.is_grad_enabled() else ():
-            kind, layer.uses = layer.weight.device.type, []
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
-            bias = None if layer.bias is None else layer.bias.to(dtype)
-            layer.shared = LinearUses.apply(layer.weight.to(dtype), bias, layer.uses)
-        yield
-    finally:
-        for layer in layers:
-            layer.uses = layer.shared = None
 
 
 class AttentionDecoder(Decoder):

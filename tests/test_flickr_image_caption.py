@@ -26,6 +26,7 @@ from flickr_image_caption import (
     doubly_stochastic_penalty,
     load_encoder_weights,
 )
+from repeated_linear import RepeatedLinear
 
 VOCAB_SIZE, CHANNELS, CELLS = 13, 6, 9
 EMBED, HIDDEN, COMPARE = 5, 7, 4  # --embed_size --hidden_size --attention_dim
@@ -317,7 +318,7 @@ def test_gradients_summed_once_are_those_summed_step_by_step(num_layers, monkeyp
         logits, alphas = run_decoder(decoder, features.double(), captions)
         (cross_entropy(logits, captions, LENGTHS)[0] + doubly_stochastic_penalty(alphas, LENGTHS)).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in decoder.named_parameters()})
-    assert all(layer.uses is None for layer in decoder.modules() if isinstance(layer, program.RepeatedLinear))
+    assert all(layer.uses is None for layer in decoder.modules() if isinstance(layer, RepeatedLinear))
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
 
