@@ -103,6 +103,13 @@ def draw(log_prob, logits, log_norm, done, pad, temperature, top_k, top_p, gener
     return parents, words.masked_fill(done, pad), log_prob + gained.masked_fill(done, 0.0)
 
 
+def settled(log_prob, lengths, done, most, length_penalty, count):
+    """(N,) bool: images whose `count` best finished hypotheses no live one can beat, be it `most` tokens long."""
+    reachable = log_prob.masked_fill(done, -torch.inf).amax(1) / most**length_penalty
+    ended = (log_prob / lengths**length_penalty).masked_fill(~done, -torch.inf)
+    return ended.topk(min(count, ended.size(1))).values[:, -1] >= reachable
+
+
 def harvest(tokens, log_prob, lengths, done, attention, length_penalty, count):
     """The `count` best hypotheses of one image: finished ones first, then by score. Arguments have no N axis."""
     scores = log_prob / lengths**length_penalty
@@ -178,15 +185,10 @@ def generate(
         tokens = torch.cat([follow(tokens, parents), words.unsqueeze(-1)], dim=-1)
         state = (state[0], follow(state[1], parents))
 
-        live = log_prob.masked_fill(done, -torch.inf)
-        reachable = (
-            live.amax(1) / (max_length if length_penalty > 0 else step) ** length_penalty
-        )  # no live one can beat this
-        ended = (log_prob / lengths**length_penalty).masked_fill(~done, -torch.inf)
-        wanted = ended.topk(min(num_captions, ended.size(1))).values[:, -1]
-        leave = live.isneginf().all(1) | (step == max_length)
+        leave = done.all(1) | (step == max_length)
         if algorithm != "sample":
-            leave |= wanted >= reachable
+            most = max_length if length_penalty > 0 else step
+            leave |= settled(log_prob, lengths, done, most, length_penalty, num_captions)
         if leave.any():
             for row in leave.nonzero().flatten().tolist():
                 maps = None if attention is None else attention[row]
