@@ -353,8 +353,8 @@ def fill_cache(folder, kind):
     args.device, args.precision = torch.device("cpu"), program.resolve_precision(args.precision, torch.device("cpu"))
     program.FeatureSource(args, program.open_encoder(args), [], pooled=program.DECODERS[kind].pooled)  # an empty one
     (file,) = Path(args.cache_dir).glob("*/features.*")
-    cells = 1 if program.DECODERS[kind].pooled else CELLS
-    block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0)).half().numpy()
+    cells, dtype = (1, torch.float32) if program.DECODERS[kind].pooled else (CELLS, torch.float16)
+    block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0)).to(dtype).numpy()
     stamps = list(caption_data._stamps(sorted((folder / "Images").iterdir()))[0].values())
     with caption_data._Store(file, block[0].nbytes) as store:
         for start in range(0, len(stamps), 256):

@@ -902,8 +902,8 @@ def cached_features(
         key: JSON values that decide the features: `encoder` (its name), its weights' SHA-256, geometry.
         grid, channels: (h, w) and F, so P = h * w.
         dtype: what the features are rounded to: float32, float16, bfloat16 or float8_e4m3fn.
-        pooled: keep only the mean (1, F) of each rounded grid, in a cache of its own; pictures whose grids the other
-            cache of this key and dtype holds are not encoded again.
+        pooled: keep only the mean (1, F) of each rounded grid, float32, in a cache of its own; pictures whose grids the
+            other cache of this key and dtype holds are not encoded again.
     The cache is a folder per key and dtype: `features.f16`, `.f32`, `.bf16` or `.f8_e4m3fn` (a row per image), `index`
     (which file each row came from: path, size, modification time), `key.json`. Rows reach the disk before the index
     names them, so a run that is killed at any moment leaves a cache that the next one continues; a second run waits for
@@ -918,7 +918,9 @@ def cached_features(
     full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "dtype": dtype_name,
                 "format": CACHE_FORMAT}  # fmt: skip
     folder = _cache_folder(Path(cache_dir), full_key, "_pooled" if pooled else "")
-    file = folder / f"features.{dtype_name.replace('float', 'f')}"
+    grids = f"features.{dtype_name.replace('float', 'f')}"
+    file = folder / ("features.f32" if pooled else grids)
+    stored = torch.float32 if pooled else dtype
     rounded = functools.partial(_rounded, dtype=dtype, pooled=pooled)
     encoded = functools.partial(
         _encoded, encode=encode, rounded=rounded, image_size=image_size, batch_size=batch_size, num_workers=num_workers
@@ -928,7 +930,7 @@ def cached_features(
             process_group.send(found, to=0)
         rows, unreadable = process_group.broadcast(None)
     else:
-        with _locked(folder), _Store(file, math.prod(shape) * dtype.itemsize) as store:
+        with _locked(folder), _Store(file, math.prod(shape) * stored.itemsize) as store:
             stamps, unreadable = _stamps(paths)
             known = image_shards.load_faults(folder)
             todo = _lacking(stamps, store, known)
@@ -937,8 +939,8 @@ def cached_features(
             _check_free_space(folder, len(todo) * store.row_bytes)
             with tqdm(total=len(todo), desc=desc, unit="image", disable=None if progress and todo else True) as bar:
                 if pooled:
-                    grids = folder.with_name(folder.name.removesuffix("_pooled")) / file.name
-                    _take_means(store, todo, grids, (grid[0] * grid[1], channels), dtype, bar)
+                    beside = folder.with_name(folder.name.removesuffix("_pooled"))
+                    _take_means(store, todo, beside / grids, (grid[0] * grid[1], channels), dtype, bar)
                 own = encoded(process_group.broadcast(list(todo.values())))
                 failed = known | _store_encoded(store, list(todo), own, bar)
             if shards:
@@ -946,7 +948,7 @@ def cached_features(
         unreadable |= {path: failed[stamp] for path, stamp in stamps.items() if stamp in failed}
         rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
         process_group.broadcast((rows, unreadable))
-    return Features(file, rows, shape, dtype), unreadable
+    return Features(file, rows, shape, stored), unreadable
 
 
 def _lacking(stamps, store, known):
@@ -990,8 +992,8 @@ def _rounded(features: torch.Tensor, paths: Sequence[Path], dtype: torch.dtype, 
 
 
 def _mean(grids: torch.Tensor) -> torch.Tensor:
-    """(n, P, F) -> (n, 1, F) of the same dtype, summed in float32."""
-    return grids.float().mean(dim=1, keepdim=True).to(grids.dtype)
+    """(n, P, F) of any dtype -> (n, 1, F) float32."""
+    return grids.float().mean(dim=1, keepdim=True)
 
 
 def _as_bytes(rows: torch.Tensor) -> np.ndarray:
