@@ -110,7 +110,7 @@ def test_scale_trains_on_means_where_the_decoder_reads_means(tmp_path, capsys, m
     for module, name in ((caption_data, "cached_features"), (program, "train_step")):
         monkeypatch.setattr(module, name, getattr(module, name))  # start_and_step replaces them
     benchmark.write_captions(tmp_path, 30)
-    assert benchmark.fill_cache(tmp_path, "lstm") == 30 * 1280 * 2
+    assert benchmark.fill_cache(tmp_path, "lstm") == 30 * 1280 * 4
     benchmark.start_and_step(benchmark.scale_options(tmp_path, "lstm"), 1, 4, time.time())
     check_scale(json.loads(capsys.readouterr().out))
 

@@ -72,9 +72,9 @@ def test_two_processes_are_one_run(tmp_path):
     # from which two processes of an LSTM run take their means
     taken = torchrun(2, PROGRAM, *PLAIN.split(), "--decoder", "lstm", capture_output=True)
     assert taken.returncode == 0, taken.stderr
-    (means,) = Path("feature_cache").glob("*_pooled/features.f16")
-    assert means.stat().st_size == stored // 49 and stored == (cache / "features.f16").stat().st_size
-    assert np.isfinite(np.fromfile(means, np.float16)).all()
+    (means,) = Path("feature_cache").glob("*_pooled/features.f32")
+    assert means.stat().st_size == 2 * stored // 49 and stored == (cache / "features.f16").stat().st_size
+    assert np.isfinite(np.fromfile(means, np.float32)).all()
     # and one process goes on where two stopped
     resumed = program("--resume", together / "model_epoch_1.pt", "--epochs 1")
     assert resumed.status == 0, resumed.err
