@@ -149,6 +149,7 @@ def encode(args):
     import caption_data
     import download_datasets
     import experiment_utils
+    import feature_cache
     import flickr_image_caption as program
 
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +165,7 @@ def encode(args):
 
         def cached():
             with tempfile.TemporaryDirectory() as cache:
-                caption_data.cached_features(
+                feature_cache.cached_features(
                     paths, encoder, cache_dir=cache, key={"encoder": encoder.name}, grid=tuple(encoder.grid),
                     channels=encoder.channels, image_size=encoder.image_size, num_workers=args.num_workers,
                     progress=False,
@@ -346,7 +347,7 @@ def fill_cache(folder, kind):
     """The feature cache of these images as a run with this decoder would leave it; bytes on disk."""
     import torch
 
-    import caption_data
+    import feature_cache
     import flickr_image_caption as program
 
     args = program.parse_args(scale_options(folder, kind))
@@ -355,8 +356,8 @@ def fill_cache(folder, kind):
     (file,) = Path(args.cache_dir).glob("*/features.*")
     cells, dtype = (1, torch.float32) if program.DECODERS[kind].pooled else (CELLS, torch.float16)
     block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0)).to(dtype).numpy()
-    stamps = list(caption_data._stamps(sorted((folder / "Images").iterdir()))[0].values())
-    with caption_data._Store(file, block[0].nbytes) as store:
+    stamps = list(feature_cache._stamps(sorted((folder / "Images").iterdir()))[0].values())
+    with feature_cache._Store(file, block[0].nbytes) as store:
         for start in range(0, len(stamps), 256):
             chunk = stamps[start : start + 256]
             offset = 7 * start // 256 % 256  # not always the same features
@@ -369,11 +370,11 @@ def start_and_step(typed, warm_up, steps, started):
 
     `started`: the clock when the process was started. The first `warm_up` steps do not count.
     """
-    import caption_data
+    import feature_cache
     import flickr_image_caption as program
 
     ends, captions, opening, received = [], [], [], []
-    imported, open_cache, step = time.time(), caption_data.cached_features, program.train_step
+    imported, open_cache, step = time.time(), feature_cache.cached_features, program.train_step
 
     def timed_open(*args, **options):
         began = time.time()
@@ -389,7 +390,7 @@ def start_and_step(typed, warm_up, steps, started):
             received.append(1)  # as a signal would
         return loss
 
-    caption_data.cached_features, program.train_step = timed_open, timed_step
+    feature_cache.cached_features, program.train_step = timed_open, timed_step
     args = program.parse_args(typed)
     args.device = program.resolve_device(args.device)
     args.precision = program.resolve_precision(args.precision, args.device)

@@ -239,6 +239,7 @@ import attention_visualization
 import caption_data
 import download_datasets
 import experiment_utils
+import feature_cache
 import image_shards
 import metrics_utils
 import process_group
@@ -701,9 +702,9 @@ class FeatureSource:
             self.mirrored, _ = self.cached(lambda images: encoder(images.flip(-1)), mirrored=True)
 
     def cached(self, encode, **more):
-        """(features, {path: reason}) as `caption_data.cached_features`; `more` goes into the cache's key."""
+        """(features, {path: reason}) as `feature_cache.cached_features`; `more` goes into the cache's key."""
         args, key = self.args, self.encoder.key() | more
-        features, unreadable = caption_data.cached_features(
+        features, unreadable = feature_cache.cached_features(
             self.paths, encode, cache_dir=args.cache_dir, key={"encoder": key.pop("name"), **key},
             grid=tuple(self.encoder.grid), channels=self.encoder.channels, image_size=self.encoder.image_size,
             num_workers=args.num_workers, dtype=getattr(torch, args.cache_dtype), pooled=self.pooled,

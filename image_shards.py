@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from experiment_utils import replace_file
+
 SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)}*$", re.IGNORECASE)
 SCHEME = re.compile(r"(^|::)[a-z][a-z0-9+.-]+:(?!:)")
 MAX_IMAGE_BYTES = 2**28  # a member's later bytes are not read
@@ -54,7 +56,7 @@ class ShardImage(NamedTuple):
         return f"{self.shards}!{self.name}"
 
     def stamp(self) -> tuple[str, int, int]:
-        """What the feature cache knows it by; as `caption_data._stamps` for files."""
+        """What the feature cache knows it by; as `feature_cache._stamps` for files."""
         return str(self), self.shards.size, self.shards.digest
 
 
@@ -165,6 +167,5 @@ def load_faults(folder: Path) -> dict[tuple[str, int, int], str]:
 
 def save_faults(folder: Path, faults: dict[tuple[str, int, int], str]):
     """Remember them beside the cached features: the next run need not read the shards again to learn the same."""
-    partial = folder / "faults.json.partial"
-    partial.write_text(json.dumps([*faults.items()], indent=0))
-    partial.replace(folder / "faults.json")
+    with replace_file(folder / "faults.json") as file:
+        file.write(json.dumps([*faults.items()], indent=0).encode())

@@ -13,6 +13,7 @@ import benchmark
 import caption_data
 import caption_decoding
 import download_datasets
+import feature_cache
 import flickr_image_caption as program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,7 @@ def test_the_cache_holds_the_textbooks_features(tmp_path):
     paths = caption_data.pictures_in(images)
     encoder = program.Encoder("mobilenet_v2", program.load_encoder_weights("mobilenet_v2", "random", 0), "random")
     plain = torch.cat(benchmark.plain_encoding(encoder, paths)).flatten(2).transpose(1, 2)
-    cached, _ = caption_data.cached_features(
+    cached, _ = feature_cache.cached_features(
         paths, encoder, cache_dir=tmp_path / "cache", key={"encoder": "mobilenet_v2"}, grid=tuple(encoder.grid),
         channels=encoder.channels, image_size=encoder.image_size, num_workers=0, progress=False,
     )  # fmt: skip
@@ -107,7 +108,7 @@ def test_scale_measures_the_programs_training_in_a_process_of_its_own(tmp_path, 
 
 
 def test_scale_trains_on_means_where_the_decoder_reads_means(tmp_path, capsys, monkeypatch):
-    for module, name in ((caption_data, "cached_features"), (program, "train_step")):
+    for module, name in ((feature_cache, "cached_features"), (program, "train_step")):
         monkeypatch.setattr(module, name, getattr(module, name))  # start_and_step replaces them
     benchmark.write_captions(tmp_path, 30)
     assert benchmark.fill_cache(tmp_path, "lstm") == 30 * 1280 * 4

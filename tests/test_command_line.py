@@ -45,6 +45,7 @@ from test_end_to_end import (
 import attention_visualization
 import caption_data
 import experiment_utils
+import feature_cache
 import flickr_image_caption as fic
 
 PROGRAM = Path(fic.__file__)
@@ -187,14 +188,14 @@ def seed_fixes_everything():
 
 
 def num_workers_decode():
-    asked, original = [], caption_data.cached_features
+    asked, original = [], feature_cache.cached_features
 
     def cached_features(*args, **kwargs):
         asked.append(kwargs["num_workers"])
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caption_data, "cached_features", cached_features)
+        patch.setattr(feature_cache, "cached_features", cached_features)
         ready("--num_workers 3")
     assert asked == [3, 3]  # training and validation images
 

@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_caption_data import FakeEncoder, _bomb, _cached, _expected, _folder
+from test_caption_data import _bomb
 from test_end_to_end import TINY, load, program, run_dir, snapshot, succeed, train
+from test_feature_cache import FakeEncoder, _cached, _expected, _folder
 
 import caption_data
+import feature_cache
 import image_shards
 import process_group
 from image_shards import find_shards
@@ -208,11 +210,11 @@ def test_processes_of_a_run_read_different_shards(tmp_path, monkeypatch):
     """Rank 0 stores in turn what three ranks encode of two shards, the third none."""
     images = images_in(grey_shards(tmp_path / "tars", 5, each=3), [f"{i}.png" for i in range(6)])
     encoders, sent = [FakeEncoder() for _ in range(3)], {}
-    rounded = functools.partial(caption_data._rounded, dtype=torch.float16, pooled=False)
+    rounded = functools.partial(feature_cache._rounded, dtype=torch.float16, pooled=False)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (1, 2):
         monkeypatch.setenv("RANK", str(rank))
-        sent[rank] = iter(list(caption_data._encoded(images, encoders[rank], rounded, 8, batch_size=1, num_workers=0)))
+        sent[rank] = iter(list(feature_cache._encoded(images, encoders[rank], rounded, 8, batch_size=1, num_workers=0)))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(process_group, "broadcast", lambda value: value)
     monkeypatch.setattr(process_group, "receive", lambda sender: next(sent[sender]))

@@ -1,0 +1,350 @@
+"""feature_cache.py: pictures are encoded once, whatever happens to the run, the disk or the cache's files."""
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_caption_data import UNIX, _grey, _save, _unreadable_files
+
+import feature_cache
+from feature_cache import cached_features
+
+
+class FakeEncoder:
+    """Grid of 2 x 2 cells with 3 channels: grey level + 10 * cell + channel / 8. Counts the images it was given."""
+
+    def __init__(self, break_after=None, error=None, overflow=None, seconds=0.0):
+        """overflow: (grey level, the value one of its features takes)."""
+        self.images, self.break_after, self.error = 0, break_after, error
+        self.overflow, self.seconds = overflow, seconds
+
+    def __call__(self, pixels):
+        if self.break_after is not None and self.images >= self.break_after:
+            raise self.error
+        self.images += len(pixels)
+        time.sleep(self.seconds)
+        level = pixels[:, 0, 0, 0].float()
+        features = level[:, None, None] + 10.0 * torch.arange(4)[:, None] + torch.arange(3) / 8  # (n, 4, 3)
+        if self.overflow is not None:
+            features[level == self.overflow[0], 3, 1] = self.overflow[1]
+        return features
+
+
+def _expected(levels):
+    levels = torch.tensor(levels, dtype=torch.float16)
+    return levels[:, None, None] + 10 * torch.arange(4)[:, None] + torch.arange(3) / 8
+
+
+def _cached(paths, encode, cache_dir, batch_size=2, **options):
+    options = {"key": {"encoder": "fake/net", "sha256": "0"}, "grid": (2, 2), "channels": 3, "image_size": 8} | options
+    return cached_features(paths, encode, cache_dir=cache_dir, batch_size=batch_size, progress=False, **options)
+
+
+def _folder(cache_dir: Path) -> Path:
+    (folder,) = cache_dir.iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_picture_is_encoded_once(tmp_path, num_workers):
+    paths, cache, encoder = _grey(tmp_path / "i", 5), tmp_path / "cache", FakeEncoder()
+    features, unreadable = _cached(paths, encoder, cache, num_workers=num_workers)
+    assert unreadable == {}
+    assert encoder.images == 5
+    assert torch.equal(features[torch.tensor([4, 0, 4])], _expected([4, 0, 4]))
+    assert features[[1]].dtype == torch.float16
+    again, _ = _cached(paths[::-1], FakeEncoder(break_after=0, error=AssertionError), cache)
+    assert torch.equal(again[range(5)], _expected([4, 3, 2, 1, 0]))
+    folder = _folder(cache)
+    assert folder.name.startswith("fake_net_")
+    assert json.loads((folder / "key.json").read_text())["sha256"] == "0"
+    assert (folder / "features.f16").stat().st_size == 5 * 24
+
+
+FILES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "f8_e4m3fn"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
+    paths, cache, dtype = _grey(tmp_path / "i", 3), tmp_path / "cache", getattr(torch, name)
+    _cached(paths, FakeEncoder(), cache)  # float16
+    encoder = FakeEncoder()
+    for _ in range(2):
+        features, _ = _cached(paths, encoder, cache, dtype=dtype)
+    assert encoder.images == (0 if name == "float16" else 3)
+    assert features[[2, 0]].dtype == dtype and features[torch.tensor([], dtype=int)].shape == (0, 4, 3)
+    assert torch.equal(features[[2, 0]].float(), _expected([2, 0]).to(dtype).float())
+    (file,) = cache.glob(f"*/features.{FILES[name]}")
+    assert file.stat().st_size == 3 * 12 * dtype.itemsize
+    assert isinstance(features.data, np.memmap)  # not read into memory
+    assert json.loads(file.with_name("key.json").read_text())["dtype"] == name
+
+
+def test_features_in_a_devices_memory_read_as_those_on_disk(tmp_path):
+    features, _ = _cached(_grey(tmp_path / "i", 3), FakeEncoder(), tmp_path / "cache")
+    resident = features.to(torch.device("cpu"))
+    assert resident.nbytes == features.nbytes == 3 * 24
+    assert torch.equal(resident[torch.tensor([2, 0])], features[torch.tensor([2, 0])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
+    paths, cache = [*_grey(tmp_path / "i", 3), tmp_path / "none.png"], tmp_path / "cache"
+    means, unreadable = _cached(paths, FakeEncoder(), cache, dtype=dtype, pooled=True)
+    assert means[[0]].shape == (1, 1, 3) and means[[0]].dtype == torch.float32 and list(unreadable) == paths[3:]
+    exact = torch.tensor([[15, 15.125, 15.25], [16, 16.125, 16.25], [17, 17.125, 17.25]])
+    torch.testing.assert_close(means[range(3)][:, 0], exact, rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=0)
+    assert _folder(cache).name.endswith("_pooled")
+    assert [path.stat().st_size for path in _folder(cache).glob("features.*")] == [3 * 3 * 4]
+    encoder = FakeEncoder()  # the grids are another matter
+    _cached(paths, encoder, cache, dtype=dtype)
+    assert encoder.images == 3
+
+
+def test_means_of_stored_grids_are_taken_without_encoding(tmp_path):
+    paths, cache, noise = _grey(tmp_path / "i", 5), tmp_path / "cache", torch.rand(8, 49, 96) * 9
+
+    def encode(pixels):
+        encoded.extend(pixels[:, 0, 0, 0].tolist())
+        return noise[pixels[:, 0, 0, 0].long()].transpose(1, 2).contiguous().transpose(1, 2)  # as the encoder's lie
+
+    encoded, options = [], {"grid": (7, 7), "channels": 96}
+    _cached([paths[3], paths[1]], encode, cache, **options)
+    taken, _ = _cached(paths, encode, cache, pooled=True, **options)
+    assert encoded == [3, 1, 0, 2, 4]
+    torch.testing.assert_close(taken[range(5)].float(), noise[:5].mean(1, keepdim=True), rtol=1e-3, atol=0)
+    fresh, _ = _cached(paths, encode, tmp_path / "other", pooled=True, **options)
+    torch.testing.assert_close(taken[range(5)], fresh[range(5)], rtol=1e-3, atol=0)
+    paths += _grey(tmp_path / "i", 1, start=5)
+    del encoded[:]
+    added, _ = _cached(paths, encode, cache, pooled=True, **options)
+    assert encoded == [5] and torch.equal(added[range(5)], taken[range(5)])
+
+
+def test_means_are_taken_from_what_a_killed_run_left_of_the_grids(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 5), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    _tear(_folder(cache) / "features.f16", lambda data: data[:-5])
+    encoder = FakeEncoder()
+    means, _ = _cached(paths, encoder, cache, pooled=True)
+    assert encoder.images == 1
+    assert torch.equal(means[range(5)], _expected(range(5)).mean(1, keepdim=True))
+
+
+def test_means_do_without_grids_that_were_deleted(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 3), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    (_folder(cache) / "features.f16").unlink()
+    encoder = FakeEncoder()
+    _cached(paths, encoder, cache, pooled=True)
+    assert encoder.images == 3
+
+
+def test_another_key_is_another_cache(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 2), tmp_path / "cache"
+    for options in ({}, {"key": {"encoder": "fake/net", "sha256": "1"}}, {"image_size": 4}):
+        encoder = FakeEncoder()
+        _cached(paths, encoder, cache, **options)
+        assert encoder.images == 2
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_added_and_changed_pictures_encode_only_themselves(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 4), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    paths += _grey(tmp_path / "i", 1, start=4)
+    _save(paths[1], Image.new("RGB", (8, 8), (99, 99, 99)))
+    os.utime(paths[1], ns=(1, 1))
+    os.link(paths[2], tmp_path / "i" / "other_name.png")
+    (tmp_path / "i" / "link.png").symlink_to(paths[3])
+    encoder = FakeEncoder()
+    features, _ = _cached([*paths, tmp_path / "i" / "link.png"], encoder, cache)
+    assert encoder.images == 2
+    assert torch.equal(features[range(6)], _expected([0, 99, 2, 3, 4, 3]))
+
+
+def test_unreadable_images_are_returned(tmp_path):
+    files = _unreadable_files(tmp_path / "bad")
+    good = _grey(tmp_path / "i", 3)
+    paths = [good[0], *files.values(), *good[1:]]
+    encoder = FakeEncoder()
+    features, unreadable = _cached(paths, encoder, tmp_path / "cache")
+    assert set(unreadable) == set(files.values())
+    assert unreadable[files["truncated.jpg"]].startswith("not a readable image (")
+    assert unreadable[files["missing.jpg"]] == "No such file or directory"
+    assert encoder.images == 3
+    assert torch.equal(features[[0, len(paths) - 1]], _expected([0, 2]))
+    with pytest.raises(IndexError, match="unreadable"):
+        features[[0, 1]]
+
+
+def test_nothing_readable(tmp_path):
+    features, unreadable = _cached([tmp_path / "none.png"], FakeEncoder(), tmp_path / "cache")
+    assert list(unreadable) == [tmp_path / "none.png"]
+    assert len(features) == 1
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError("a broken disk")])
+def test_an_interrupted_cache_is_continued(tmp_path, error, pooled):
+    paths, cache, options = _grey(tmp_path / "i", 7), tmp_path / "cache", {"pooled": pooled, "dtype": torch.float32}
+    with pytest.raises(type(error)):
+        _cached(paths, FakeEncoder(break_after=4, error=error), cache, **options)
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache, **options)
+    assert encoder.images == 3
+    expected = _expected(range(7)).float()
+    assert torch.equal(features[range(7)], expected.mean(1, keepdim=True) if pooled else expected)
+
+
+def _tear(file: Path, change):
+    content = file.read_bytes()
+    file.write_bytes(change(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "encoded_again"),
+    [
+        ("features.f16", lambda data: data + b"torn row", 0),  # rows the index does not name yet
+        ("features.f16", lambda data: data + bytes(24), 0),
+        ("features.f16", lambda data: data[:-5], 1),  # a disk that kept the index and lost the data
+        ("features.f16", lambda data: b"", 5),
+        ("index", lambda lines: lines[:-1], 1),  # no line end: torn
+        ("index", lambda lines: lines[:-20], 1),
+        ("index", lambda lines: lines + b'[5, "/no/such', 0),
+        ("index", lambda lines: lines + b'[99, "/x.png", 1, 1]\n', 0),  # a row that is not there
+        ("index", lambda lines: lines + lines.splitlines(keepends=True)[-1], 0),  # named twice
+        ("index", lambda lines: lines.splitlines(keepends=True)[0] + b"\xff\0garbage\n" + lines, 4),
+        ("index", lambda lines: b"[[],[],[],[]]\n" + lines, 5),
+        ("index", lambda lines: b"", 5),
+    ],
+)
+def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, encoded_again):
+    paths, cache = _grey(tmp_path / "i", 5), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    _tear(_folder(cache) / name, change)
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert encoder.images == encoded_again
+    assert torch.equal(features[range(5)], _expected(range(5)))
+    last, _ = _cached(paths, FakeEncoder(break_after=0, error=AssertionError), cache)
+    assert torch.equal(last[range(5)], _expected(range(5)))
+    assert (_folder(cache) / "features.f16").stat().st_size == 5 * 24
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("float16", 65_520.0),  # the largest is 65,504
+        ("float16", -70_000.0),
+        ("float16", float("nan")),
+        ("float32", float("inf")),
+        ("bfloat16", -3.4e38),
+        ("float8_e4m3fn", 449.0),  # there is no inf beyond the largest, 448
+        ("float8_e4m3fn", float("nan")),
+    ],
+)
+def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dtype, value):
+    paths, cache, options = _grey(tmp_path / "i", 6), tmp_path / "cache", {"dtype": getattr(torch, dtype)}
+    with pytest.raises(ValueError, match=rf"4\.png: the encoder's output overflows {dtype}; use a wider --cache_dtype"):
+        _cached(paths, FakeEncoder(overflow=(4, value)), cache, **options)
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache, **options)
+    assert encoder.images == 2
+    assert torch.equal(features[range(6)].float(), _expected(range(6)).to(options["dtype"]).float())
+
+
+@pytest.mark.parametrize("options", [{}, {"pooled": True, "dtype": torch.float32}, {"dtype": torch.float8_e4m3fn}])
+def test_free_space_is_checked_first(tmp_path, monkeypatch, options):
+    usage, row = shutil.disk_usage(tmp_path), 24 if not options else 12  # bytes
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _path: usage._replace(free=3 * row - 1))
+    paths, encoder = _grey(tmp_path / "i", 3), FakeEncoder()
+    with pytest.raises(ValueError, match=r"--cache_dir .*--cache_dtype or --no_feature_cache"):
+        _cached(paths, encoder, tmp_path / "cache", **options)
+    assert encoder.images == 0
+    _cached(paths[:2], encoder, tmp_path / "cache", **options)
+    assert encoder.images == 2
+
+
+def test_a_cache_dir_that_is_a_file(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ValueError, match=r"--cache_dir .*cannot be used"):
+        _cached(_grey(tmp_path / "i", 1), FakeEncoder(), tmp_path / "cache")
+
+
+def _fill(paths, cache, seconds, queue, file_size_limit=None):
+    """In a process of its own: fill the cache and report (images encoded, error)."""
+    feature_cache.COMMIT_SECONDS = -1.0
+    torch.set_num_threads(1)  # the parent's thread pool does not survive a fork
+    if file_size_limit:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+    encoder, error = FakeEncoder(seconds=seconds), None
+    sys.stderr = captured = io.StringIO()
+    try:
+        features, _ = _cached(paths, encoder, cache)
+        assert torch.equal(features[range(len(paths))], _expected(range(len(paths))))
+    except OSError as caught:
+        error = type(caught).__name__
+    queue.put((encoder.images, error, captured.getvalue()))
+
+
+def _start(*arguments):
+    queue = multiprocessing.get_context("fork").Queue()
+    process = multiprocessing.get_context("fork").Process(target=_fill, args=(*arguments[:3], queue, *arguments[3:]))
+    process.start()
+    return process, queue
+
+
+@UNIX
+def test_a_second_run_waits_for_the_first_and_reuses_it(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 8), tmp_path / "cache"
+    runs = [_start(paths, cache, 0.15) for _ in range(2)]
+    results = sorted(queue.get(timeout=60) for _, queue in runs)
+    assert [images for images, _, _ in results] == [0, 8]
+    assert results[0][2].startswith("waiting for another run that fills ")
+    assert results[0][2].count("\n") == 1
+    assert results[1][2] == ""
+
+
+@UNIX
+def test_a_killed_run_is_continued(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 40), tmp_path / "cache"
+    process, _ = _start(paths, cache, 0.1)
+    deadline = time.monotonic() + 60
+    while not (list(cache.glob("*/index")) and _folder(cache).joinpath("index").stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert 0 < encoder.images < 40
+    assert torch.equal(features[range(40)], _expected(range(40)))
+
+
+@UNIX
+def test_a_full_disk_leaves_a_usable_cache(tmp_path):
+    paths, cache = _grey(tmp_path / "i", 8), tmp_path / "cache"
+    process, queue = _start(paths, cache, 0.0, 700)  # bytes per file: six index lines and no more
+    images, error, _ = queue.get(timeout=60)
+    process.join()
+    assert error == "OSError"
+    kept = len((_folder(cache) / "index").read_bytes().splitlines())
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert 0 < encoder.images < 8
+    assert torch.equal(features[range(8)], _expected(range(8)))
+    assert images >= kept > 0
