@@ -157,7 +157,7 @@ WEIGHTS_DIR = Path("../../resources/models")  # from the folder the commands run
 ATTEMPTS = 5  # in a row without a new byte
 RETRY_SECONDS = 2.0  # before the second attempt; doubles with each one
 TIMEOUT_SECONDS = 60
-DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)  # what decompressors raise
+DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)  # what decompressors raise
 MAX_MEMBERS, MAX_UNPACKED_BYTES = 100_000, 20_000_000_000  # beyond every archive above; a bomb's are more
 
 SAMPLE_SIDE = 224  # pixels

@@ -124,7 +124,7 @@ def resolve_device(name):
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("another kind of device")
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"--device {name}: not to be had here ({reason}): give auto, cpu, cuda, cuda:N or mps"

@@ -114,6 +114,21 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpo
     assert not list(last.parent.glob("*.partial"))
 
 
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), ConnectionError),
+        (torch.distributed.DistNetworkError("the server socket has failed"), ConnectionError),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+)
+def test_a_fault_of_ones_own_is_not_blamed_on_a_lost_peer(error, becomes):
+    with pytest.raises(becomes) as caught, process_group.lost_peers():
+        raise error
+    assert (caught.value is error) == (becomes is not ConnectionError)
+
+
 def test_what_one_process_raises_ends_it_without_waiting_for_the_others(monkeypatch):
     args = program_module.parse_args(TINY.split())
     args.device, args.precision = torch.device("cpu"), "float32"
