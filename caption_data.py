@@ -123,8 +123,11 @@ def load_dataset(
         splits: names per split as `Dataset.split_names` gave them; wins over every other source.
         max_bad_fraction: 0..1, how many rows, and how many images, may be bad before this is an error.
         max_train_images: keep only so many training images, chosen by `split_seed`; val and test stay whole.
+        remote_shards: whether `image_dir` may be shards that a command fetches; no, when it comes from a checkpoint.
     Raises: ValueError or FileNotFoundError, one line each, naming the file or flag.
     """
+    if image_dir and not remote_shards:
+        image_shards.refuse_remote(str(image_dir))
     image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file)
     rows, problems = read_captions(captions_file)
     total_rows = len(rows) + len(problems)

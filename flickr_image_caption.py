@@ -240,7 +240,6 @@ import caption_data
 import download_datasets
 import experiment_utils
 import feature_cache
-import image_shards
 import metrics_utils
 import process_group
 from caption_decoding import generate, map_tensors, select
@@ -740,8 +739,6 @@ class FeatureSource:
 
 def open_dataset(args, checkpoint=None):
     """The dataset, split as the checkpoint's was; another one, without any image in common, has its own split."""
-    if args.image_dir and "image_dir" not in args.typed:
-        image_shards.refuse_remote(args.image_dir)
     stored = checkpoint["splits"] if checkpoint else None
     if stored and {"dataset_type", "captions_file"} & args.typed:
         _, captions_file = caption_data.find_dataset(args.dataset_type, args.image_dir, args.captions_file)
@@ -750,6 +747,7 @@ def open_dataset(args, checkpoint=None):
     return caption_data.load_dataset(
         args.dataset_type, args.image_dir, args.captions_file, split_seed=args.split_seed, splits=stored,
         max_bad_fraction=args.max_bad_fraction, max_train_images=args.max_train_images,
+        remote_shards="image_dir" in args.typed,
     )  # fmt: skip
 
 
@@ -911,7 +909,7 @@ def validate(run, received):
     shares = process_group.gather([hypothesis._replace(attention=None) for hypothesis in best])
     best = [hypothesis for share in shares for hypothesis in share]
     captions = dict(zip(run.val_table.image, (run.vocabulary.decode(h.tokens) for h in best), strict=True))
-    scores, _ = run.scorer.score(captions)
+    scores = process_group.broadcast(run.scorer.score(captions)[0] if process_group.rank() == 0 else None)
     del scores["METEOR"]
     return {"val_loss": losses / tokens, **scores, "share_cut": sum(not h.finished for h in best) / len(best)}
 
