@@ -28,7 +28,9 @@ ENCODER_FAMILIES = {
 }
 ENCODERS = {name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()}
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
-ARCHITECTURE = ("decoder", "encoder", "freq_threshold", "embed_size", "hidden_size", "num_layers", "attention_dim")
+ARCHITECTURE = (
+    "decoder", "encoder", "image_size", "freq_threshold", "embed_size", "hidden_size", "num_layers", "attention_dim",
+)  # fmt: skip
 IDLE_ELSEWHERE = {
     "model_path": ("train", "test", "caption"), "resume": ("train",), "split": ("test",), "images": ("caption",),
     "json": ("caption",), "output_dir": ("test", "caption"),
@@ -92,6 +94,8 @@ def build_parser():
         help="torchvision model, frozen (%(default)s); one of " + " ".join(ENCODERS))  # fmt: skip
     add("--encoder_weights", "--resnet_weights", default="imagenet", metavar="imagenet|random|FILE",
         help="torchvision's IMAGENET1K_V1, untrained ones from --seed, or a state dict (%(default)s)")  # fmt: skip
+    add("--image_size", type=number(int, 32, 1024), metavar="PIXELS",
+        help="side of the square that pictures are squashed to; more: a finer grid (the encoder's own)")  # fmt: skip
     add("--cache_dir", default="./feature_cache", help="encoded images, shared by all runs (%(default)s)")
     add("--cache_dtype", choices=("float32", "float16", "bfloat16", "float8_e4m3fn"), default="float16",
         help="what encoded images are rounded to on disk (%(default)s)")  # fmt: skip
@@ -269,9 +273,10 @@ class Encoder(nn.Module):
     `trunk` holds the weights as they came; what computes is a copy with BatchNorm folded into the convolutions.
     """
 
-    def __init__(self, name, state, weights, precision="float32"):
+    def __init__(self, name, state, weights, precision="float32", image_size=None):
         """`name`: one of ENCODERS. `state`: torchvision's state dict, classifier ignored. `weights`: its origin.
 
+        `image_size`: pixels a side; None: what the published weights were tested with.
         Raises: ValueError when `state` is of another architecture.
         """
         super().__init__()
@@ -289,7 +294,8 @@ class Encoder(nn.Module):
             raise ValueError(f"--encoder_weights {weights}: not weights of --encoder {name} ({fault}): give both alike")
         self.trunk.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True)
         self.name = name
-        self.image_size = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
+        own_size = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
+        self.image_size = image_size or own_size
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -379,10 +385,10 @@ def open_encoder(args, checkpoint=None):
     stored = checkpoint["encoder"] if checkpoint else {}
     if stored.get("weights") is not None and "encoder_weights" not in args.typed:
         with experiment_utils.taking_from(args.model_path):
-            encoder = Encoder(args.encoder, stored["weights"], args.model_path, args.precision)
+            encoder = Encoder(args.encoder, stored["weights"], args.model_path, args.precision, args.image_size)
     else:
         weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
-        encoder = Encoder(args.encoder, weights, args.encoder_weights, args.precision)
+        encoder = Encoder(args.encoder, weights, args.encoder_weights, args.precision, args.image_size)
     if checkpoint and encoder.key()["weights_sha256"] != stored.get("weights_sha256"):
         raise ValueError(
             f"--encoder_weights {args.encoder_weights}: other weights than {args.model_path} was trained with: "

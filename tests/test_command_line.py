@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -252,6 +253,19 @@ def encoder_weights_come_from_the_file(flag="--encoder_weights"):
     encoder = fic.open_encoder(arguments(f"{flag} own.pth"))
     assert torch.equal(encoder.trunk.conv1[0].weight, state["conv1.0.weight"])
     assert not torch.equal(fic.open_encoder(arguments()).trunk.conv1[0].weight, state["conv1.0.weight"])
+
+
+def image_size_is_what_the_encoder_sees():
+    run = ready("--image_size 96 --decoder attention")
+    assert run.encoder.image_size == 96 and run.encoder.grid == [3, 3]
+    assert next(run.features.stream([[0]])).shape == (1, 9, 1024)
+    best = train("--image_size 96 --decoder attention --save_attention_viz") / "best.pt"
+    assert load(best)["encoder"]["image_size"] == 96 and load(best)["encoder"]["grid"] == [3, 3]
+    for mode in ("--mode test --save_attention_viz", "--mode caption --images data/sample/Images"):
+        succeed(mode, "--output_dir out --model_path", best)
+    with np.load("out/attention_maps_sample_1.npz") as drawn:
+        assert drawn["maps"].shape[1:] == (3, 3)
+    refused("--mode test --image_size 64 --model_path", best, naming=["--image_size 64 (stored: 96)"])
 
 
 def cache_dir_holds_the_features():
@@ -549,6 +563,7 @@ FLAG_EFFECTS = {
     "--encoder_weights": encoder_weights_come_from_the_file,
     "--resnet_weights": functools.partial(encoder_weights_come_from_the_file, "--resnet_weights"),
     "--cache_dir": cache_dir_holds_the_features,
+    "--image_size": image_size_is_what_the_encoder_sees,
     "--cache_dtype": cache_dtype_is_what_the_disk_holds,
     "--no_feature_cache": no_feature_cache_stores_nothing,
     "--horizontal_flip": horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch,
@@ -701,7 +716,7 @@ def test_a_mistake_answers_in_under_a_second_without_torch(flags, named):
     "--scheduler_t_max 0", "--min_lr -1", "--min_lr nan", "--warmup_epochs -1", "--beam_size 0", "--max_length 0",
     "--min_length -1", "--length_penalty nan", "--length_penalty inf", "--no_repeat_ngram_size -1",
     "--temperature 0", "--temperature nan", "--top_k -1", "--top_p 0", "--top_p 1.1", "--num_captions 0",
-    "--attention_viz_samples 0",
+    "--attention_viz_samples 0", "--image_size 31", "--image_size 1025",
 ])  # fmt: skip
 def test_an_unknown_flag_or_a_value_out_of_range(flags):
     refused(flags, naming=[flags.split()[0]])
