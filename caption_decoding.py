@@ -67,7 +67,7 @@ def forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size):
     logits[..., vocabulary.eos] = torch.where(stuck, end, logits[..., vocabulary.eos])
 
 
-def rank(log_prob, logits, log_norm, done, width, pad):
+def rank(log_prob, logits, log_norm, done, pad, width):
     """Beam search's choice: the `width` best continuations of each image -> parents, tokens, log_prob, each (N, W).
 
     log_prob (N, K) so far, logits (N, K, V) of the next word, their log_norm (N, K), done (N, K). The best `width` of
@@ -126,22 +126,9 @@ def harvest(tokens, log_prob, lengths, done, attention, length_penalty, count):
 
 @torch.inference_mode()
 def generate(
-    decoder,
-    features,
-    vocabulary,
-    *,
-    algorithm="beam",
-    beam_size=5,
-    max_length=40,
-    min_length=0,
-    length_penalty=0.0,
-    no_repeat_ngram_size=0,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    num_captions=1,
-    generator=None,
-):
+    decoder, features, vocabulary, *, algorithm="beam", beam_size=5, max_length=40, min_length=0, length_penalty=0.0,
+    no_repeat_ngram_size=0, temperature=1.0, top_k=0, top_p=1.0, num_captions=1, generator=None,
+):  # fmt: skip
     """Caption N images.
 
     Args:
@@ -170,12 +157,11 @@ def generate(
         logits = logits.to(torch.float32, copy=True)  # (N, K, V)
         log_norm = logits.logsumexp(-1)
         forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size)
+        so_far = log_prob, logits, log_norm, done, vocabulary.pad
         if algorithm == "sample":
-            parents, words, log_prob = draw(
-                log_prob, logits, log_norm, done, vocabulary.pad, temperature, top_k, top_p, generator
-            )
+            parents, words, log_prob = draw(*so_far, temperature, top_k, top_p, generator)
         else:
-            parents, words, log_prob = rank(log_prob, logits, log_norm, done, width, vocabulary.pad)
+            parents, words, log_prob = rank(*so_far, width)
         if alphas is not None:
             alphas = alphas.unsqueeze(2)
             attention = alphas if attention is None else torch.cat([attention, alphas], dim=2)
@@ -192,9 +178,8 @@ def generate(
         if leave.any():
             for row in leave.nonzero().flatten().tolist():
                 maps = None if attention is None else attention[row]
-                results[images[row]] = harvest(
-                    tokens[row], log_prob[row], lengths[row], done[row], maps, length_penalty, num_captions
-                )
+                written = tokens[row], log_prob[row], lengths[row], done[row], maps
+                results[images[row]] = harvest(*written, length_penalty, num_captions)
             stay = ~leave
             images, tokens, log_prob, lengths, done = (t[stay] for t in (images, tokens, log_prob, lengths, done))
             attention = None if attention is None else attention[stay]

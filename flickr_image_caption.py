@@ -59,6 +59,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+COUNT, SIZE, RATE, SHARE = number(int, 0), number(int, 1, 2**20), number(float, 0, above=True), number(float, 0, 1)
+
+
 def build_parser():
     """Every option with its type, range and default; a default is written here and nowhere else."""
     parser = Parser(
@@ -68,8 +71,13 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    count, size, rate, share = number(int, 0), number(int, 1, 2**20), number(float, 0, above=True), number(float, 0, 1)
+    for add_options in (add_data_options, add_model_options, add_training_options, add_decoding_options):
+        add_options(parser)
+    return parser
 
+
+def add_data_options(parser):
+    """What to run, and on which data."""
     add = parser.add_argument_group("what to do").add_argument
     add("--mode", choices=("train", "test", "caption"), default="train", help="default: train")
     add("--model_path", metavar="PATH", help="checkpoint, or a folder of runs: to resume (train), test or caption with")
@@ -77,18 +85,21 @@ def build_parser():
     add("--model_save_dir", default="./saved_models", help="run folders go below it (%(default)s)")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="fixes weights, batches and dropout (%(default)s)")
-    add("--num_workers", type=count, default=16, help="processes decoding images, at most one per core (%(default)s)")
+    add("--num_workers", type=COUNT, default=16, help="processes decoding images, at most one per core (%(default)s)")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_type", choices=("flickr8k", "flickr30k", "sample", "custom"), default="flickr30k",
         help="default folder ./data/<dataset_type>, and the run folder's name (%(default)s)")  # fmt: skip
     add("--image_dir", help="folder of images, or WebDataset shards (*.tar), instead of the default folder")
     add("--captions_file", help="captions in any of the formats the README lists, instead of the default one")
-    add("--split_seed", type=count, default=42, help="draws the 0.8/0.1/0.1 split if the data has none (%(default)s)")
-    add("--freq_threshold", type=size, default=5, help="fewest times a word stands in training captions (%(default)s)")
-    add("--max_bad_fraction", type=share, default=0.01, help="most missing or malformed items tolerated (%(default)s)")
-    add("--max_train_images", type=size, help="use only so many training images, for smoke runs")
+    add("--split_seed", type=COUNT, default=42, help="draws the 0.8/0.1/0.1 split if the data has none (%(default)s)")
+    add("--freq_threshold", type=SIZE, default=5, help="fewest times a word stands in training captions (%(default)s)")
+    add("--max_bad_fraction", type=SHARE, default=0.01, help="most missing or malformed items tolerated (%(default)s)")
+    add("--max_train_images", type=SIZE, help="use only so many training images, for smoke runs")
 
+
+def add_model_options(parser):
+    """Encoder and decoder."""
     add = parser.add_argument_group("encoder").add_argument
     add("--encoder", choices=tuple(ENCODERS), default="resnet50", metavar="NAME",
         help="torchvision model, frozen (%(default)s); one of " + " ".join(ENCODERS))  # fmt: skip
@@ -103,49 +114,55 @@ def build_parser():
 
     add = parser.add_argument_group("decoder").add_argument
     add("--decoder", choices=("lstm", "attention"), default="lstm", help="default: lstm")
-    add("--embed_size", type=size, default=512, help="word and projected image size (%(default)s)")
-    add("--hidden_size", type=size, default=1024, help="LSTM units per layer (%(default)s)")
-    add("--num_layers", type=size, default=3, help="LSTM layers (%(default)s)")
-    add("--attention_dim", type=size, default=512, help="attention decoder: units that compare cells (%(default)s)")
+    add("--embed_size", type=SIZE, default=512, help="word and projected image size (%(default)s)")
+    add("--hidden_size", type=SIZE, default=1024, help="LSTM units per layer (%(default)s)")
+    add("--num_layers", type=SIZE, default=3, help="LSTM layers (%(default)s)")
+    add("--attention_dim", type=SIZE, default=512, help="attention decoder: units that compare cells (%(default)s)")
     add("--drop_prob", type=number(float, 0, 0.99), default=0.3, help="dropout probability (%(default)s)")
     add("--alpha_c", type=number(float, 0), default=1.0, help="attention: doubly stochastic penalty (%(default)s)")
 
+
+def add_training_options(parser):
+    """Training, and its learning rate schedule."""
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=size, default=10, help="on resume: additional epochs (%(default)s)")
-    add("--batch_size", type=size, default=128, help="captions per step (%(default)s)")
-    add("--learning_rate", type=rate, default=0.0001, help="Adam's initial rate (%(default)s)")
+    add("--epochs", type=SIZE, default=10, help="on resume: additional epochs (%(default)s)")
+    add("--batch_size", type=SIZE, default=128, help="captions per step (%(default)s)")
+    add("--learning_rate", type=RATE, default=0.0001, help="Adam's initial rate (%(default)s)")
     add("--horizontal_flip", action="store_true", help="mirror every other training image, drawn anew each epoch")
     add("--label_smoothing", type=number(float, 0, 0.99), default=0.0, help="spread over all words (%(default)s)")
     add("--grad_clip", type=number(float, 0), default=5.0, help="largest L2 norm of gradients, 0 = off (%(default)s)")
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32")  # fmt: skip
-    add("--early_stopping_patience", type=count, default=0, help="epochs without a better CIDEr, 0 = off (%(default)s)")
-    add("--val_beam_size", type=size, default=1, help="beam for each epoch's validation captions (%(default)s)")
-    add("--keep_checkpoints", type=size, help="keep only so many of the newest model_epoch_N.pt (all)")
+    add("--early_stopping_patience", type=COUNT, default=0, help="epochs without a better CIDEr, 0 = off (%(default)s)")
+    add("--val_beam_size", type=SIZE, default=1, help="beam for each epoch's validation captions (%(default)s)")
+    add("--keep_checkpoints", type=SIZE, help="keep only so many of the newest model_epoch_N.pt (all)")
 
     add = parser.add_argument_group("learning rate schedule").add_argument
     add("--use_scheduler", action="store_true", help="without it the rate is constant")
     add("--scheduler_type", choices=SCHEDULERS, default="reduce_lr_on_plateau", help="default: %(default)s")
-    add("--scheduler_patience", type=count, default=3, help="plateau: epochs without a better loss (%(default)s)")
+    add("--scheduler_patience", type=COUNT, default=3, help="plateau: epochs without a better loss (%(default)s)")
     add("--scheduler_factor", type=number(float, 0, 0.999, above=True), default=0.5, help="plateau: (%(default)s)")
-    add("--scheduler_step_size", type=size, default=7, help="step: epochs between decays (%(default)s)")
+    add("--scheduler_step_size", type=SIZE, default=7, help="step: epochs between decays (%(default)s)")
     add("--scheduler_gamma", type=number(float, 0, 1, above=True), default=0.1, help="step, exponential: (%(default)s)")
-    add("--scheduler_t_max", type=size, default=10, help="cosine: epochs to the minimum (%(default)s)")
+    add("--scheduler_t_max", type=SIZE, default=10, help="cosine: epochs to the minimum (%(default)s)")
     add("--min_lr", type=number(float, 0), default=1e-7, help="plateau, cosine: smallest rate (%(default)s)")
-    add("--warmup_epochs", type=count, default=0, help="one_cycle: epochs of rising rate (%(default)s)")
+    add("--warmup_epochs", type=COUNT, default=0, help="one_cycle: epochs of rising rate (%(default)s)")
 
+
+def add_decoding_options(parser):
+    """How captions are written, and what test and caption mode leave behind."""
     add = parser.add_argument_group("decoding, in test and caption mode").add_argument
     add("--algorithm", choices=("greedy", "beam", "sample"), default="beam", help="default: beam")
-    add("--beam_size", type=size, default=5, help="beam: hypotheses kept per image (%(default)s)")
-    add("--max_length", type=size, default=40, help="most tokens in a caption, <EOS> counted (%(default)s)")
-    add("--min_length", type=count, default=0, help="fewest words in a caption (%(default)s)")
+    add("--beam_size", type=SIZE, default=5, help="beam: hypotheses kept per image (%(default)s)")
+    add("--max_length", type=SIZE, default=40, help="most tokens in a caption, <EOS> counted (%(default)s)")
+    add("--min_length", type=COUNT, default=0, help="fewest words in a caption (%(default)s)")
     add("--length_penalty", type=number(float, -10, 10), default=0.0,
         help="beam: score is log_prob / length ** penalty; above 0 favours long captions (%(default)s)")  # fmt: skip
-    add("--no_repeat_ngram_size", type=count, default=0, help="no n-gram of this size twice, 0 = off (%(default)s)")
+    add("--no_repeat_ngram_size", type=COUNT, default=0, help="no n-gram of this size twice, 0 = off (%(default)s)")
     add("--temperature", type=number(float, 1e-3), default=1.0, help="sample: below 1 sharpens (%(default)s)")
-    add("--top_k", type=count, default=0, help="sample: from the k likeliest words, 0 = all (%(default)s)")
+    add("--top_k", type=COUNT, default=0, help="sample: from the k likeliest words, 0 = all (%(default)s)")
     add("--top_p", type=number(float, 0, 1, above=True), default=1.0, help="sample: nucleus probability (%(default)s)")
-    add("--num_captions", type=size, default=1, help="caption mode: captions per image (%(default)s)")
+    add("--num_captions", type=SIZE, default=1, help="caption mode: captions per image (%(default)s)")
 
     add = parser.add_argument_group("test and caption mode").add_argument
     add("--split", choices=("train", "val", "test"), default="test", help="test: which images (%(default)s)")
@@ -155,9 +172,8 @@ def build_parser():
 
     add = parser.add_argument_group("attention pictures, attention decoder only").add_argument
     add("--save_attention_viz", action="store_true", help="draw where the decoder looked, word by word")
-    add("--attention_viz_samples", type=size, default=3, help="train and test: how many images (%(default)s)")
+    add("--attention_viz_samples", type=SIZE, default=3, help="train and test: how many images (%(default)s)")
     add("--advanced_attention_viz", action="store_true", help="also raw maps, entropy and peaks")
-    return parser
 
 
 def parse_args(argv=None):
