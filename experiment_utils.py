@@ -132,6 +132,15 @@ def resolve_device(name):
     return device
 
 
+def check_compiler(device):
+    """Compile a little for --compile. Raises: ValueError when torch.compile finds no compiler or none of its own."""
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--compile: torch.compile does not work here ({reason}): leave the option out") from error
+
+
 def resolve_precision(name, device):
     """--precision -> float32, bfloat16 or float16; auto takes the fastest that the hardware computes itself.
 

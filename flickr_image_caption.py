@@ -133,6 +133,8 @@ def add_training_options(parser):
     add("--grad_clip", type=number(float, 0), default=5.0, help="largest L2 norm of gradients, 0 = off (%(default)s)")
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32")  # fmt: skip
+    add("--compile", action="store_true",
+        help="torch.compile encoder and attention decoder (on CUDA its steps as graphs); slow to start")  # fmt: skip
     add("--early_stopping_patience", type=COUNT, default=0, help="epochs without a better CIDEr, 0 = off (%(default)s)")
     add("--val_beam_size", type=SIZE, default=1, help="beam for each epoch's validation captions (%(default)s)")
     add("--keep_checkpoints", type=SIZE, help="keep only so many of the newest model_epoch_N.pt (all)")
@@ -279,6 +281,7 @@ SAMPLE = 512  # training images that the features' mean and standard deviation a
 LOOK_EVERY = 50  # steps between looks at the loss: each look waits for the device
 CHUNK = 100  # images decoded together
 TOGETHER = 16  # captions of about one length that end their training step together
+BUCKET = 8  # a compiled step's captions and images are padded to multiples of it: few shapes to compile
 
 # --------------------------------------------------------------------------------------------------------- the encoder
 
@@ -410,7 +413,10 @@ def open_encoder(args, checkpoint=None):
             f"--encoder_weights {args.encoder_weights}: other weights than {args.model_path} was trained with: "
             "give the same ones, or leave the option out and use best.pt, which holds them"
         )
-    return encoder.to(args.device)
+    encoder.to(args.device)
+    if args.compile:
+        encoder.folded = torch.compile(encoder.folded, options={"freezing": True})
+    return encoder
 
 
 # -------------------------------------------------------------------------------------------------------- the decoders
@@ -418,6 +424,8 @@ def open_encoder(args, checkpoint=None):
 
 class Decoder(nn.Module):
     """What both decoders share. Features are standardised per channel, so that any encoder's scale suits them."""
+
+    compiled = None  # `teach` as --compile made it
 
     def __init__(self, feature_dim, vocab_size, embed_size, hidden_size, drop_prob):
         super().__init__()
@@ -460,18 +468,23 @@ class Decoder(nn.Module):
             PackedSequence, which spares the loss the way over (B, T, V).
         """
         exact = pack(captions, lengths)
-        order = exact.sorted_indices
+        order, steps = exact.sorted_indices, captions.size(1)
         longest = lengths.cpu().sort(descending=True).values[::TOGETHER].repeat_interleave(TOGETHER)[: len(order)]
+        teach = (self.training and self.compiled) or self.teach
+        if teach is self.compiled:  # nobody leaves early
+            longest = longest.new_full(longest.shape, steps + -steps % BUCKET)
+            captions = F.pad(captions, (0, -steps % BUCKET))
+            features = F.pad(features, (0, 0, 0, 0, 0, -len(features) % BUCKET))
         written = pack_padded_sequence(captions[order], longest, batch_first=True)
-        sizes = list(zip(written.batch_sizes.tolist(), exact.batch_sizes.tolist(), strict=True))
-        owner = torch.cat([torch.arange(rows) for rows, _ in sizes]).to(features.device)
-        within = torch.cat([torch.arange(rows) < writing for rows, writing in sizes]).nonzero().squeeze(1)
-        found = self.teach(features, written, image_index[order], owner)
+        sizes = written.batch_sizes.tolist()
+        rows = list(itertools.zip_longest(sizes, exact.batch_sizes.tolist(), fillvalue=0))
+        owner = torch.cat([torch.arange(count) for count in sizes]).to(features.device)
+        within = torch.cat([torch.arange(count) < writing for count, writing in rows]).nonzero().squeeze(1)
+        found = teach(features, written.data, sizes, image_index[order], owner)
         words, alphas = (
             part if part is None else exact._replace(data=part.index_select(0, within.to(part.device)))
             for part in found
         )
-        steps = captions.size(1)
         return words if packed else unpack(words, steps), None if alphas is None else unpack(alphas, steps)
 
 
@@ -490,17 +503,16 @@ class LSTMDecoder(Decoder):
         self.remind = nn.Linear(embed_size, hidden_size, bias=False)
         self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True, dropout=drop_prob * (num_layers > 1))
 
-    def teach(self, features, captions, image_index, owner):
+    def teach(self, features, tokens, sizes, image_index, owner):
         """Teacher forcing on packed captions, longest first.
 
-        Args: features (N, P, F), captions PackedSequence of (tokens,), image_index (B,), owner (tokens,): the caption
-            that each token belongs to.   Returns: logits (tokens, V), None.
+        Args: features (N, P, F), tokens (tokens,) step by step, sizes: how many captions each step writes, image_index
+            (B,), owner (tokens,): the caption that each token belongs to.   Returns: logits (tokens, V), None.
         """
         image = self.show(features)[image_index]  # (B, E), the first input of each caption
-        inputs = torch.cat([image, self.embed(captions.data)])
+        inputs = torch.cat([image, self.embed(tokens)])
         inputs = self.drop(inputs, torch.cat([owner[: len(image)], owner]), len(image))
-        sizes = torch.cat([captions.batch_sizes[:1], captions.batch_sizes])
-        hidden = self.lstm(PackedSequence(inputs, sizes))[0].data
+        hidden = self.lstm(PackedSequence(inputs, torch.tensor([sizes[0], *sizes])))[0].data
         hidden = hidden[len(image) :]  # what follows the image itself is no word
         hidden = hidden + self.remind(self.dropout(image)).index_select(0, owner)
         return self.head(self.drop(hidden, owner, len(image))), None
@@ -582,14 +594,14 @@ class AttentionDecoder(Decoder):
         output, context, state, alphas = self.advance(self.word_gates(words), state)
         return self.head(output + self.deepen(torch.cat([words, context], dim=-1))), state, alphas
 
-    def teach(self, features, captions, image_index, owner):
+    def teach(self, features, tokens, sizes, image_index, owner):
         """As `LSTMDecoder.teach`, and alphas (tokens, P). An image's captions share its projections."""
         state = map_tensors(lambda part: part.index_select(0, image_index), self.start(features))  # (B, 1, ...)
-        words = self.embed(captions.data)  # (tokens, E)
+        words = self.embed(tokens)  # (tokens, E)
         word_gates = self.word_gates(self.drop(words, owner, len(image_index))).unsqueeze(1)  # (tokens, 1, 4H)
         outputs, contexts, looked = [], [], []
         with summed_once(self.project_query, self.gate, *self.layers):
-            for gates in word_gates.split(captions.batch_sizes.tolist()):
+            for gates in word_gates.split(sizes):
                 if outputs and len(gates) < len(outputs[-1]):
                     state = select(state, slice(len(gates)))  # captions leave when they are written
                 output, context, state, alphas = self.advance(gates, state)
@@ -1017,6 +1029,9 @@ def set_up(args, checkpoint):
         scaler=torch.amp.GradScaler(args.device.type, enabled=args.precision == "float16"),
         progress={"epoch": 0, "step": 0, "best_score": None, "stale_epochs": 0, **AT_EPOCH_START}, history=[],
     )  # fmt: skip
+    if args.compile and args.decoder == "attention":  # torch's LSTM is one call already
+        backend = "cudagraphs" if args.device.type == "cuda" else "inductor"
+        decoder.compiled = torch.compile(decoder.teach, dynamic=False, backend=backend)
     if checkpoint:
         with experiment_utils.taking_from(args.model_path):
             restore_progress(run, checkpoint)
@@ -1289,7 +1304,7 @@ def open_checkpoint(args):
     args.model_path = str(path)
     checkpoint = experiment_utils.load_checkpoint(path)
     keep = THIS_RUN_ONLY + (
-        () if args.mode == "train" else ("precision", "save_attention_viz", "advanced_attention_viz")
+        () if args.mode == "train" else ("precision", "compile", "save_attention_viz", "advanced_attention_viz")
     )
     stored = check_stored(path, checkpoint["config"])
     with experiment_utils.taking_from(path):
@@ -1332,6 +1347,8 @@ def main(args):
         checkpoint = open_checkpoint(args)
         args.device = resolve_device(args.device)
         args.precision = resolve_precision(args.precision, args.device)
+        if args.compile:
+            experiment_utils.check_compiler(args.device)
         if args.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
         if process_group.size() > 1 and args.mode != "train":

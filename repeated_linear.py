@@ -63,7 +63,7 @@ class LinearUses(torch.autograd.Function):
 def summed_once(*layers):
     """While one sequence runs through RepeatedLinear `layers`: their gradients are summed over its steps at once."""
     try:
-        for layer in layers if torch.is_grad_enabled() else ():
+        for layer in layers if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
             kind, layer.uses = layer.weight.device.type, []
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
             bias = None if layer.bias is None else layer.bias.to(dtype)

@@ -341,6 +341,31 @@ def drop_prob_drops_in_both_decoders_defect_15():
         assert losses[0] == losses[1] != losses[2]
 
 
+def compile_changes_how_but_not_what_is_computed():
+    """Traced and differentiated as a whole, but run by torch's own kernels: generating C++ takes a minute."""
+    asked, original = [], torch.compile
+
+    def traced(function, *, backend="inductor", **options):
+        asked.append((backend, options))
+        return original(function, backend="aot_eager", dynamic=False)
+
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    flags = "--decoder attention --drop_prob 0 --max_length 4 --image_size 64 --precision float32"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", traced)
+        patch.setattr(fic, "BUCKET", 3)  # 4 steps become 6
+        (plain_loss, plain), (loss, run) = stepped(flags), stepped(flags, "--compile")
+        assert asked == [("inductor", {"options": {"freezing": True}}), ("inductor", {"dynamic": False})]
+        assert loss == pytest.approx(plain_loss, abs=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for ours, textbook in zip(run.decoder.parameters(), plain.decoder.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, textbook.grad, rtol=1e-4, atol=1e-6)
+        with torch.inference_mode():
+            torch.testing.assert_close(run.encoder(images), plain.encoder(images), rtol=1e-4, atol=1e-5)
+        patch.setattr(torch, "compile", lambda _function: lambda _x: (_ for _ in ()).throw(RuntimeError("no C++\nx")))
+        refused("--compile", naming=["--compile", "(no C++): leave the option out"])
+
+
 def alpha_c_weighs_the_attention_penalty():
     (plain, without), (same, with_penalty) = (stepped(f"--decoder attention --alpha_c {a}") for a in (0, 9))
     assert plain == same and not torch.equal(weights(without), weights(with_penalty))
@@ -573,6 +598,7 @@ FLAG_EFFECTS = {
     "--attention_dim": sizes_reach_the_decoders,
     "--num_layers": num_layers_are_built_by_both_decoders_defect_15,
     "--drop_prob": drop_prob_drops_in_both_decoders_defect_15,
+    "--compile": compile_changes_how_but_not_what_is_computed,
     "--alpha_c": alpha_c_weighs_the_attention_penalty,
     "--epochs": epochs_are_trained,
     "--batch_size": batch_size_counts_captions,
