@@ -580,11 +580,6 @@ def resolve_checkpoint(path, prefer="best"):
     return last if last in choices and last.stat().st_mtime >= newest.stat().st_mtime else newest
 
 
-def latest_checkpoint(model_save_dir):
-    """The newest run's newest checkpoint below `model_save_dir`. Raises FileNotFoundError when there is none."""
-    return resolve_checkpoint(model_save_dir, prefer="newest")
-
-
 def prune_checkpoints(run_dir, keep):
     """Delete all but the last `keep` model_epoch_N.pt of a run; 0 keeps them all."""
     files = sorted(Path(run_dir).glob("model_epoch_*.pt"), key=_epoch_number)

@@ -33,9 +33,11 @@ ARCHITECTURE = (
 )  # fmt: skip
 IDLE_ELSEWHERE = {
     "model_path": ("train", "test", "caption"), "resume": ("train",), "split": ("test",), "images": ("caption",),
-    "json": ("caption",), "output_dir": ("test", "caption"),
+    "json": ("caption",), "output_dir": ("test", "caption"), "ensemble": ("test", "caption"),
 }  # fmt: skip
-THIS_RUN_ONLY = ("mode", "model_path", "resume", "images", "json", "output_dir", "split", "device", "epochs", "typed")
+THIS_RUN_ONLY = (
+    "mode", "model_path", "resume", "ensemble", "images", "json", "output_dir", "split", "device", "epochs", "typed",
+)  # fmt: skip
 
 
 def number(kind, low, high=math.inf, *, above=False):
@@ -168,6 +170,8 @@ def add_decoding_options(parser):
 
     add = parser.add_argument_group("test and caption mode").add_argument
     add("--split", choices=("train", "val", "test"), default="test", help="test: which images (%(default)s)")
+    add("--ensemble", nargs="+", default=[], metavar="PATH",
+        help="more checkpoints, or folders of runs; word probabilities are averaged")  # fmt: skip
     add("--images", nargs="+", metavar="FILE_OR_FOLDER", help="caption: pictures, and folders of pictures")
     add("--json", action="store_true", help="caption: one JSON object per line")
     add("--output_dir", help="where test and caption mode write files (beside the checkpoint)")
@@ -613,6 +617,28 @@ class AttentionDecoder(Decoder):
         return self.head(self.drop(output, owner, len(image_index))), alphas
 
 
+class Ensemble(nn.Module):
+    """Decoders of one vocabulary and encoder as one: the mean of their probabilities, and of their attention maps."""
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.pooled = all(member.pooled for member in members)
+
+    def start(self, features):
+        """features (N, P, F) -> state: each member's."""
+        return tuple(zip(*(member.start(features) for member in self.members), strict=True))
+
+    def step(self, tokens, state):
+        """tokens (N, K), state -> log-probabilities (N, K, V), state, alphas (N, K, P) or None."""
+        steps = [member.step(tokens, own) for member, *own in zip(self.members, *state, strict=True)]
+        logits, states, alphas = zip(*steps, strict=True)
+        log_probs = torch.stack([own.float().log_softmax(dim=-1) for own in logits])
+        maps = [own for own in alphas if own is not None]
+        state = tuple(zip(*states, strict=True))
+        return log_probs.logsumexp(0) - math.log(len(logits)), state, torch.stack(maps).mean(0) if maps else None
+
+
 DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}
 
 
@@ -785,14 +811,14 @@ def open_dataset(args, checkpoint=None):
     )  # fmt: skip
 
 
-def open_features(args, encoder, dataset, split):
+def open_features(args, encoder, dataset, split, pooled):
     """(table of the images in `split`, their FeatureSource); unreadable images leave the dataset first."""
 
     def source():
         table = dataset.table[dataset.table.split == split].reset_index(drop=True)
         paths = [dataset.image_dir / name for name in table.image]
         mirrored = args.horizontal_flip and args.mode == split == "train"
-        return table, FeatureSource(args, encoder, paths, pooled=DECODERS[args.decoder].pooled, mirrored=mirrored)
+        return table, FeatureSource(args, encoder, paths, pooled=pooled, mirrored=mirrored)
 
     table, features = source()
     if features.unreadable:
@@ -1008,8 +1034,9 @@ def set_up(args, checkpoint):
     dataset = open_dataset(args, checkpoint)
     print(*dataset.notes, sep="\n")
     encoder = open_encoder(args, checkpoint)
-    table, features = open_features(args, encoder, dataset, "train")
-    val_table, val_features = open_features(args, encoder, dataset, "val")
+    pooled = DECODERS[args.decoder].pooled
+    table, features = open_features(args, encoder, dataset, "train", pooled)
+    val_table, val_features = open_features(args, encoder, dataset, "val", pooled)
     texts = [caption for captions in table.captions for caption in captions]
     experiment_utils.set_seed(args.seed)
     if checkpoint:
@@ -1066,6 +1093,35 @@ def restore_decoder(args, checkpoint):
     decoder = build_decoder(args, *sizes)
     decoder.load_state_dict(checkpoint["model"])
     return decoder, vocabulary
+
+
+def family(checkpoint):
+    """What the members of an ensemble must have in common."""
+    encoder, splits = checkpoint["encoder"], checkpoint["splits"]
+    return {"encoder": encoder["weights_sha256"], "image size": encoder["image_size"],
+            "split": {name: sorted(splits[name]) for name in splits},
+            "vocabulary": checkpoint["vocabulary"]}  # fmt: skip
+
+
+def open_decoder(args, checkpoint):
+    """What test and caption mode write with, and its vocabulary: the checkpoint's decoder, or its --ensemble.
+
+    Raises: ValueError when a member has other words, pictures or splits (whose test images the first may know).
+    """
+    decoder, vocabulary = restore_decoder(args, checkpoint)
+    members = [decoder]
+    for path in args.ensemble:
+        path = found_checkpoint(args, path)
+        other = experiment_utils.load_checkpoint(path)
+        stored = SimpleNamespace(**check_stored(path, other["config"]) | {"device": args.device, "model_path": path})
+        with experiment_utils.taking_from(path):
+            own, others = family(checkpoint), family(other)
+        if differing := [name for name in own if own[name] != others[name]]:
+            raise ValueError(
+                f"--ensemble {path}: has another {differing[0]} than {args.model_path}: members must be trained alike"
+            )
+        members.append(restore_decoder(stored, other)[0])
+    return (Ensemble(members) if args.ensemble else decoder), vocabulary
 
 
 def restore_progress(run, checkpoint):
@@ -1210,9 +1266,9 @@ def test(args, checkpoint):
     folder, started = output_folder(args), time.perf_counter()
     experiment_utils.check_writable_dir(args.cache_dir, "--cache_dir")
     dataset = open_dataset(args, checkpoint)
-    encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), restore_decoder(args, checkpoint)
+    encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), open_decoder(args, checkpoint)
     print(*dataset.notes, sep="\n")
-    table, features = open_features(args, encoder, dataset, args.split)
+    table, features = open_features(args, encoder, dataset, args.split, decoder.pooled)
     grids = features.stream(torch.arange(len(table)).split(CHUNK))
     found = caption_images(decoder, grids, vocabulary, args, num_captions=1)
     found = list(tqdm(found, "decoding", len(table), unit="image", disable=None))
@@ -1238,7 +1294,8 @@ def test(args, checkpoint):
     if args.save_attention_viz:
         draw_attention(folder, args, encoder.grid, vocabulary, features.paths[: args.attention_viz_samples], found)
     scores |= {"dataset_type": args.dataset_type, "split": args.split, "images": len(table), "decoding": decoding,
-               "checkpoint": str(args.model_path), "wall_time_seconds": time.perf_counter() - started}  # fmt: skip
+               "checkpoint": str(args.model_path), "ensemble": args.ensemble,
+               "wall_time_seconds": time.perf_counter() - started}  # fmt: skip
     experiment_utils.write_json(folder / f"{args.split}_captions.json", rows)
     experiment_utils.write_json(folder / f"{args.split}_metrics.json", scores)
     how = f"beam {args.beam_size}" if args.algorithm == "beam" else args.algorithm
@@ -1252,7 +1309,7 @@ def caption(args, checkpoint):
     """Print a caption per picture; goes on past files that are no pictures. Returns the status, 1 if there were any."""
     paths = [path for given in args.images for path in caption_data.pictures_in(Path(given))]
     folder = output_folder(args) if args.save_attention_viz else None
-    encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), restore_decoder(args, checkpoint)
+    encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), open_decoder(args, checkpoint)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     status, drawn = 0, 0
@@ -1288,6 +1345,14 @@ def caption(args, checkpoint):
 MODES = {"train": train, "test": test, "caption": caption}
 
 
+def found_checkpoint(args, path):
+    """The file that `path`, a file or a folder of runs, means; said where it is another. Raises: FileNotFoundError."""
+    found = experiment_utils.resolve_checkpoint(path, "newest" if args.mode == "train" else "best")
+    if str(found) != str(path):
+        print(f"checkpoint: {found}", file=sys.stderr if args.mode == "caption" else sys.stdout)
+    return found
+
+
 def open_checkpoint(args):
     """The checkpoint that --model_path or --resume means, or None; options that were not typed become its own.
 
@@ -1296,12 +1361,8 @@ def open_checkpoint(args):
     if args.model_path is None:
         return None
     if args.resume == "latest":
-        path = experiment_utils.latest_checkpoint(args.model_save_dir)
-    else:
-        path = experiment_utils.resolve_checkpoint(args.model_path, "newest" if args.mode == "train" else "best")
-    if str(path) != args.model_path:
-        print(f"checkpoint: {path}", file=sys.stderr if args.mode == "caption" else sys.stdout)
-    args.model_path = str(path)
+        args.model_path = args.model_save_dir
+    path = args.model_path = str(found_checkpoint(args, args.model_path))
     checkpoint = experiment_utils.load_checkpoint(path)
     keep = THIS_RUN_ONLY + (
         () if args.mode == "train" else ("precision", "compile", "save_attention_viz", "advanced_attention_viz")

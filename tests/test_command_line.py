@@ -491,6 +491,24 @@ def warmup_epochs_of_rising_rate():
         assert found.index(max(found)) == warm
 
 
+def ensemble_writes_with_all_its_members():
+    shop = Path("data").resolve().parent
+    members = [shop / "lstm/best.pt", shop / "lstm/model_epoch_4.pt"]
+    alone, together = written(), written("--ensemble", *members)
+    assert [image[0]["log_prob"] for image in together] != [image[0]["log_prob"] for image in alone]
+    test = f"--mode test --output_dir out --model_path {shop / 'attention/best.pt'}"
+    succeed(test, "--save_attention_viz --attention_viz_samples 1 --ensemble", *members)
+    assert read_json("out/test_metrics.json")["ensemble"] == [str(path) for path in members]
+    first = read_json("out/test_captions.json")[0]
+    assert first["caption"] == together[0][0]["caption"]  # of float16 features, from the cache
+    assert first["log_prob"] == pytest.approx(together[0][0]["log_prob"], abs=0.01)
+    refused("--ensemble", members[0], naming=["--ensemble belongs to --mode test and caption"])
+    for flags, part in (("--freq_threshold 9", "vocabulary"), ("--image_size 64", "image size"),
+                        ("--seed 1", "encoder"), ("--max_train_images 20", "split")):  # fmt: skip
+        odd = train(flags) / "best.pt"
+        refused(test, "--ensemble", odd, naming=[f"--ensemble {odd}: has another {part} than"])
+
+
 def algorithm_chooses_the_search():
     assert written("--algorithm greedy") == written("--algorithm beam --beam_size 1")
     samples = [texts(f"--algorithm sample --seed {seed}") for seed in (1, 1, 2)]
@@ -618,6 +636,7 @@ FLAG_EFFECTS = {
     "--scheduler_t_max": t_max_is_where_the_cosine_is_lowest,
     "--min_lr": min_lr_is_the_lowest_rate,
     "--warmup_epochs": warmup_epochs_of_rising_rate,
+    "--ensemble": ensemble_writes_with_all_its_members,
     "--algorithm": algorithm_chooses_the_search,
     "--beam_size": beam_size_widens_the_search,
     "--max_length": max_length_cuts,

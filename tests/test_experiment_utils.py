@@ -26,7 +26,6 @@ from experiment_utils import (
     create_run_dir,
     environment,
     git_info,
-    latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     random_state,
@@ -578,7 +577,7 @@ def test_a_folder_is_its_newest_run_that_has_a_checkpoint(saved_models):
     for folder in (family, family.parent, saved_models, newest):
         assert resolve_checkpoint(folder) == newest / "best.pt"
         assert resolve_checkpoint(folder, prefer="newest") == newest / "model_epoch_11.pt"
-    assert latest_checkpoint(saved_models) == newest / "model_epoch_11.pt"
+    assert resolve_checkpoint(saved_models, "newest") == newest / "model_epoch_11.pt"
 
 
 def test_document_a_s_flat_paths_are_found_in_the_newest_run_that_has_them(saved_models):
@@ -607,19 +606,19 @@ def test_within_a_run_the_newest_is_the_last_written(tmp_path):
         touch(tmp_path / f"model_epoch_{epoch}.pt")
     touch(tmp_path / "best.pt", written=1_900_000_000)
     touch(tmp_path / "model_epoch_x.pt", written=1_900_000_000)
-    assert latest_checkpoint(tmp_path).name == "model_epoch_10.pt"
+    assert resolve_checkpoint(tmp_path, "newest").name == "model_epoch_10.pt"
     last = touch(tmp_path / "last.pt", written=1_600_000_000)  # interrupted during an earlier epoch
-    assert latest_checkpoint(tmp_path).name == "model_epoch_10.pt"
+    assert resolve_checkpoint(tmp_path, "newest").name == "model_epoch_10.pt"
     touch(last, written=1_700_000_001)
-    assert latest_checkpoint(tmp_path) == last
+    assert resolve_checkpoint(tmp_path, "newest") == last
 
 
 def test_a_best_copied_into_a_resumed_run_is_not_its_newest_checkpoint(tmp_path):
     """A resumed run that was stopped at once has only the copy: going on from it would lose epochs."""
     touch(tmp_path / f"lstm_{STAMP}" / "model_epoch_9.pt")
     touch(tmp_path / "lstm_20251201_143022" / "best.pt")
-    assert latest_checkpoint(tmp_path).name == "model_epoch_9.pt"
-    assert latest_checkpoint(tmp_path / "lstm_20251201_143022").name == "best.pt"  # a released model, alone
+    assert resolve_checkpoint(tmp_path, "newest").name == "model_epoch_9.pt"
+    assert resolve_checkpoint(tmp_path / "lstm_20251201_143022", "newest").name == "best.pt"  # a released model, alone
 
 
 def test_what_is_not_there_is_said_with_what_is(saved_models, tmp_path):
@@ -630,7 +629,7 @@ def test_what_is_not_there_is_said_with_what_is(saved_models, tmp_path):
         resolve_checkpoint(saved_models / "flickr8k" / "resnet_attention" / "best.pt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"there is none in .*empty or below it: --mode train writes them"):
-        latest_checkpoint(tmp_path / "empty")
+        resolve_checkpoint(tmp_path / "empty", "newest")
 
 
 def test_prune_keeps_the_last_epochs_and_every_other_file(tmp_path):

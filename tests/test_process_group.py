@@ -109,7 +109,7 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpo
             running.kill()
     said = [line for line in Path("err.txt").read_text().splitlines() if line.startswith("flickr_image_caption.py")]
     assert said == [f"flickr_image_caption.py: error: {process_group.LOST}"]
-    last = experiment_utils.latest_checkpoint("saved_models")
+    last = experiment_utils.resolve_checkpoint("saved_models", "newest")
     assert load(last)["epoch"] >= 2
     assert not list(last.parent.glob("*.partial"))
 
