@@ -1066,7 +1066,9 @@ def set_up(args, checkpoint):
         run.plan = {"epochs": args.epochs, "steps": args.epochs * run.batches.num_batches}
         run.scheduler = build_scheduler(run.optimizer, args, run.plan)
     if process_group.size() > 1:
-        run.model = nn.parallel.DistributedDataParallel(decoder, forward_sync_buffers=False)
+        run.model = nn.parallel.DistributedDataParallel(
+            decoder, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
     if process_group.rank():  # dropout of its own
         torch.manual_seed(args.seed + 1_000_003 * process_group.rank() + run.progress["step"])
     run.per_step = isinstance(run.scheduler, torch.optim.lr_scheduler.OneCycleLR)
