@@ -1414,6 +1414,8 @@ def main(args):
             experiment_utils.check_compiler(args.device)
         if args.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
+        if args.device.type == "cpu":
+            experiment_utils.keep_freed_memory()
         if process_group.size() > 1 and args.mode != "train":
             raise ValueError(f"--mode {args.mode} runs in one process: start it without torchrun")
         with process_group.joined(args.device):

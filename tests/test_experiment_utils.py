@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import random
 import subprocess
 import sys
@@ -667,6 +668,28 @@ def test_the_state_of_a_gpu_goes_on_too():
     later = torch.rand(3, device="cuda").tolist()
     set_random_state(state)
     assert torch.rand(3, device="cuda").tolist() == later
+
+
+FAULTS = """
+import resource, sys, torch, experiment_utils
+if sys.argv[1] == "keep":
+    experiment_utils.keep_freed_memory()
+for _ in range(20):
+    torch.ones(2**24)  # 64 MiB, given back at once
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    first = faults if _ == 0 else first
+print(faults - first)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_memory_that_tensors_give_back_is_not_faulted_in_again():
+    root = Path(experiment_utils.__file__).parent
+    kept, plain = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=root, text=True))
+        for how in ("keep", "plain")
+    )
+    assert kept < 30_000 < plain
 
 
 def test_an_output_folder_is_checked_without_being_made(tmp_path):
