@@ -394,6 +394,7 @@ def start_and_step(typed, warm_up, steps, started):
     args = program.parse_args(typed)
     args.device = program.resolve_device(args.device)
     args.precision = program.resolve_precision(args.precision, args.device)
+    program.experiment_utils.keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):
         run = program.set_up(args, None)
     ready = time.time()
@@ -511,6 +512,7 @@ def main(argv=None):
 
     import experiment_utils
 
+    experiment_utils.keep_freed_memory()  # for both ways: the program does so on a CPU
     report = {}
     if args.scale:
         try:
