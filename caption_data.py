@@ -126,9 +126,7 @@ def load_dataset(
         remote_shards: whether `image_dir` may be shards that a command fetches; no, when it comes from a checkpoint.
     Raises: ValueError or FileNotFoundError, one line each, naming the file or flag.
     """
-    if image_dir and not remote_shards:
-        image_shards.refuse_remote(str(image_dir))
-    image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file)
+    image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file, remote_shards)
     rows, problems = read_captions(captions_file)
     total_rows = len(rows) + len(problems)
     captions, recorded, bad_images = _group_by_image(rows, problems)
@@ -165,13 +163,15 @@ def load_dataset(
     return Dataset(table, image_dir, captions_file, notes, max_bad_fraction, images_named, bad_images)
 
 
-def find_dataset(dataset_type, image_dir=None, captions_file=None) -> tuple[Path | Shards, Path]:
+def find_dataset(dataset_type, image_dir=None, captions_file=None, remote_shards=True) -> tuple[Path | Shards, Path]:
     """(image folder or shards, captions file) of ./data/<dataset_type>, unless given; `custom` has none of its own.
 
     Raises: FileNotFoundError saying which command gets the dataset, ValueError when `custom` lacks a path.
     """
     if dataset_type == "custom" and not (image_dir and captions_file):
         raise ValueError("--dataset_type custom needs both --image_dir and --captions_file")
+    if image_dir and not remote_shards:
+        image_shards.refuse_remote(str(image_dir))
     root = Path("data") / dataset_type
     image_dir = image_dir or _first_of(root, IMAGE_FOLDERS, "image folder")
     image_dir = image_shards.find_shards(image_dir, PICTURE_NAME) or Path(image_dir)

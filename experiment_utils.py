@@ -39,7 +39,7 @@ import torch
 
 import process_group
 
-FORMAT_VERSION = 1  # of a checkpoint; raised when an older program could not read what a newer one writes
+FORMAT_VERSION = 2  # of a checkpoint; raised when an older program could not read what a newer one writes
 
 # What every checkpoint holds, and of which type; `object` is any plain value, None included.
 CHECKPOINT_KEYS = {
@@ -146,11 +146,11 @@ def keep_freed_memory():
 
 
 def check_compiler(device):
-    """Compile a little for --compile. Raises: ValueError when torch.compile finds no compiler or none of its own."""
+    """Compile a little for --compile. Raises: ValueError when torch.compile does not work for this device."""
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--compile: torch.compile does not work here ({reason}): leave the option out") from error
 
 

@@ -36,7 +36,8 @@ IDLE_ELSEWHERE = {
     "json": ("caption",), "output_dir": ("test", "caption"), "ensemble": ("test", "caption"),
 }  # fmt: skip
 THIS_RUN_ONLY = (
-    "mode", "model_path", "resume", "ensemble", "images", "json", "output_dir", "split", "device", "epochs", "typed",
+    "mode", "model_path", "resume", "ensemble", "images", "json", "output_dir", "split", "device", "epochs", "compile",
+    "typed",
 )  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def parse_args(argv=None):
         if name in typed and args.mode not in modes:
             hint = ": give --model_path" if name == "resume" else ""
             parser.error(f"--{name} belongs to --mode {' and '.join(modes)}, not {args.mode}{hint}")
-        if typed.get(name) == "":
+        if typed.get(name) == "" or (isinstance(typed.get(name), list) and "" in typed[name]):
             parser.error(f"--{name} is empty: give a path")
     if args.resume and args.model_path:
         parser.error("--resume and --model_path name the same thing: give one of them")
@@ -412,7 +413,11 @@ def open_encoder(args, checkpoint=None):
     else:
         weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
         encoder = Encoder(args.encoder, weights, args.encoder_weights, args.precision, args.image_size)
-    if checkpoint and encoder.key()["weights_sha256"] != stored.get("weights_sha256"):
+    args.image_size, key = encoder.image_size, encoder.key()
+    for name in ("channels", "image_size") if checkpoint else ():
+        if stored.get(name) != key[name]:
+            raise ValueError(f"{args.model_path}: its encoder has other {name} than it says: give another checkpoint")
+    if checkpoint and key["weights_sha256"] != stored.get("weights_sha256"):
         raise ValueError(
             f"--encoder_weights {args.encoder_weights}: other weights than {args.model_path} was trained with: "
             "give the same ones, or leave the option out and use best.pt, which holds them"
@@ -799,15 +804,15 @@ class FeatureSource:
 
 def open_dataset(args, checkpoint=None):
     """The dataset, split as the checkpoint's was; another one, without any image in common, has its own split."""
-    stored = checkpoint["splits"] if checkpoint else None
+    stored, remote = checkpoint["splits"] if checkpoint else None, "image_dir" in args.typed
     if stored and {"dataset_type", "captions_file"} & args.typed:
-        _, captions_file = caption_data.find_dataset(args.dataset_type, args.image_dir, args.captions_file)
+        _, captions_file = caption_data.find_dataset(args.dataset_type, args.image_dir, args.captions_file, remote)
         here = {row[0] for row in caption_data.read_captions(captions_file)[0]}
         stored = stored if any(here.intersection(names) for names in stored.values()) else None
     return caption_data.load_dataset(
         args.dataset_type, args.image_dir, args.captions_file, split_seed=args.split_seed, splits=stored,
         max_bad_fraction=args.max_bad_fraction, max_train_images=args.max_train_images,
-        remote_shards="image_dir" in args.typed,
+        remote_shards=remote,
     )  # fmt: skip
 
 
@@ -1100,7 +1105,7 @@ def restore_decoder(args, checkpoint):
 def family(checkpoint):
     """What the members of an ensemble must have in common."""
     encoder, splits = checkpoint["encoder"], checkpoint["splits"]
-    return {"encoder": encoder["weights_sha256"], "image size": encoder["image_size"],
+    return {"encoder": [encoder["weights_sha256"], encoder["channels"]], "image size": encoder["image_size"],
             "split": {name: sorted(splits[name]) for name in splits},
             "vocabulary": checkpoint["vocabulary"]}  # fmt: skip
 
@@ -1112,13 +1117,16 @@ def open_decoder(args, checkpoint):
     """
     decoder, vocabulary = restore_decoder(args, checkpoint)
     members = [decoder]
+    args.ensemble = [str(found_checkpoint(args, path)) for path in args.ensemble]
+    with experiment_utils.taking_from(args.model_path):
+        own = family(checkpoint)
     for path in args.ensemble:
-        path = found_checkpoint(args, path)
         other = experiment_utils.load_checkpoint(path)
         stored = SimpleNamespace(**check_stored(path, other["config"]) | {"device": args.device, "model_path": path})
         with experiment_utils.taking_from(path):
-            own, others = family(checkpoint), family(other)
-        if differing := [name for name in own if own[name] != others[name]]:
+            others = family(other)
+            differing = [name for name in own if own[name] != others[name]]
+        if differing:
             raise ValueError(
                 f"--ensemble {path}: has another {differing[0]} than {args.model_path}: members must be trained alike"
             )
@@ -1367,7 +1375,7 @@ def open_checkpoint(args):
     path = args.model_path = str(found_checkpoint(args, args.model_path))
     checkpoint = experiment_utils.load_checkpoint(path)
     keep = THIS_RUN_ONLY + (
-        () if args.mode == "train" else ("precision", "compile", "save_attention_viz", "advanced_attention_viz")
+        () if args.mode == "train" else ("precision", "save_attention_viz", "advanced_attention_viz")
     )
     stored = check_stored(path, checkpoint["config"])
     with experiment_utils.taking_from(path):
@@ -1387,16 +1395,16 @@ def check_stored(path, config):
     """A checkpoint's options, checked as if they were typed: the file may come from anyone. Raises: ValueError."""
     checked = {}
     for action in build_parser()._actions:
-        if action.dest == "help":
+        if action.dest in ("help", *THIS_RUN_ONLY):
             continue
         try:
             value = config[action.dest]
             as_typed = action.type or (bool if action.nargs == 0 else str)
-            if (value is not None or action.default is not None) and action.dest not in THIS_RUN_ONLY:
+            if value is not None or action.default is not None:
                 same = as_typed(value if as_typed is bool else str(value)) == value
                 if not same or (action.choices and value not in action.choices):
                     raise ValueError(value)
-        except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, argparse.ArgumentTypeError) as error:
             raise ValueError(
                 f"{path}: its configuration has no usable --{action.dest}: give another checkpoint"
             ) from error

@@ -61,7 +61,10 @@ class LinearUses(torch.autograd.Function):
 
 @contextlib.contextmanager
 def summed_once(*layers):
-    """While one sequence runs through RepeatedLinear `layers`: their gradients are summed over its steps at once."""
+    """While one sequence runs through RepeatedLinear `layers`: their gradients are summed over its steps at once.
+
+    Within torch.compile they are plain layers: it cannot trace a gradient that is put aside.
+    """
     try:
         for layer in layers if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
             kind, layer.uses = layer.weight.device.type, []

@@ -266,6 +266,8 @@ def image_size_is_what_the_encoder_sees():
     with np.load("out/attention_maps_sample_1.npz") as drawn:
         assert drawn["maps"].shape[1:] == (3, 3)
     refused("--mode test --image_size 64 --model_path", best, naming=["--image_size 64 (stored: 96)"])
+    own = Path("data").resolve().parent / "lstm/best.pt"
+    succeed("--mode test --image_size 224 --output_dir out --model_path", own)  # what it was trained with, unasked
 
 
 def cache_dir_holds_the_features():
@@ -503,6 +505,11 @@ def ensemble_writes_with_all_its_members():
     assert first["caption"] == together[0][0]["caption"]  # of float16 features, from the cache
     assert first["log_prob"] == pytest.approx(together[0][0]["log_prob"], abs=0.01)
     refused("--ensemble", members[0], naming=["--ensemble belongs to --mode test and caption"])
+    succeed(test, "--ensemble", shop / "lstm")  # a folder of runs: the file that it means now is what counts
+    assert read_json("out/test_metrics.json")["ensemble"] == [str(members[0])]
+    for part in ({"encoder__image_size": torch.tensor([1, 2])}, {"encoder": {}}, {"config__hidden_size": 17}):
+        changed(members[0], **part)
+        refused(test, "--ensemble bad.pt", naming=["bad.pt"])
     for flags, part in (("--freq_threshold 9", "vocabulary"), ("--image_size 64", "image size"),
                         ("--seed 1", "encoder"), ("--max_train_images 20", "split")):  # fmt: skip
         odd = train(flags) / "best.pt"
@@ -880,7 +887,7 @@ def test_a_checkpoint_that_is_missing_damaged_or_hostile(shop):
 
 def test_a_checkpoint_of_another_format_version(shop):
     torch.save(load(shop / "lstm/best.pt") | {"format_version": 99}, "future.pt")
-    refused("--mode test --model_path future.pt", naming=["future.pt", "99", "1"])
+    refused("--mode test --model_path future.pt", naming=["future.pt", "99, expected 2"])
 
 
 def changed(path, **parts):
@@ -895,7 +902,7 @@ def changed(path, **parts):
 @pytest.mark.parametrize("name", sorted({a.dest for a in fic.build_parser()._actions} - {"help", *fic.THIS_RUN_ONLY}))
 def test_a_wrong_configuration_inside_a_checkpoint_is_named(name, shop):
     config = load(shop / "lstm/best.pt")["config"]
-    for wrong in ([1], {"a": 1}):
+    for wrong in ([1], {"a": 1}, torch.tensor([1, 2])):
         with pytest.raises(ValueError, match=name):
             fic.check_stored("bad.pt", config | {name: wrong})
     with pytest.raises(ValueError, match=name):
@@ -907,7 +914,8 @@ WRONG_PARTS = {
         {"config__hidden_size": 17}, {"config__decoder": "attention"}, {"config__drop_prob": 7.0},
         {"config__encoder": "resnet18"}, {"model": {}}, {"vocabulary": {}}, {"vocabulary": {"words": ["a"]}},
         {"encoder": {}}, {"encoder__weights": {}}, {"encoder__weights": [1]}, {"encoder__weights_sha256": "0"},
-        {"encoder__channels": 3}, {"encoder__channels": "x"},
+        {"encoder__channels": 3}, {"encoder__channels": "x"}, {"encoder__image_size": 96},
+        {"config__image_size": 96}, {"config__use_scheduler": torch.tensor([1, 2])},
     ],
     "--mode test": [{"splits": {}}, {"splits": {"test": 3}}],
     "--epochs 1": [
@@ -923,6 +931,15 @@ def test_a_checkpoint_with_a_wrong_part(mode, parts, shop):
     changed(shop / "lstm/best.pt", **parts)
     shutil.copy(shop / "lstm/best.pt", "best.pt")  # beside it, as in a run's directory
     refused(mode, "--model_path bad.pt", naming=["bad.pt"])
+
+
+@pytest.mark.parametrize("flag", ["--model_path", "--resume", "--ensemble", "--images", "--output_dir"])
+def test_a_path_that_an_unset_variable_left_empty(flag, capsys):
+    others = ["--mode", "train" if flag == "--resume" else "caption", "--model_path", "x", "--images", "x"]
+    others = others[:2] if flag in ("--model_path", "--resume") else others
+    with pytest.raises(SystemExit) as stopped:
+        fic.parse_args([*others, flag, ""])
+    assert stopped.value.code == 2 and f"{flag} is empty: give a path" in capsys.readouterr().err
 
 
 def test_an_output_path_that_is_a_file(shop):

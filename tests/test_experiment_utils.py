@@ -432,7 +432,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert back.keys() == {"format_version", *state}
     assert torch.equal(back["model"]["weight"], torch.arange(6.0))
     assert torch.equal(back["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
-    assert (back["format_version"], back["vocabulary"], back["epoch"]) == (1, {"words": ["hund", "犬"]}, 2)
+    assert (back["format_version"], back["vocabulary"], back["epoch"]) == (experiment_utils.FORMAT_VERSION, {"words": ["hund", "犬"]}, 2)
 
 
 def test_saving_a_checkpoint_without_one_of_its_keys_is_our_bug(tmp_path):
@@ -466,7 +466,7 @@ def refusal(path):
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_hostile_checkpoint_is_refused_and_its_code_not_run(tmp_path, archive):
     bad, proof = tmp_path / "bad.pt", tmp_path / "proof"
-    hostile = checkpoint(format_version=1, config={"a": Attack(str(proof))})
+    hostile = checkpoint(format_version=experiment_utils.FORMAT_VERSION, config={"a": Attack(str(proof))})
     if archive:
         torch.save(hostile, bad)
         assert "could run code" in refusal(bad)
@@ -533,10 +533,10 @@ def test_an_archive_that_claims_more_than_the_file_holds_is_refused(tmp_path):
         ([1, 2], "not a usable checkpoint (it has no format_version)"),
         ({"conv1.weight": torch.zeros(3)}, "not a usable checkpoint (it has no format_version)"),
         ({"format_version": torch.zeros(2)}, "not a usable checkpoint (it has no format_version)"),
-        ({"format_version": 2}, "checkpoint format version 2, expected 1: use the version of this program that wrote"),
-        ({"format_version": 1}, "not a usable checkpoint (its 'config' is missing or not of type dict)"),
+        ({"format_version": 1}, "checkpoint format version 1, expected 2: use the version of this program that wrote"),
+        ({"format_version": 2}, "not a usable checkpoint (its 'config' is missing or not of type dict)"),
         (
-            checkpoint(format_version=1, model=[]),
+            checkpoint(format_version=2, model=[]),
             "not a usable checkpoint (its 'model' is missing or not of type dict)",
         ),
     ],
@@ -689,7 +689,7 @@ def test_memory_that_tensors_give_back_is_not_faulted_in_again():
         int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=root, text=True))
         for how in ("keep", "plain")
     )
-    assert kept < 30_000 < plain
+    assert kept < 100_000 < plain  # 16,384 pages each time
 
 
 def test_an_output_folder_is_checked_without_being_made(tmp_path):
