@@ -432,7 +432,8 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert back.keys() == {"format_version", *state}
     assert torch.equal(back["model"]["weight"], torch.arange(6.0))
     assert torch.equal(back["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
-    assert (back["format_version"], back["vocabulary"], back["epoch"]) == (experiment_utils.FORMAT_VERSION, {"words": ["hund", "犬"]}, 2)
+    assert back["format_version"] == experiment_utils.FORMAT_VERSION
+    assert (back["vocabulary"], back["epoch"]) == ({"words": ["hund", "犬"]}, 2)
 
 
 def test_saving_a_checkpoint_without_one_of_its_keys_is_our_bug(tmp_path):
