@@ -623,7 +623,10 @@ class AttentionDecoder(Decoder):
 
 
 class Ensemble(nn.Module):
-    """Decoders of one vocabulary and encoder as one: the mean of their probabilities, and of their attention maps."""
+    """Decoders of one vocabulary and encoder as one: the mean of their probabilities, and of their attention maps.
+
+    It only writes: members are trained one by one, so there is no `forward`.
+    """
 
     def __init__(self, members):
         super().__init__()
