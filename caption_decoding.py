@@ -145,10 +145,10 @@ def generate(
     images = torch.arange(len(features), device=features.device)  # which image each remaining row is
     results = [None] * len(features)
     state = decoder.start(features)
-    first = width if algorithm == "sample" else 1
-    state = (state[0], follow(state[1], images.new_zeros(len(images), first)))
-    tokens = torch.full((len(images), first, 1), vocabulary.sos, device=images.device)  # (N, K, 1 + t)
-    log_prob = torch.zeros(len(images), first, device=images.device)  # (N, K)
+    first = images.new_zeros(len(images), width if algorithm == "sample" else 1)  # each hypothesis's parent
+    state = (state[0], follow(state[1], first))
+    tokens = first.unsqueeze(-1) + vocabulary.sos  # (N, K, 1 + t)
+    log_prob = first.float()  # (N, K)
     lengths = log_prob.clone()  # tokens written, <EOS> counted
     done = torch.zeros_like(lengths, dtype=torch.bool)
     attention = None  # (N, K, t, P)
@@ -163,9 +163,8 @@ def generate(
         else:
             parents, words, log_prob = rank(*so_far, width)
         if alphas is not None:
-            alphas = alphas.unsqueeze(2)
-            attention = alphas if attention is None else torch.cat([attention, alphas], dim=2)
-            attention = follow(attention, parents)
+            looked = [] if attention is None else [attention]
+            attention = follow(torch.cat([*looked, alphas.unsqueeze(2)], dim=2), parents)
         lengths = lengths.gather(1, parents) + ~done.gather(1, parents)
         done = done.gather(1, parents) | (words == vocabulary.eos)
         tokens = torch.cat([follow(tokens, parents), words.unsqueeze(-1)], dim=-1)
@@ -177,13 +176,11 @@ def generate(
             leave |= settled(log_prob, lengths, done, most, length_penalty, num_captions)
         if leave.any():
             for row in leave.nonzero().flatten().tolist():
-                maps = None if attention is None else attention[row]
-                written = tokens[row], log_prob[row], lengths[row], done[row], maps
+                written = (part if part is None else part[row] for part in (tokens, log_prob, lengths, done, attention))
                 results[images[row]] = harvest(*written, length_penalty, num_captions)
-            stay = ~leave
-            images, tokens, log_prob, lengths, done = (t[stay] for t in (images, tokens, log_prob, lengths, done))
-            attention = None if attention is None else attention[stay]
-            state = select(state, stay)
+            kept = select((images, tokens, log_prob, lengths, done, state), ~leave)
+            images, tokens, log_prob, lengths, done, state = kept
+            attention = None if attention is None else attention[~leave]
             if not len(images):
                 break
     return results

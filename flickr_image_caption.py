@@ -242,6 +242,7 @@ def check_options(args):
 if __name__ == "__main__":
     ARGS = parse_args()  # before torch, whose import takes seconds: --help and mistakes answer at once
 
+import functools
 import hashlib
 import itertools
 import json
@@ -339,13 +340,18 @@ class Encoder(nn.Module):
         images = ((images / 255 - self.mean) / self.std).to(getattr(torch, self.precision))
         return self.folded(images).float().flatten(2).transpose(1, 2)  # of (N, F, h, w)
 
-    def key(self):
-        """What decides the features: the cache's key, and what a checkpoint says of its encoder."""
+    @functools.cached_property
+    def weights_sha256(self):
+        """Over names and tensors of the trunk, which is frozen: taken once."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.trunk.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def key(self):
+        """What decides the features: the cache's key, and what a checkpoint says of its encoder."""
         return {
-            "name": self.name, "weights_sha256": digest.hexdigest(), "image_size": self.image_size,
+            "name": self.name, "weights_sha256": self.weights_sha256, "image_size": self.image_size,
             "grid": list(self.grid), "channels": self.channels, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
             "precision": self.precision,
         }  # fmt: skip
