@@ -1401,13 +1401,16 @@ def open_checkpoint(args):
 
 
 def check_stored(path, config):
-    """A checkpoint's options, checked as if they were typed: the file may come from anyone. Raises: ValueError."""
+    """A checkpoint's options, checked as if they were typed: the file may come from anyone. Raises: ValueError.
+
+    Options that are younger than the file have their defaults, which change nothing.
+    """
     checked = {}
     for action in build_parser()._actions:
         if action.dest in ("help", *THIS_RUN_ONLY):
             continue
         try:
-            value = config[action.dest]
+            value = config[action.dest] if action.dest in ARCHITECTURE else config.get(action.dest, action.default)
             as_typed = action.type or (bool if action.nargs == 0 else str)
             if value is not None or action.default is not None:
                 same = as_typed(value if as_typed is bool else str(value)) == value
