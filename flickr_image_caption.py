@@ -122,6 +122,8 @@ def add_model_options(parser):
     add("--num_layers", type=SIZE, default=3, help="LSTM layers (%(default)s)")
     add("--attention_dim", type=SIZE, default=512, help="attention decoder: units that compare cells (%(default)s)")
     add("--drop_prob", type=number(float, 0, 0.99), default=0.3, help="dropout probability (%(default)s)")
+    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0,
+        help="attention: share of an image's cells left out, drawn anew each step (%(default)s)")  # fmt: skip
     add("--alpha_c", type=number(float, 0), default=1.0, help="attention: doubly stochastic penalty (%(default)s)")
 
 
@@ -479,8 +481,9 @@ class Decoder(nn.Module):
         different sizes keep oneDNN's cache of compiled kernels warm.
 
         Args: features (N, P, F), captions (B, T), lengths (B,), image_index (B,).
-        Returns: logits (B, T, V), 0 beyond a caption's length, and alphas (B, T, P) or None; if `packed`, logits as a
-            PackedSequence, which spares the loss the way over (B, T, V).
+        Returns: logits (B, T, V), 0 beyond a caption's length, and alphas (B, T, P) or None, of fewer cells where
+            --patch_dropout leaves some out; if `packed`, logits as a PackedSequence, which spares the loss the way over
+            (B, T, V).
         """
         exact = pack(captions, lengths)
         order, steps = exact.sorted_indices, captions.size(1)
@@ -557,11 +560,14 @@ class AttentionDecoder(Decoder):
     the LSTM's output as it is. tanh x is computed as 2 sigmoid 2x - 1, quicker on a CPU; softmax ignores the 1.
     """
 
-    options = ("embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim")
+    options = ("embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim", "patch_dropout")
     pooled = False
 
-    def __init__(self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob, attention_dim):
+    def __init__(
+        self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob, attention_dim, patch_dropout=0.0
+    ):
         super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
+        self.patch_dropout = patch_dropout
         self.project_features = nn.Linear(feature_dim, embed_size)
         self.project_keys = nn.Linear(feature_dim, attention_dim)
         self.project_query = RepeatedLinear(hidden_size, attention_dim, bias=False)  # the keys have the bias
@@ -573,6 +579,18 @@ class AttentionDecoder(Decoder):
         below = [embed_size] + [hidden_size] * (num_layers - 1)
         self.layers = nn.ModuleList(RepeatedLinear(size + hidden_size, 4 * hidden_size) for size in below)
         self.deepen = nn.Linear(2 * embed_size, hidden_size)  # word and context, into the output
+
+    def some_cells(self, features):
+        """In training, of each image as many cells as --patch_dropout leaves, drawn at random: (N, P, F) -> (N, P', F).
+
+        Source: Liu et al. 2023, PatchDropout, section 3.
+        """
+        images, cells, _ = features.shape
+        kept = max(1, round(cells * (1 - self.patch_dropout))) if self.training else cells
+        if kept == cells:
+            return features
+        drawn = torch.rand(images, cells, device=features.device).topk(kept).indices
+        return features[torch.arange(images, device=features.device).unsqueeze(1), drawn]
 
     def start(self, features):
         """features (N, P, F) -> state: what is computed once per image, and LSTM layers made of the mean feature."""
@@ -610,8 +628,9 @@ class AttentionDecoder(Decoder):
         return self.head(output + self.deepen(torch.cat([words, context], dim=-1))), state, alphas
 
     def teach(self, features, tokens, sizes, image_index, owner):
-        """As `LSTMDecoder.teach`, and alphas (tokens, P). An image's captions share its projections."""
-        state = map_tensors(lambda part: part.index_select(0, image_index), self.start(features))  # (B, 1, ...)
+        """As `LSTMDecoder.teach`, and alphas (tokens, P or P'). An image's captions share its projections."""
+        state = self.start(self.some_cells(features))
+        state = map_tensors(lambda part: part.index_select(0, image_index), state)  # (B, 1, ...)
         words = self.embed(tokens)  # (tokens, E)
         word_gates = self.word_gates(self.drop(words, owner, len(image_index))).unsqueeze(1)  # (tokens, 1, 4H)
         outputs, contexts, looked = [], [], []

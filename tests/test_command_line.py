@@ -343,6 +343,22 @@ def drop_prob_drops_in_both_decoders_defect_15():
         assert losses[0] == losses[1] != losses[2]
 
 
+def patch_dropout_leaves_cells_out_in_training_only():
+    losses = [stepped(f"--decoder attention --drop_prob 0 --patch_dropout {share}")[0] for share in (0, 0.5, 0.99)]
+    assert len(set(losses)) == 3
+    decoder = ready("--decoder attention --drop_prob 0 --patch_dropout 0.5").decoder
+    grids = torch.randn(2, 49, 1024)
+    batch = torch.ones(4, 3, dtype=torch.long), torch.full((4,), 3), torch.tensor([0, 0, 1, 1])
+    first, again = (decoder.train()(grids, *batch)[1] for _ in range(2))
+    assert first.shape == (4, 3, 24) and not torch.equal(first, again)
+    torch.testing.assert_close(first.sum(-1), torch.ones(4, 3))
+    assert torch.equal(first[0], first[1])  # captions of one image see the same cells
+    kept = decoder.some_cells(grids)
+    assert all(len(own.unique(dim=0)) == 24 for own in kept)
+    assert all((cell == image).all(-1).any() for own, image in zip(kept, grids, strict=True) for cell in own)
+    assert decoder.eval()(grids, *batch)[1].shape == (4, 3, 49)
+
+
 def compile_changes_how_but_not_what_is_computed():
     """Traced and differentiated as a whole, but run by torch's own kernels: generating C++ takes a minute."""
     asked, original = [], torch.compile
@@ -623,6 +639,7 @@ FLAG_EFFECTS = {
     "--attention_dim": sizes_reach_the_decoders,
     "--num_layers": num_layers_are_built_by_both_decoders_defect_15,
     "--drop_prob": drop_prob_drops_in_both_decoders_defect_15,
+    "--patch_dropout": patch_dropout_leaves_cells_out_in_training_only,
     "--compile": compile_changes_how_but_not_what_is_computed,
     "--alpha_c": alpha_c_weighs_the_attention_penalty,
     "--epochs": epochs_are_trained,
