@@ -132,7 +132,8 @@ def add_training_options(parser):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=SIZE, default=10, help="on resume: additional epochs (%(default)s)")
     add("--batch_size", type=SIZE, default=128, help="captions per step (%(default)s)")
-    add("--learning_rate", type=RATE, default=0.0001, help="Adam's initial rate (%(default)s)")
+    add("--learning_rate", type=RATE, default=0.0001, help="AdamW's initial rate (%(default)s)")
+    add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW's, of the weight matrices (%(default)s)")
     add("--horizontal_flip", action="store_true", help="mirror every other training image, drawn anew each epoch")
     add("--label_smoothing", type=number(float, 0, 0.99), default=0.0, help="spread over all words (%(default)s)")
     add("--grad_clip", type=number(float, 0), default=5.0, help="largest L2 norm of gradients, 0 = off (%(default)s)")
@@ -732,6 +733,16 @@ def cross_entropy(logits, captions, lengths, label_smoothing=0.0):
     return (1 - label_smoothing) * plain - label_smoothing * log_probs.mean(), plain
 
 
+def build_optimizer(decoder, args):
+    """AdamW (Loshchilov and Hutter 2019). Biases do not decay, nor do embeddings: those of rare words would fade."""
+    decays = {p: p.ndim > 1 and p is not decoder.embed.weight for p in decoder.parameters()}
+    groups = [
+        {"params": [p for p in decays if decays[p]], "weight_decay": args.weight_decay},
+        {"params": [p for p in decays if not decays[p]], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+
+
 def build_scheduler(optimizer, args, plan):
     """The torch scheduler that `args` asks for, or None. `plan` holds `epochs` and `steps`, OneCycle's length."""
     schedule = torch.optim.lr_scheduler
@@ -1085,7 +1096,7 @@ def set_up(args, checkpoint):
         features=features, batches=token_batches(table.captions, vocabulary, args),
         val_table=val_table, val_features=val_features, val_batches=token_batches(val_table.captions, vocabulary, args),
         scorer=metrics_utils.CaptionScorer(dict(zip(val_table.image, val_table.captions, strict=True)), texts),
-        optimizer=torch.optim.Adam(decoder.parameters(), lr=args.learning_rate, fused=True),
+        optimizer=build_optimizer(decoder, args),
         scaler=torch.amp.GradScaler(args.device.type, enabled=args.precision == "float16"),
         progress={"epoch": 0, "step": 0, "best_score": None, "stale_epochs": 0, **AT_EPOCH_START}, history=[],
     )  # fmt: skip
@@ -1182,12 +1193,12 @@ def restore_progress(run, checkpoint):
         print(f"--scheduler_type {args.scheduler_type} is new to this run: its schedule starts now")
         run.plan["steps"] = args.epochs * run.batches.num_batches - run.progress["batch"]
     run.scheduler = build_scheduler(run.optimizer, args, run.plan)  # before the states: building one sets the rate
-    rate = run.optimizer.param_groups[0] | {}
+    planned = [group | {} for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint["scaler"])
-    if fresh:
-        run.optimizer.param_groups[0].update({name: rate[name] for name in rate if name != "params"})
-    elif run.scheduler:
+    for group, plan in zip(run.optimizer.param_groups, planned, strict=True):
+        group.update({name: plan[name] for name in (plan if fresh else ("weight_decay",)) if name != "params"})
+    if run.scheduler and not fresh:
         state = {name: value for name, value in checkpoint["scheduler"].items() if name in SCHEDULER_STATE}
         run.scheduler.load_state_dict(state)
     if args.learning_rate != saved["learning_rate"] and not fresh:

@@ -403,6 +403,18 @@ def learning_rate_is_adams():
         assert (weights(stepped(f"--learning_rate {rate}")[1]) - before).abs().max() == pytest.approx(rate, rel=0.01)
 
 
+def weight_decay_shrinks_matrices_but_not_embeddings_or_biases():
+    for decoder in ("lstm", "attention"):
+        (_, plain), (_, decayed) = (stepped(f"--decoder {decoder} --weight_decay {decay}") for decay in (0, 10))
+        for name, parameter in decayed.decoder.named_parameters():
+            textbook = plain.decoder.get_parameter(name)
+            if parameter.ndim < 2 or name == "embed.weight":
+                assert torch.equal(parameter, textbook)
+            else:
+                first = ready(f"--decoder {decoder}").decoder.get_parameter(name)
+                torch.testing.assert_close(textbook - parameter, 0.01 * 10 * first, rtol=1e-3, atol=1e-6)
+
+
 def label_smoothing_changes_the_update_but_not_the_plain_loss():
     (plain, sharp), (same, smooth) = (stepped(f"--label_smoothing {share}") for share in (0, 0.3))
     assert plain == same and not torch.equal(weights(sharp), weights(smooth))
@@ -645,6 +657,7 @@ FLAG_EFFECTS = {
     "--epochs": epochs_are_trained,
     "--batch_size": batch_size_counts_captions,
     "--learning_rate": learning_rate_is_adams,
+    "--weight_decay": weight_decay_shrinks_matrices_but_not_embeddings_or_biases,
     "--label_smoothing": label_smoothing_changes_the_update_but_not_the_plain_loss,
     "--grad_clip": grad_clip_bounds_the_gradient,
     "--precision": precision_is_computed_in,

@@ -662,6 +662,13 @@ def test_a_typed_learning_rate_on_resume_counts():
         assert new["learning_rates"][2:] == pytest.approx([rate / 10 for rate in old[2:]], abs=1e-7), name  # min_lr
 
 
+def test_weight_decay_on_resume_is_the_typed_one_or_the_checkpoints():
+    path = train("--epochs 1 --weight_decay 0.5") / "model_epoch_1.pt"
+    for flags, decay in (("", 0.5), ("--weight_decay 0.1", 0.1), ("--use_scheduler --weight_decay 0", 0.0)):
+        resumed = run_dir(succeed("--model_path", path, "--epochs 1", flags)) / "model_epoch_2.pt"
+        assert [group["weight_decay"] for group in load(resumed)["optimizer"]["param_groups"]] == [decay, 0.0]
+
+
 def test_one_cycle_keeps_the_length_of_its_first_plan_and_then_its_last_rate():
     flags = f"--epochs 3 {SCHEDULERS['one_cycle']}"
     first = train(flags)
