@@ -4,7 +4,8 @@
     caption = vocabulary.decode(hypotheses[0][0].tokens)
 
 Greedy decoding is a beam of one; sampling draws the next word where beam search ranks it. All images are searched
-together and leave the batch when they are done. Axes: N images, K hypotheses per image, P grid cells, T steps, V words.
+together and leave the batch when they are done; on CUDA they stay, so that nobody waits to hear which.
+Axes: N images, K hypotheses per image, P grid cells, T steps, V words.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 ALGORITHMS = ("greedy", "beam", "sample")
+LOOK_EVERY = 8  # steps between looks whether all are done, where images stay: each look waits for the device
 
 
 class Hypothesis(NamedTuple):
@@ -110,14 +112,14 @@ def settled(log_prob, lengths, done, most, length_penalty, count):
     return ended.topk(min(count, ended.size(1))).values[:, -1] >= reachable
 
 
-def harvest(tokens, log_prob, lengths, done, attention, length_penalty, count):
-    """The `count` best hypotheses of one image: finished ones first, then by score. Arguments have no N axis."""
+def harvest(length_penalty, count, tokens, log_prob, lengths, done, attention=None):
+    """The `count` best hypotheses of one image: finished ones first, then by score. Tensors on the CPU, no N axis."""
     scores = log_prob / lengths**length_penalty
     ranked = sorted(range(len(scores)), key=lambda k: (bool(done[k]), float(scores[k])), reverse=True)
     hypotheses = []
     for k in [k for k in ranked if not log_prob[k].isneginf()][:count]:
         finished, words = bool(done[k]), int(lengths[k]) - int(done[k])
-        maps = None if attention is None else attention[k, :words].float().cpu()
+        maps = None if attention is None else attention[k, :words].float()
         hypotheses.append(
             Hypothesis(tokens[k, 1 : words + 1].tolist(), float(log_prob[k]), float(scores[k]), finished, maps)
         )
@@ -127,7 +129,7 @@ def harvest(tokens, log_prob, lengths, done, attention, length_penalty, count):
 @torch.inference_mode()
 def generate(
     decoder, features, vocabulary, *, algorithm="beam", beam_size=5, max_length=40, min_length=0, length_penalty=0.0,
-    no_repeat_ngram_size=0, temperature=1.0, top_k=0, top_p=1.0, num_captions=1, generator=None,
+    no_repeat_ngram_size=0, temperature=1.0, top_k=0, top_p=1.0, num_captions=1, generator=None, fixed_shapes=None,
 ):  # fmt: skip
     """Caption N images.
 
@@ -138,10 +140,13 @@ def generate(
         vocabulary: has ids `pad`, `sos`, `eos`, `unk` (`unk` may be None).
         max_length: most tokens written, <EOS> counted; a caption cut there is returned unfinished rather than lost.
         generator: torch.Generator for `sample`; None uses torch's global one.
+        fixed_shapes: images that are done stay in the batch until all are; None: on CUDA only. Their captions are the
+            same, but `sample` draws others.
     Returns: per image a list of at most `num_captions` Hypothesis, best first.
     Source: beam search as Vinyals et al. 2015, section 3.1.
     """
     width = {"greedy": 1, "beam": beam_size, "sample": num_captions}[algorithm]
+    fixed_shapes = features.device.type == "cuda" if fixed_shapes is None else fixed_shapes
     images = torch.arange(len(features), device=features.device)  # which image each remaining row is
     results = [None] * len(features)
     state = decoder.start(features)
@@ -170,17 +175,19 @@ def generate(
         tokens = torch.cat([follow(tokens, parents), words.unsqueeze(-1)], dim=-1)
         state = (state[0], follow(state[1], parents))
 
-        leave = done.all(1) | (step == max_length)
+        over = done.all(1) | (step == max_length)
         if algorithm != "sample":
             most = max_length if length_penalty > 0 else step
-            leave |= settled(log_prob, lengths, done, most, length_penalty, num_captions)
-        if leave.any():
-            for row in leave.nonzero().flatten().tolist():
-                written = (part if part is None else part[row] for part in (tokens, log_prob, lengths, done, attention))
-                results[images[row]] = harvest(*written, length_penalty, num_captions)
-            kept = select((images, tokens, log_prob, lengths, done, state), ~leave)
+            over |= settled(log_prob, lengths, done, most, length_penalty, num_captions)
+        if fixed_shapes and step < max_length and (step % LOOK_EVERY or not over.all()):
+            continue
+        if over.any():
+            written = images, tokens, log_prob, lengths, done, *(() if attention is None else (attention,))
+            for image, *own in zip(*(part[over].cpu() for part in written), strict=True):
+                results[image] = harvest(length_penalty, num_captions, *own)
+            kept = select((images, tokens, log_prob, lengths, done, state), ~over)
             images, tokens, log_prob, lengths, done, state = kept
-            attention = None if attention is None else attention[~leave]
+            attention = None if attention is None else attention[~over]
             if not len(images):
                 break
     return results

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import caption_decoding
 from caption_decoding import Hypothesis, generate
 
 VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
@@ -317,6 +318,20 @@ def test_images_searched_together_are_searched_as_if_alone(penalty):
         (alone,) = generate(decoder, torch.tensor([[image]]), VOCABULARY, **options)
         assert len(hypotheses) == len(alone) > 0
         assert all(equal(*pair) for pair in zip(hypotheses, alone, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"length_penalty": 1.0}, {"length_penalty": -0.5}, {"num_captions": 1},
+                                     {"algorithm": "greedy", "num_captions": 1}, {"min_length": 3},
+                                     {"no_repeat_ngram_size": 2}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("longest", [9, 40])
+def test_captions_are_the_same_where_done_images_stay_as_on_a_gpu(options, longest):
+    options = {"beam_size": 4, "max_length": longest, "num_captions": 3, **options}
+    leaving, staying = (Toy(12, vocab_size=10, eos=torch.linspace(-3, 4, 12)) for _ in range(2))
+    expected, found = search(leaving, 12, **options), search(staying, 12, **options, fixed_shapes=True)
+    assert len({len(images) for images in leaving.seen}) > 3 and {len(images) for images in staying.seen} == {12}
+    assert len(staying.seen) % caption_decoding.LOOK_EVERY == 0 or len(staying.seen) == longest
+    for one, other in zip(expected, found, strict=True):
+        assert all(equal(*pair) for pair in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
