@@ -29,7 +29,8 @@ ENCODER_FAMILIES = {
 ENCODERS = {name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()}
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
 ARCHITECTURE = (
-    "decoder", "encoder", "image_size", "freq_threshold", "embed_size", "hidden_size", "num_layers", "attention_dim",
+    "decoder", "encoder", "image_size", "coarse_size", "freq_threshold", "embed_size", "hidden_size", "num_layers",
+    "attention_dim",
 )  # fmt: skip
 IDLE_ELSEWHERE = {
     "model_path": ("train", "test", "caption"), "resume": ("train",), "split": ("test",), "images": ("caption",),
@@ -110,6 +111,8 @@ def add_model_options(parser):
         help="torchvision's IMAGENET1K_V1, untrained ones from --seed, or a state dict (%(default)s)")  # fmt: skip
     add("--image_size", type=number(int, 32, 1024), metavar="PIXELS",
         help="side of the square that pictures are squashed to; more: a finer grid (the encoder's own)")  # fmt: skip
+    add("--coarse_size", type=number(int, 32, 1024), metavar="PIXELS",
+        help="look at the picture at this smaller size, too: twice the channels (off)")  # fmt: skip
     add("--cache_dir", default="./feature_cache", help="encoded images, shared by all runs (%(default)s)")
     add("--cache_dtype", choices=("float32", "float16", "bfloat16", "float8_e4m3fn"), default="float16",
         help="what encoded images are rounded to on disk (%(default)s)")  # fmt: skip
@@ -301,11 +304,11 @@ class Encoder(nn.Module):
     `trunk` holds the weights as they came; what computes is a copy with BatchNorm folded into the convolutions.
     """
 
-    def __init__(self, name, state, weights, precision="float32", image_size=None):
+    def __init__(self, name, state, weights, precision="float32", image_size=None, coarse_size=None):
         """`name`: one of ENCODERS. `state`: torchvision's state dict, classifier ignored. `weights`: its origin.
 
-        `image_size`: pixels a side; None: what the published weights were tested with.
-        Raises: ValueError when `state` is of another architecture.
+        `image_size`: pixels a side; None: what the published weights were tested with. `coarse_size`: of a second look.
+        Raises: ValueError when `state` is of another architecture, or the second look is no smaller.
         """
         super().__init__()
         with torch.device("meta"):
@@ -323,7 +326,9 @@ class Encoder(nn.Module):
         self.trunk.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True)
         self.name = name
         own_size = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
-        self.image_size = image_size or own_size
+        self.image_size, self.coarse_size = image_size or own_size, coarse_size
+        if coarse_size and coarse_size >= self.image_size:
+            raise ValueError(f"--coarse_size {coarse_size} must be below --image_size ({self.image_size})")
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -332,6 +337,7 @@ class Encoder(nn.Module):
         with torch.inference_mode():
             blank = torch.zeros(1, 3, self.image_size, self.image_size)
             self.channels, *self.grid = self.trunk(blank).shape[1:]  # F, [h, w]
+        self.channels *= 2 if coarse_size else 1
 
     def train(self, mode=True):
         """Stays in eval mode whatever `mode`: frozen BatchNorm must not drift."""
@@ -340,8 +346,13 @@ class Encoder(nn.Module):
     def forward(self, images):
         """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
         images = sent(images, self.mean.device).contiguous(memory_format=torch.channels_last)
-        images = ((images / 255 - self.mean) / self.std).to(getattr(torch, self.precision))
-        return self.folded(images).float().flatten(2).transpose(1, 2)  # of (N, F, h, w)
+        images = (images / 255 - self.mean) / self.std
+        features = self.folded(images.to(getattr(torch, self.precision))).float()  # (N, F, h, w)
+        if self.coarse_size:
+            smaller = F.interpolate(images, size=(self.coarse_size,) * 2, mode="bilinear", antialias=True)
+            coarse = self.folded(smaller.to(getattr(torch, self.precision))).float()
+            features = torch.cat([features, F.interpolate(coarse, size=features.shape[2:], mode="bilinear")], dim=1)
+        return features.flatten(2).transpose(1, 2)
 
     @functools.cached_property
     def weights_sha256(self):
@@ -355,8 +366,8 @@ class Encoder(nn.Module):
         """What decides the features: the cache's key, and what a checkpoint says of its encoder."""
         return {
             "name": self.name, "weights_sha256": self.weights_sha256, "image_size": self.image_size,
-            "grid": list(self.grid), "channels": self.channels, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
-            "precision": self.precision,
+            "coarse_size": self.coarse_size, "grid": list(self.grid), "channels": self.channels,
+            "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "precision": self.precision,
         }  # fmt: skip
 
 
@@ -415,13 +426,13 @@ def open_encoder(args, checkpoint=None):
 
     Raises: ValueError when the weights differ from those the checkpoint was trained with.
     """
-    stored = checkpoint["encoder"] if checkpoint else {}
+    stored, look = checkpoint["encoder"] if checkpoint else {}, (args.precision, args.image_size, args.coarse_size)
     if stored.get("weights") is not None and "encoder_weights" not in args.typed:
         with experiment_utils.taking_from(args.model_path):
-            encoder = Encoder(args.encoder, stored["weights"], args.model_path, args.precision, args.image_size)
+            encoder = Encoder(args.encoder, stored["weights"], args.model_path, *look)
     else:
         weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
-        encoder = Encoder(args.encoder, weights, args.encoder_weights, args.precision, args.image_size)
+        encoder = Encoder(args.encoder, weights, args.encoder_weights, *look)
     args.image_size, key = encoder.image_size, encoder.key()
     for name in ("channels", "image_size") if checkpoint else ():
         if stored.get(name) != key[name]:
@@ -1158,7 +1169,8 @@ def restore_decoder(args, checkpoint):
 def family(checkpoint):
     """What the members of an ensemble must have in common."""
     encoder, splits = checkpoint["encoder"], checkpoint["splits"]
-    return {"encoder": [encoder["weights_sha256"], encoder["channels"]], "image size": encoder["image_size"],
+    return {"encoder": [encoder["weights_sha256"], encoder["channels"]],
+            "image size": [encoder["image_size"], encoder.get("coarse_size")],
             "split": {name: sorted(splits[name]) for name in splits},
             "vocabulary": checkpoint["vocabulary"]}  # fmt: skip
 

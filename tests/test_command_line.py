@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_end_to_end import (
@@ -268,6 +269,23 @@ def image_size_is_what_the_encoder_sees():
     refused("--mode test --image_size 64 --model_path", best, naming=["--image_size 64 (stored: 96)"])
     own = Path("data").resolve().parent / "lstm/best.pt"
     succeed("--mode test --image_size 224 --output_dir out --model_path", own)  # what it was trained with, unasked
+
+
+def coarse_size_lays_a_second_look_under_the_first():
+    run = ready("--image_size 96 --coarse_size 64 --decoder attention")
+    image = torch.from_numpy(caption_data.load_image(run.features.paths[0], 96).copy()).permute(2, 0, 1)[None]
+    fine, coarse = run.encoder(image).unflatten(2, (2, 1024)).unbind(2)
+    assert run.encoder.grid == [3, 3] and fine.shape == (1, 9, 1024)
+    torch.testing.assert_close(fine, ready("--image_size 96").encoder(image))
+    smaller = F.interpolate(image.float(), size=(64, 64), mode="bilinear", antialias=True)
+    grid = ready("--image_size 64").encoder(smaller).transpose(1, 2).unflatten(2, (2, 2))
+    expected = F.interpolate(grid, size=(3, 3), mode="bilinear").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(coarse, expected, rtol=2e-2, atol=2e-2 * float(expected.std()))
+    best = train("--image_size 96 --coarse_size 64") / "best.pt"
+    assert load(best)["encoder"]["channels"] == 2048
+    succeed("--mode test --output_dir out --model_path", best)
+    refused(TINY, "--image_size 96 --coarse_size 96", naming=["--coarse_size 96 must be below --image_size (96)"])
+    refused("--mode test --coarse_size 32 --model_path", best, naming=["--coarse_size 32 (stored: 64)"])
 
 
 def cache_dir_holds_the_features():
@@ -642,6 +660,7 @@ FLAG_EFFECTS = {
     "--resnet_weights": functools.partial(encoder_weights_come_from_the_file, "--resnet_weights"),
     "--cache_dir": cache_dir_holds_the_features,
     "--image_size": image_size_is_what_the_encoder_sees,
+    "--coarse_size": coarse_size_lays_a_second_look_under_the_first,
     "--cache_dtype": cache_dtype_is_what_the_disk_holds,
     "--no_feature_cache": no_feature_cache_stores_nothing,
     "--horizontal_flip": horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch,
@@ -799,6 +818,7 @@ def test_a_mistake_answers_in_under_a_second_without_torch(flags, named):
     "--min_length -1", "--length_penalty nan", "--length_penalty inf", "--no_repeat_ngram_size -1",
     "--temperature 0", "--temperature nan", "--top_k -1", "--top_p 0", "--top_p 1.1", "--num_captions 0",
     "--attention_viz_samples 0", "--image_size 31", "--image_size 1025",
+    "--coarse_size 31",
 ])  # fmt: skip
 def test_an_unknown_flag_or_a_value_out_of_range(flags):
     refused(flags, naming=[flags.split()[0]])

@@ -600,7 +600,7 @@ def test_document_a_s_resume_and_test_commands():
 
 
 CHANGED = {"decoder": "attention", "encoder": "resnet18", "freq_threshold": 2, "embed_size": 17, "hidden_size": 17}
-CHANGED |= {"num_layers": 2, "attention_dim": 9, "image_size": 96}
+CHANGED |= {"num_layers": 2, "attention_dim": 9, "image_size": 96, "coarse_size": 64}
 
 
 @pytest.mark.parametrize("name", fic.ARCHITECTURE)
