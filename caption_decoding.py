@@ -53,8 +53,8 @@ def forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size):
     n-gram a second time. A hypothesis with no word left may end.
     """
     end = logits[..., vocabulary.eos].clone()
-    never = [i for i in (vocabulary.pad, vocabulary.sos, vocabulary.unk) if i not in (None, vocabulary.eos)]
-    logits[..., never] = -torch.inf
+    for never in {vocabulary.pad, vocabulary.sos, vocabulary.unk} - {None, vocabulary.eos}:
+        logits[..., never] = -torch.inf  # one by one: a list would be sent to the device first
     written = tokens[:, :, 1:]
     if written.size(-1) < min_length:
         logits[..., vocabulary.eos] = -torch.inf
@@ -119,7 +119,7 @@ def harvest(length_penalty, count, tokens, log_prob, lengths, done, attention=No
     hypotheses = []
     for k in [k for k in ranked if not log_prob[k].isneginf()][:count]:
         finished, words = bool(done[k]), int(lengths[k]) - int(done[k])
-        maps = None if attention is None else attention[k, :words].float()
+        maps = None if attention is None else attention[k, :words].float().clone()
         hypotheses.append(
             Hypothesis(tokens[k, 1 : words + 1].tolist(), float(log_prob[k]), float(scores[k]), finished, maps)
         )

@@ -39,7 +39,7 @@ import torch
 
 import process_group
 
-FORMAT_VERSION = 2  # of a checkpoint; raised when an older program could not read what a newer one writes
+FORMAT_VERSION = 3  # of a checkpoint; raised when an older program could not read what a newer one writes
 
 # What every checkpoint holds, and of which type; `object` is any plain value, None included.
 CHECKPOINT_KEYS = {

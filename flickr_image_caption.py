@@ -225,6 +225,8 @@ def check_options(args):
         raise ValueError(
             f"--save_attention_viz needs --decoder attention: the {args.decoder} decoder has no attention maps"
         )
+    if args.coarse_size and args.image_size and args.coarse_size >= args.image_size:
+        raise ValueError(f"--coarse_size {args.coarse_size} must be below --image_size {args.image_size}")
     if args.min_length >= args.max_length:
         raise ValueError(f"--min_length {args.min_length} must be below --max_length {args.max_length}")
     most = {"greedy": 1, "beam": args.beam_size, "sample": math.inf}[args.algorithm]
@@ -328,7 +330,7 @@ class Encoder(nn.Module):
         own_size = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
         self.image_size, self.coarse_size = image_size or own_size, coarse_size
         if coarse_size and coarse_size >= self.image_size:
-            raise ValueError(f"--coarse_size {coarse_size} must be below --image_size ({self.image_size})")
+            raise ValueError(f"--coarse_size {coarse_size} must be below {name}'s own size, {self.image_size}")
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -366,8 +368,8 @@ class Encoder(nn.Module):
         """What decides the features: the cache's key, and what a checkpoint says of its encoder."""
         return {
             "name": self.name, "weights_sha256": self.weights_sha256, "image_size": self.image_size,
-            "coarse_size": self.coarse_size, "grid": list(self.grid), "channels": self.channels,
-            "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "precision": self.precision,
+            "grid": list(self.grid), "channels": self.channels, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+            "precision": self.precision, **({"coarse_size": self.coarse_size} if self.coarse_size else {}),
         }  # fmt: skip
 
 
@@ -434,8 +436,8 @@ def open_encoder(args, checkpoint=None):
         weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
         encoder = Encoder(args.encoder, weights, args.encoder_weights, *look)
     args.image_size, key = encoder.image_size, encoder.key()
-    for name in ("channels", "image_size") if checkpoint else ():
-        if stored.get(name) != key[name]:
+    for name in ("channels", "image_size", "coarse_size") if checkpoint else ():
+        if stored.get(name) != key.get(name):
             raise ValueError(f"{args.model_path}: its encoder has other {name} than it says: give another checkpoint")
     if checkpoint and key["weights_sha256"] != stored.get("weights_sha256"):
         raise ValueError(
@@ -444,7 +446,7 @@ def open_encoder(args, checkpoint=None):
         )
     encoder.to(args.device)
     if args.compile:
-        encoder.folded = torch.compile(encoder.folded, options={"freezing": True})
+        encoder.folded = torch.compile(encoder.folded, dynamic=False, options={"freezing": True})
     return encoder
 
 
@@ -687,7 +689,9 @@ DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}
 
 def sent(tensor, device):
     """The tensor on the device. What goes to CUDA goes from pinned memory, and nobody waits until it is there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def token_mask(lengths, steps):
@@ -701,9 +705,9 @@ def pack(sequences, lengths):
     The order depends on the lengths alone. Lengths that are on the CPU spare a GPU the wait for them.
     """
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
-    order = sent(order, sequences.device)
-    packed = pack_padded_sequence(sequences.index_select(0, order), lengths, batch_first=True)
-    return PackedSequence(packed.data, packed.batch_sizes, order, sent(order.argsort(), sequences.device))
+    there, back = (sent(indices, sequences.device) for indices in (order, order.argsort()))
+    packed = pack_padded_sequence(sequences.index_select(0, there), lengths, batch_first=True)
+    return PackedSequence(packed.data, packed.batch_sizes, there, back)
 
 
 def unpack(packed, steps):
@@ -1459,20 +1463,20 @@ def open_checkpoint(args):
 def check_stored(path, config):
     """A checkpoint's options, checked as if they were typed: the file may come from anyone. Raises: ValueError.
 
-    Options that are younger than the file have their defaults, which change nothing.
+    Options that the file lacks have their defaults, which do what the program did before there was the option.
     """
     checked = {}
     for action in build_parser()._actions:
         if action.dest in ("help", *THIS_RUN_ONLY):
             continue
         try:
-            value = config[action.dest] if action.dest in ARCHITECTURE else config.get(action.dest, action.default)
+            value = config.get(action.dest, action.default)
             as_typed = action.type or (bool if action.nargs == 0 else str)
             if value is not None or action.default is not None:
                 same = as_typed(value if as_typed is bool else str(value)) == value
                 if not same or (action.choices and value not in action.choices):
                     raise ValueError(value)
-        except (KeyError, TypeError, ValueError, RuntimeError, argparse.ArgumentTypeError) as error:
+        except (TypeError, ValueError, RuntimeError, argparse.ArgumentTypeError) as error:
             raise ValueError(
                 f"{path}: its configuration has no usable --{action.dest}: give another checkpoint"
             ) from error

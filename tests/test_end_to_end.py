@@ -666,7 +666,9 @@ def test_weight_decay_on_resume_is_the_typed_one_or_the_checkpoints():
     path = train("--epochs 1 --weight_decay 0.5") / "model_epoch_1.pt"
     for flags, decay in (("", 0.5), ("--weight_decay 0.1", 0.1), ("--use_scheduler --weight_decay 0", 0.0)):
         resumed = run_dir(succeed("--model_path", path, "--epochs 1", flags)) / "model_epoch_2.pt"
-        assert [group["weight_decay"] for group in load(resumed)["optimizer"]["param_groups"]] == [decay, 0.0]
+        groups = load(resumed)["optimizer"]["param_groups"]
+        assert [group.pop("weight_decay") for group in groups] == [decay, 0.0]
+        assert [{**group, "params": None} for group in groups] == [{**groups[0], "params": None}] * 2
 
 
 def test_one_cycle_keeps_the_length_of_its_first_plan_and_then_its_last_rate():

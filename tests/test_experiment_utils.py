@@ -534,10 +534,10 @@ def test_an_archive_that_claims_more_than_the_file_holds_is_refused(tmp_path):
         ([1, 2], "not a usable checkpoint (it has no format_version)"),
         ({"conv1.weight": torch.zeros(3)}, "not a usable checkpoint (it has no format_version)"),
         ({"format_version": torch.zeros(2)}, "not a usable checkpoint (it has no format_version)"),
-        ({"format_version": 1}, "checkpoint format version 1, expected 2: use the version of this program that wrote"),
-        ({"format_version": 2}, "not a usable checkpoint (its 'config' is missing or not of type dict)"),
+        ({"format_version": 1}, "checkpoint format version 1, expected 3: use the version of this program that wrote"),
+        ({"format_version": 3}, "not a usable checkpoint (its 'config' is missing or not of type dict)"),
         (
-            checkpoint(format_version=2, model=[]),
+            checkpoint(format_version=3, model=[]),
             "not a usable checkpoint (its 'model' is missing or not of type dict)",
         ),
     ],

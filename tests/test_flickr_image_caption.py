@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import caption_data
 import flickr_image_caption as program
@@ -404,6 +405,7 @@ class CopiesToMeta(TorchDispatchMode):
         self.sending, self.sent, self.others = False, 0, []
 
     def send(self, tensor, device):
+        assert tensor.device.type == "cpu"
         self.sending, self.sent = True, self.sent + 1
         moved = tensor.to(device)
         self.sending = False
@@ -411,7 +413,7 @@ class CopiesToMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        tensors = [part for part in args if isinstance(part, torch.Tensor)]
+        tensors = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
         moved = isinstance(result, torch.Tensor) and result.is_meta and tensors and not any(t.is_meta for t in tensors)
         # packing reads the lengths, which stay on the CPU
         mixed = len({part.device.type for part in tensors if part.dim()}) > 1 and "_sequence" not in operation.name()
@@ -427,7 +429,9 @@ def test_a_training_step_on_a_gpu_waits_for_nothing(kind, monkeypatch):
     monkeypatch.setattr(program, "sent", watch.send)
     monkeypatch.setattr(program, "autocast", lambda _args: contextlib.nullcontext())  # there is none on this device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind: False)
-    args = program.parse_args(["--decoder", kind, "--label_smoothing", "0.1", "--patch_dropout", "0.5"])
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr))  # nor fused Adam
+    args = program.parse_args("--label_smoothing 0.1 --patch_dropout 0.5 --weight_decay 0.1 --use_scheduler "
+                              f"--scheduler_type one_cycle --decoder {kind}".split())  # fmt: skip
     args.device = meta
     source = object.__new__(program.FeatureSource)
     cells = 1 if kind == "lstm" else CELLS
@@ -436,9 +440,10 @@ def test_a_training_step_on_a_gpu_waits_for_nothing(kind, monkeypatch):
     captions = caption_data.CaptionBatches([[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]], 5, 9, seed=0)
     decoder = program.build_decoder(args, CHANNELS, VOCAB_SIZE).train()
     run = SimpleNamespace(
-        args=args, decoder=decoder, model=decoder, per_step=False, optimizer=torch.optim.SGD(decoder.parameters()),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        args=args, decoder=decoder, model=decoder, optimizer=program.build_optimizer(decoder, args),
+        scaler=torch.amp.GradScaler("cpu", enabled=False), per_step=True,
     )  # fmt: skip
+    run.scheduler = program.build_scheduler(run.optimizer, args, {"steps": 10})
     (batch,) = captions.epoch(0)
     with watch:
         (features,) = source.stream([batch.image_rows], torch.tensor([True, False, True, False]))
@@ -450,9 +455,11 @@ def test_a_training_step_on_a_gpu_waits_for_nothing(kind, monkeypatch):
 
 
 def test_what_goes_to_cuda_is_pinned_and_not_waited_for():
-    tensor, device = mock.Mock(), torch.device("cuda")
+    tensor, device = mock.Mock(device=torch.device("cpu")), torch.device("cuda")
     assert program.sent(tensor, device) is tensor.pin_memory().to.return_value
     tensor.pin_memory().to.assert_called_once_with(device, non_blocking=True)
+    there = mock.Mock(device=device)
+    assert program.sent(there, device) is there.to.return_value and not there.pin_memory.called
 
 
 # ----------------------------------------------------------------------------------------------------------- the losses
