@@ -494,7 +494,7 @@ def main(argv=None):
     parser.add_argument("--encoder_weights", default="random", help="random, imagenet or a file (%(default)s)")
     parser.add_argument("--number", type=int, help="pictures to encode (256; --quick 64)")
     parser.add_argument("--rounds", type=int, help="of each way, in turn (5; --quick 3)")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures (%(default)s)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures (%(default)s)")
     parser.add_argument("--scale", type=int, nargs="+", metavar="IMAGES", help="also, or only, datasets of these sizes")
     parser.add_argument("--scale_dir", metavar="FOLDER", help="where they are generated (the temporary folder)")
     args = parser.parse_args(argv)
