@@ -9,17 +9,13 @@ import re
 import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import caption_data
 import flickr_image_caption as program
 from caption_decoding import generate
 from flickr_image_caption import (
@@ -395,71 +391,6 @@ def test_five_images_are_overfitted(kind):
     found = generate(decoder.eval(), features, VOCABULARY, algorithm="greedy")
     assert [best.tokens for (best,) in found] == texts
     assert all(best.finished for (best,) in found)
-
-
-class CopiesToMeta(TorchDispatchMode):
-    """Notes copies from the CPU to torch's device without values, those made by `program.sent` apart."""
-
-    def __init__(self):
-        super().__init__()
-        self.sending, self.sent, self.others = False, 0, []
-
-    def send(self, tensor, device):
-        assert tensor.device.type == "cpu"
-        self.sending, self.sent = True, self.sent + 1
-        moved = tensor.to(device)
-        self.sending = False
-        return moved
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        tensors = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
-        moved = isinstance(result, torch.Tensor) and result.is_meta and tensors and not any(t.is_meta for t in tensors)
-        # packing reads the lengths, which stay on the CPU
-        mixed = len({part.device.type for part in tensors if part.dim()}) > 1 and "_sequence" not in operation.name()
-        if (moved and not self.sending) or mixed:
-            self.others.append(operation.name())
-        return result
-
-
-@pytest.mark.parametrize("kind", ["lstm", "attention"])
-def test_a_training_step_on_a_gpu_waits_for_nothing(kind, monkeypatch):
-    """Run on torch's device without values, where reading one fails: what goes there must go through `sent`."""
-    watch, meta = CopiesToMeta(), torch.device("meta")
-    monkeypatch.setattr(program, "sent", watch.send)
-    monkeypatch.setattr(program, "autocast", lambda _args: contextlib.nullcontext())  # there is none on this device
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind: False)
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr))  # nor fused Adam
-    args = program.parse_args("--label_smoothing 0.1 --patch_dropout 0.5 --weight_decay 0.1 --use_scheduler "
-                              f"--scheduler_type one_cycle --decoder {kind}".split())  # fmt: skip
-    args.device = meta
-    source = object.__new__(program.FeatureSource)
-    cells = 1 if kind == "lstm" else CELLS
-    source.args, source.features = args, torch.empty(4, cells, CHANNELS, dtype=torch.float16, device=meta)
-    source.mirrored = source.features
-    captions = caption_data.CaptionBatches([[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]], 5, 9, seed=0)
-    decoder = program.build_decoder(args, CHANNELS, VOCAB_SIZE).train()
-    run = SimpleNamespace(
-        args=args, decoder=decoder, model=decoder, optimizer=program.build_optimizer(decoder, args),
-        scaler=torch.amp.GradScaler("cpu", enabled=False), per_step=True,
-    )  # fmt: skip
-    run.scheduler = program.build_scheduler(run.optimizer, args, {"steps": 10})
-    (batch,) = captions.epoch(0)
-    with watch:
-        (features,) = source.stream([batch.image_rows], torch.tensor([True, False, True, False]))
-        loss = program.train_step(run, features, batch)
-    assert watch.sent > 5 and watch.others == []
-    assert features.is_meta and features.dtype == torch.float32 and loss.is_meta
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        float(loss)
-
-
-def test_what_goes_to_cuda_is_pinned_and_not_waited_for():
-    tensor, device = mock.Mock(device=torch.device("cpu")), torch.device("cuda")
-    assert program.sent(tensor, device) is tensor.pin_memory().to.return_value
-    tensor.pin_memory().to.assert_called_once_with(device, non_blocking=True)
-    there = mock.Mock(device=device)
-    assert program.sent(there, device) is there.to.return_value and not there.pin_memory.called
 
 
 # ----------------------------------------------------------------------------------------------------------- the losses

@@ -1,0 +1,191 @@
+"""What a GPU's code paths can show without one: on a pretended device, a step mixes no devices and waits for nothing.
+
+Tensors of class Away claim to be on torch's `meta` device, but hold their values on the CPU. An operation that mixes
+them with the CPU's tensors fails, as it does on a GPU; copies to and fro are noted, because each makes a GPU wait.
+"""
+
+import contextlib
+import copy
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import caption_data
+import caption_decoding
+import flickr_image_caption as program
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+AWAY = torch.device("meta")
+VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
+WORDS, CHANNELS, CELLS = 15, 6, 9
+FETCHES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::item")  # they read values
+
+
+class Away(torch.Tensor):
+    """A tensor on the pretended device; `held`: its values."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=AWAY
+        )
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return Device.current(operation, args, kwargs or {})
+
+
+class Device(TorchDispatchMode):
+    """While it lasts, tensors can be made on and sent to the pretended device. `fetched`, `sent`: names, of copies."""
+
+    current = None
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.sent, Device.current = [], [], self
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        return self(operation, args, kwargs or {})
+
+    def __call__(self, operation, args, kwargs):
+        name, tensors = operation.name(), [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        away = [tensor for tensor in tensors if isinstance(tensor, Away)]
+        target = kwargs.get("device") and torch.device(kwargs["device"]).type
+        if not away and target != AWAY.type:
+            return operation(*args, **kwargs)
+        packs = "_sequence" in name  # torch's packing takes lengths and batch sizes on the CPU
+        here = [tensor for tensor in tensors if not isinstance(tensor, Away) and tensor.dim()]
+        if away and here and not packs:
+            raise RuntimeError(f"{name} mixes devices")
+        if tensors and not away:
+            self.sent.append(name)
+        if target == "cpu" or name.removesuffix(".default") in FETCHES:
+            self.fetched.append(name)
+        held = tree_map_only(Away, lambda tensor: tensor.held, (args, kwargs | ({"device": "cpu"} if target else {})))
+        result = operation(*held[0], **held[1])
+        if target == "cpu":
+            return result
+        if operation._schema.is_mutable:
+            return args[0]
+        if packs and isinstance(result, tuple):
+            return Away(result[0]), *result[1:]
+        return tree_map_only(torch.Tensor, lambda tensor: tensor if isinstance(tensor, Away) else Away(tensor), result)
+
+
+def moved(module):
+    """The module with its weights on the pretended device."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(Away(parameter.data))
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = Away(buffer)
+    return module
+
+
+@pytest.fixture
+def device(monkeypatch):
+    monkeypatch.setattr(program, "autocast", lambda _args: contextlib.nullcontext())  # this device has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind: False)
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr, foreach=False)
+    )  # nor fused Adam
+    return Device()
+
+
+def options(kind, device, *more):
+    sizes = "--embed_size 8 --hidden_size 8 --attention_dim 4 --num_layers 2 --label_smoothing 0.1 --learning_rate 0.1"
+    args = program.parse_args(["--decoder", kind, *sizes.split(), *more])
+    args.device, args.precision = torch.device(device), "float32"
+    return args
+
+
+def source(args, features):
+    """A FeatureSource whose cache lies in the device's memory."""
+    made = object.__new__(program.FeatureSource)
+    made.args, made.features, made.mirrored = args, features, features.flip(1)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeypatch):
+    captions = caption_data.CaptionBatches([[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]], 5, 9, seed=0)
+    (batch,) = captions.epoch(0)
+    mirror = torch.tensor([True, False, True, False])
+    features = torch.randn(4, 1 if kind == "lstm" else CELLS, CHANNELS).half()
+    losses, decoders = [], []
+    for place in ("cpu", AWAY):
+        args = options(kind, place, "--patch_dropout", "0.5", "--use_scheduler", "--scheduler_type", "one_cycle")
+        torch.manual_seed(0)
+        decoder = program.build_decoder(args, CHANNELS, WORDS, device="cpu").train()
+        with device if place is AWAY else contextlib.nullcontext():
+            cache = features if place == "cpu" else Away(features)
+            decoder = decoder if place == "cpu" else moved(decoder)
+            run = SimpleNamespace(
+                args=args, decoder=decoder, model=decoder, optimizer=program.build_optimizer(decoder, args),
+                scaler=torch.amp.GradScaler("cpu", enabled=False), per_step=True,
+            )  # fmt: skip
+            run.scheduler = program.build_scheduler(run.optimizer, args, {"steps": 10})
+            pinned = mock.Mock(side_effect=program.sent)
+            with monkeypatch.context() as patch:
+                patch.setattr(program, "sent", pinned)
+                (grids,) = source(args, cache).stream([batch.image_rows], mirror)
+                losses.append(program.train_step(run, grids, batch))
+        decoders.append(decoder)
+    assert isinstance(losses[1], Away) and float(losses[0]) == pytest.approx(float(losses[1].held))
+    for one, other in zip(*(decoder.parameters() for decoder in decoders), strict=True):
+        torch.testing.assert_close(one.data, other.data.held)
+    assert device.fetched == []
+    copies = [call for call in pinned.call_args_list if not isinstance(call.args[0], Away)]
+    assert 0 < len(device.sent) == len(copies)  # all that goes there goes through `sent`
+
+
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+@pytest.mark.parametrize("search", [{"beam_size": 4, "length_penalty": 0.8}, {"algorithm": "greedy"},
+                                    {"beam_size": 3, "no_repeat_ngram_size": 2, "min_length": 2}], ids=str)  # fmt: skip
+def test_a_search_finds_the_cpus_captions_and_waits_for_looks_only(kind, search, device):
+    torch.manual_seed(0)
+    decoder = program.build_decoder(options(kind, "cpu"), CHANNELS, WORDS).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(4)
+    features, search = torch.randn(7, 1 if kind == "lstm" else CELLS, CHANNELS), {"max_length": 20, **search}
+    expected = caption_decoding.generate(decoder, features, VOCABULARY, **search)
+    with device:
+        away = moved(copy.deepcopy(decoder))
+        found = caption_decoding.generate(away, Away(features), VOCABULARY, fixed_shapes=True, **search)
+    for (one,), (other,) in zip(expected, found, strict=True):
+        assert one.tokens == other.tokens and one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+    assert len({tuple(hypothesis.tokens) for (hypothesis,) in expected}) > 1
+    assert device.sent == []
+    assert len(device.fetched) < 20  # the looks, and the captions at the end; not 20 steps' worth
+
+
+def test_devices_that_mix_are_noticed(device):
+    with device:
+        there = Away(torch.ones(3))
+        with pytest.raises(RuntimeError, match="mixes devices"):
+            there + torch.ones(3)
+        with pytest.raises(RuntimeError, match="mixes devices"):
+            there[torch.tensor([0])]
+        there.to(AWAY)
+        torch.ones(3).to(AWAY)
+        assert device.sent and not device.fetched
+        there.cpu(), bool(there.any())
+    assert len(device.fetched) == 2
+
+
+def test_what_goes_to_cuda_is_pinned_and_not_waited_for():
+    tensor, device = mock.Mock(device=torch.device("cpu")), torch.device("cuda")
+    assert program.sent(tensor, device) is tensor.pin_memory().to.return_value
+    tensor.pin_memory().to.assert_called_once_with(device, non_blocking=True)
+    there = mock.Mock(device=device)
+    assert program.sent(there, device) is there.to.return_value and not there.pin_memory.called
