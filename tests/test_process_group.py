@@ -23,18 +23,23 @@ PROGRAM = Path(experiment_utils.__file__).with_name("flickr_image_caption.py")
 pytestmark = pytest.mark.usefixtures("shop")
 PLAIN = f"{TINY} --decoder attention --drop_prob 0 --label_smoothing 0.1"
 FIRST_GRADIENTS = """
-import sys, types, torch
+import sys, torch
 import flickr_image_caption as program, process_group
-args = program.parse_args(sys.argv[2:])
-args.device = torch.device("cpu")
-with process_group.joined(args.device):
+
+def first_gradients(args):  # a function, as in the program: a reducer left to the end of the interpreter may abort it
     run = program.set_up(args, None)
     run.optimizer = torch.optim.SGD(run.decoder.parameters(), lr=0.0)
     run.args.grad_clip = 0.0
     batch, weights = program.share_of(next(run.batches.epoch(0)))
     program.train_step(run, next(run.features.stream([batch.image_rows])), batch, weights)
+    return {name: p.grad for name, p in run.decoder.named_parameters()}
+
+args = program.parse_args(sys.argv[2:])
+args.device = torch.device("cpu")
+with process_group.joined(args.device):
+    gradients = first_gradients(args)
     if process_group.rank() == 0:
-        torch.save({name: p.grad for name, p in run.decoder.named_parameters()}, sys.argv[1])
+        torch.save(gradients, sys.argv[1])
 """
 
 
