@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import benchmark
 import caption_data
 import caption_decoding
 import download_datasets
+import experiment_utils
 import feature_cache
 import flickr_image_caption as program
 
@@ -80,6 +82,14 @@ def test_the_report_is_one_json_object_and_a_chart(tmp_path):
         assert report[stage]["spread"][0] <= report[stage]["ratio"] <= report[stage]["spread"][1]
     assert {"threads", "commit", "environment"} <= set(report)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_share_of_captions_that_differ_is_counted(monkeypatch):
+    monkeypatch.setattr(experiment_utils, "resolve_precision", lambda *_: "float32")
+    args = SimpleNamespace(search=100, rounds=1)
+    assert benchmark.beam_search(args)["differing"] == 0
+    monkeypatch.setattr(benchmark, "plain_beam_search", lambda *_args, **_options: ([], 0.0))
+    assert benchmark.beam_search(args)["differing"] == 1
 
 
 def test_a_stage_that_is_none_is_misuse():
