@@ -200,11 +200,10 @@ def new_run(kind, precision):
     args.device, args.precision = torch.device("cpu"), precision
     torch.manual_seed(0)
     decoder = program.build_decoder(args, CHANNELS, VOCABULARY)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-4, fused=precision != "float32")
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     return SimpleNamespace(
-        args=args, decoder=decoder, model=decoder, optimizer=optimizer, scaler=scaler, per_step=False
-    )
+        args=args, decoder=decoder, model=decoder, optimizer=program.build_optimizer(decoder, args),
+        scaler=torch.amp.GradScaler("cpu", enabled=False), per_step=False,
+    )  # fmt: skip
 
 
 def train(kind, args):

@@ -106,7 +106,10 @@ def draw(log_prob, logits, log_norm, done, pad, temperature, top_k, top_p, gener
 
 
 def settled(log_prob, lengths, done, most, length_penalty, count):
-    """(N,) bool: images whose `count` best finished hypotheses no live one can beat, be it `most` tokens long."""
+    """(N,) bool: images whose `count` best finished hypotheses no live one can beat, be it `most` tokens long.
+
+    An image without a live hypothesis is settled.
+    """
     reachable = log_prob.masked_fill(done, -torch.inf).amax(1) / most**length_penalty
     ended = (log_prob / lengths**length_penalty).masked_fill(~done, -torch.inf)
     return ended.topk(min(count, ended.size(1))).values[:, -1] >= reachable
@@ -153,10 +156,8 @@ def generate(
     first = images.new_zeros(len(images), width if algorithm == "sample" else 1)  # each hypothesis's parent
     state = (state[0], follow(state[1], first))
     tokens = first.unsqueeze(-1) + vocabulary.sos  # (N, K, 1 + t)
-    log_prob = first.float()  # (N, K)
-    lengths = log_prob.clone()  # tokens written, <EOS> counted
-    done = torch.zeros_like(lengths, dtype=torch.bool)
-    attention = None  # (N, K, t, P)
+    log_prob, lengths, done = first.float(), first.float(), first.bool()  # (N, K); lengths count <EOS>
+    attention = ()  # one tensor (N, K, t, P), or none
     for step in range(1, max_length + 1):
         logits, state, alphas = decoder.step(tokens[..., -1], state)
         logits = logits.to(torch.float32, copy=True)  # (N, K, V)
@@ -168,26 +169,22 @@ def generate(
         else:
             parents, words, log_prob = rank(*so_far, width)
         if alphas is not None:
-            looked = [] if attention is None else [attention]
-            attention = follow(torch.cat([*looked, alphas.unsqueeze(2)], dim=2), parents)
-        lengths = lengths.gather(1, parents) + ~done.gather(1, parents)
-        done = done.gather(1, parents) | (words == vocabulary.eos)
-        tokens = torch.cat([follow(tokens, parents), words.unsqueeze(-1)], dim=-1)
-        state = (state[0], follow(state[1], parents))
+            attention = (torch.cat([*attention, alphas.unsqueeze(2)], dim=2),)
+        tokens, lengths, done, attention, own = follow((tokens, lengths, done, attention, state[1]), parents)
+        tokens, state = torch.cat([tokens, words.unsqueeze(-1)], dim=-1), (state[0], own)
+        lengths, done = lengths + ~done, done | (words == vocabulary.eos)
 
-        over = done.all(1) | (step == max_length)
-        if algorithm != "sample":
-            most = max_length if length_penalty > 0 else step
-            over |= settled(log_prob, lengths, done, most, length_penalty, num_captions)
+        most = max_length if length_penalty > 0 else step
+        bounds = log_prob, lengths, done, most, length_penalty, num_captions
+        over = (done.all(1) if algorithm == "sample" else settled(*bounds)) | (step == max_length)
         if fixed_shapes and step < max_length and (step % LOOK_EVERY or not over.all()):
             continue
         if over.any():
-            written = images, tokens, log_prob, lengths, done, *(() if attention is None else (attention,))
+            written = images, tokens, log_prob, lengths, done, *attention
             for image, *own in zip(*(part[over].cpu() for part in written), strict=True):
                 results[image] = harvest(length_penalty, num_captions, *own)
-            kept = select((images, tokens, log_prob, lengths, done, state), ~over)
-            images, tokens, log_prob, lengths, done, state = kept
-            attention = None if attention is None else attention[~over]
+            kept = select((images, tokens, log_prob, lengths, done, attention, state), ~over)
+            images, tokens, log_prob, lengths, done, attention, state = kept
             if not len(images):
                 break
     return results

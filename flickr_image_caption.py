@@ -225,8 +225,6 @@ def check_options(args):
         raise ValueError(
             f"--save_attention_viz needs --decoder attention: the {args.decoder} decoder has no attention maps"
         )
-    if args.coarse_size and args.image_size and args.coarse_size >= args.image_size:
-        raise ValueError(f"--coarse_size {args.coarse_size} must be below --image_size {args.image_size}")
     if args.min_length >= args.max_length:
         raise ValueError(f"--min_length {args.min_length} must be below --max_length {args.max_length}")
     most = {"greedy": 1, "beam": args.beam_size, "sample": math.inf}[args.algorithm]
@@ -278,7 +276,7 @@ import experiment_utils
 import feature_cache
 import metrics_utils
 import process_group
-from caption_decoding import generate, map_tensors, select
+from caption_decoding import follow, generate, map_tensors, select
 from experiment_utils import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
 from repeated_linear import RepeatedLinear, summed_once
 
@@ -330,7 +328,9 @@ class Encoder(nn.Module):
         own_size = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
         self.image_size, self.coarse_size = image_size or own_size, coarse_size
         if coarse_size and coarse_size >= self.image_size:
-            raise ValueError(f"--coarse_size {coarse_size} must be below {name}'s own size, {self.image_size}")
+            raise ValueError(
+                f"--coarse_size {coarse_size} must be below the image size, {self.image_size} (--image_size)"
+            )
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -348,11 +348,11 @@ class Encoder(nn.Module):
     def forward(self, images):
         """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
         images = sent(images, self.mean.device).contiguous(memory_format=torch.channels_last)
-        images = (images / 255 - self.mean) / self.std
-        features = self.folded(images.to(getattr(torch, self.precision))).float()  # (N, F, h, w)
+        images, dtype = (images / 255 - self.mean) / self.std, getattr(torch, self.precision)
+        features = self.folded(images.to(dtype)).float()  # (N, F, h, w)
         if self.coarse_size:
             smaller = F.interpolate(images, size=(self.coarse_size,) * 2, mode="bilinear", antialias=True)
-            coarse = self.folded(smaller.to(getattr(torch, self.precision))).float()
+            coarse = self.folded(smaller.to(dtype)).float()
             features = torch.cat([features, F.interpolate(coarse, size=features.shape[2:], mode="bilinear")], dim=1)
         return features.flatten(2).transpose(1, 2)
 
@@ -597,12 +597,10 @@ class AttentionDecoder(Decoder):
 
         Source: Liu et al. 2023, PatchDropout, section 3.
         """
-        images, cells, _ = features.shape
-        kept = max(1, round(cells * (1 - self.patch_dropout))) if self.training else cells
-        if kept == cells:
+        if not (self.training and self.patch_dropout):
             return features
-        drawn = torch.rand(images, cells, device=features.device).topk(kept).indices
-        return features[torch.arange(images, device=features.device).unsqueeze(1), drawn]
+        kept = max(1, round(features.size(1) * (1 - self.patch_dropout)))
+        return follow(features, torch.rand(features.shape[:2], device=features.device).topk(kept).indices)
 
     def start(self, features):
         """features (N, P, F) -> state: what is computed once per image, and LSTM layers made of the mean feature."""

@@ -284,8 +284,8 @@ def coarse_size_lays_a_second_look_under_the_first():
     best = train("--image_size 96 --coarse_size 64") / "best.pt"
     assert load(best)["encoder"]["channels"] == 2048
     succeed("--mode test --output_dir out --model_path", best)
-    refused(TINY, "--image_size 96 --coarse_size 96", naming=["--coarse_size 96 must be below --image_size 96"])
-    refused(TINY, "--coarse_size 256", naming=["--coarse_size 256 must be below shufflenet_v2_x0_5's own size, 224"])
+    refused(TINY, "--image_size 96 --coarse_size 96", naming=["--coarse_size 96 must be below the image size, 96"])
+    refused(TINY, "--coarse_size 256", naming=["--coarse_size 256 must be below the image size, 224"])
     refused("--mode test --coarse_size 32 --model_path", best, naming=["--coarse_size 32 (stored: 64)"])
 
 
