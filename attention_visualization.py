@@ -39,9 +39,15 @@ from experiment_utils import replace_file
 
 DPI = 150
 LONG_SIDE = 600  # pixels; a larger photograph is reduced to this first
-COLORS = matplotlib.colormaps["inferno"]  # perceptually uniform, and its lightness survives a grey printout
+COLORS = matplotlib.colormaps[
+    "inferno"
+]  # perceptually uniform, and its lightness survives a grey printout
 OPACITY = 0.2, 0.75  # of the colour over the grey photograph, for no weight and for the largest
-PANEL, NARROWEST, WIDEST = 1.7, 1.1, 15  # inches: side of a square panel, width kept for a word, width of a figure
+PANEL, NARROWEST, WIDEST = (
+    1.7,
+    1.1,
+    15,
+)  # inches: side of a square panel, width kept for a word, width of a figure
 GAP, TITLE, MARGIN, STRIP = (
     0.1,
     0.22,
@@ -70,14 +76,22 @@ def save_attention_viz(directory, index, photograph, words, maps, *, advanced=Fa
     known = {} if log_prob is None else {"log_prob": float(log_prob)}
     raw = io.BytesIO()
     np.savez_compressed(
-        raw, words=np.array(words, dtype=str), maps=maps.astype(np.float32), photograph=photograph, **known
+        raw,
+        words=np.array(words, dtype=str),
+        maps=maps.astype(np.float32),
+        photograph=photograph,
+        **known,
     )
     files = {
-        f"attention_viz_sample_{index}.png": _draw(photograph, words, maps, log_prob, advanced=False),
+        f"attention_viz_sample_{index}.png": _draw(
+            photograph, words, maps, log_prob, advanced=False
+        ),
         f"attention_maps_sample_{index}.npz": raw.getvalue(),
     }
     if advanced:
-        files[f"advanced_attention_viz_sample_{index}.png"] = _draw(photograph, words, maps, log_prob, advanced=True)
+        files[f"advanced_attention_viz_sample_{index}.png"] = _draw(
+            photograph, words, maps, log_prob, advanced=True
+        )
     Path(directory).mkdir(parents=True, exist_ok=True)
     return [_write_whole(Path(directory) / name, data) for name, data in files.items()]
 
@@ -96,7 +110,9 @@ def upsample_map(attention_map, size):
     """
     height, width = size
     cells = np.asarray(attention_map, dtype=np.float64)
-    return _stretched(_stretched(cells, height).T, width).T.clip(cells.min(), cells.max())  # clip: rounding
+    return _stretched(_stretched(cells, height).T, width).T.clip(
+        cells.min(), cells.max()
+    )  # clip: rounding
 
 
 def _stretched(cells, size):
@@ -109,10 +125,14 @@ def _stretched(cells, size):
     t = (position - before)[:, None]
     rise = np.diff(cells, axis=0)
     product = rise[:-1] * rise[1:]
-    slope = np.zeros_like(cells)  # at the centres: 0 at a peak, else the harmonic mean of the rises on both sides
+    slope = np.zeros_like(
+        cells
+    )  # at the centres: 0 at a peak, else the harmonic mean of the rises on both sides
     np.divide(2 * product, rise[:-1] + rise[1:], out=slope[1:-1], where=product > 0)
     start, end, rise = slope[before], slope[before + 1], rise[before]
-    return cells[before] + t * (start + t * (3 * rise - 2 * start - end + t * (start + end - 2 * rise)))
+    return cells[before] + t * (
+        start + t * (3 * rise - 2 * start - end + t * (start + end - 2 * rise))
+    )
 
 
 def map_entropy(attention_map):
@@ -153,11 +173,17 @@ def _checked_maps(words, maps):
     """The maps as (T, h, w) float64, or ValueError."""
     maps = np.asarray(maps, dtype=np.float64)
     if maps.ndim != 3 or len(maps) != len(words) or 0 in maps.shape[1:]:
-        raise ValueError(f"attention maps: expected ({len(words)}, h, w) for {len(words)} words, got {maps.shape}")
+        raise ValueError(
+            f"attention maps: expected ({len(words)}, h, w) for {len(words)} words, got {maps.shape}"
+        )
     if not (np.isfinite(maps).all() and (maps >= 0).all()):
-        raise ValueError("attention maps: expected weights from 0 to 1, got negative or non-finite ones")
+        raise ValueError(
+            "attention maps: expected weights from 0 to 1, got negative or non-finite ones"
+        )
     sums = maps.sum(axis=(1, 2))
-    if not np.allclose(sums, 1, rtol=0, atol=0.01):  # 0.01: weights may have been rounded to bfloat16
+    if not np.allclose(
+        sums, 1, rtol=0, atol=0.01
+    ):  # 0.01: weights may have been rounded to bfloat16
         worst = int(np.abs(sums - 1).argmax())
         raise ValueError(
             f"attention maps: expected each to sum to 1, but that of {words[worst]!r} sums to {sums[worst]:.4g}"
@@ -169,8 +195,15 @@ def _reduced(photograph):
     """The photograph as (H, W, 3) uint8 with a long side of at most LONG_SIDE pixels."""
     if not isinstance(photograph, Image.Image):
         photograph = np.asarray(photograph)
-        if photograph.dtype != np.uint8 or photograph.ndim != 3 or photograph.shape[2] != 3 or 0 in photograph.shape:
-            raise ValueError(f"photograph: expected (H, W, 3) uint8, got {photograph.shape} {photograph.dtype}")
+        if (
+            photograph.dtype != np.uint8
+            or photograph.ndim != 3
+            or photograph.shape[2] != 3
+            or 0 in photograph.shape
+        ):
+            raise ValueError(
+                f"photograph: expected (H, W, 3) uint8, got {photograph.shape} {photograph.dtype}"
+            )
         photograph = Image.fromarray(photograph)
     photograph = photograph.convert("RGB")  # a copy, so thumbnail leaves the caller's alone
     photograph.thumbnail((LONG_SIDE, LONG_SIDE))
@@ -190,7 +223,9 @@ def _draw(photograph, words, maps, log_prob, *, advanced):
     png = io.BytesIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        _figure(photograph, [" ".join(word.split()) for word in words], maps, log_prob, advanced).savefig(png, dpi=DPI)
+        _figure(
+            photograph, [" ".join(word.split()) for word in words], maps, log_prob, advanced
+        ).savefig(png, dpi=DPI)
     return png.getvalue()
 
 
@@ -198,7 +233,10 @@ def _figure(photograph, words, maps, log_prob, advanced):
     """Lay the panels out in rows under the caption; if advanced, with the raw cells below each row."""
     advanced = advanced and len(words) > 0  # an empty caption has nothing to add to the photograph
     aspect = photograph.shape[1] / photograph.shape[0]
-    width, height = PANEL * math.sqrt(aspect), PANEL / math.sqrt(aspect)  # every photograph gets the same area
+    width, height = (
+        PANEL * math.sqrt(aspect),
+        PANEL / math.sqrt(aspect),
+    )  # every photograph gets the same area
     shrink = min(1, 2 * PANEL / max(width, height))
     width, height = width * shrink, height * shrink
     slot = max(width, NARROWEST)  # a word needs room over a tall panel
@@ -222,9 +260,18 @@ def _figure(photograph, words, maps, log_prob, advanced):
             if advanced:
                 _color_bar(lower, largest)
         else:
-            _word_panels(upper, lower, photograph, _shortened(words[place - 1], slot), maps[place - 1], largest)
+            _word_panels(
+                upper,
+                lower,
+                photograph,
+                _shortened(words[place - 1], slot),
+                maps[place - 1],
+                largest,
+            )
     if advanced:
-        _entropy_strip(_axes(figure, MARGIN + 0.4, bottom + 0.15, total - 2 * MARGIN - 0.4, STRIP), words, maps)
+        _entropy_strip(
+            _axes(figure, MARGIN + 0.4, bottom + 0.15, total - 2 * MARGIN - 0.4, STRIP), words, maps
+        )
     return figure
 
 
@@ -233,7 +280,10 @@ def _columns(panels, width, height):
 
     def badness(columns):
         rows = math.ceil(panels / columns)
-        return abs(math.log(columns * width / (rows * height) / 1.5)) + (rows * columns - panels) / panels
+        return (
+            abs(math.log(columns * width / (rows * height) / 1.5))
+            + (rows * columns - panels) / panels
+        )
 
     most = max(1, min(panels, int(WIDEST / width)))
     return min(range(1, most + 1), key=badness)
@@ -243,7 +293,12 @@ def _axes(figure, left, top, width, height):
     """Axes placed in inches from the figure's upper left corner."""
     total_width, total_height = figure.get_size_inches()
     return figure.add_axes(
-        (left / total_width, 1 - (top + height) / total_height, width / total_width, height / total_height)
+        (
+            left / total_width,
+            1 - (top + height) / total_height,
+            width / total_width,
+            height / total_height,
+        )
     )
 
 
@@ -283,7 +338,9 @@ def _color_bar(axes, largest):
     axes.set_axis_off()
     bar = axes.inset_axes((0.1, 0.5, 0.8, 0.08))
     bar.imshow(COLORS(np.linspace(0, 1, 256))[None], extent=(0, 1, 0, 1), aspect="auto")
-    bar.set_xticks([0, 0.5, 1], ["0", f"{largest / 4:.2g}", f"{largest:.2g}"])  # square root: half way is a quarter
+    bar.set_xticks(
+        [0, 0.5, 1], ["0", f"{largest / 4:.2g}", f"{largest:.2g}"]
+    )  # square root: half way is a quarter
     bar.set_yticks([])
     bar.tick_params(length=2, pad=2, labelsize=7, width=0.6)
     bar.set_title("attention weight\nper cell", fontsize=8, pad=3)
@@ -292,7 +349,12 @@ def _color_bar(axes, largest):
 def _entropy_strip(axes, words, maps):
     """One bar per word: how far its map is spread, from 0 bits (one cell) to the dashed line (all cells alike)."""
     uniform = math.log2(maps[0].size)
-    axes.bar(range(len(words)), [map_entropy(attention_map) for attention_map in maps], width=0.6, color="#b5485d")
+    axes.bar(
+        range(len(words)),
+        [map_entropy(attention_map) for attention_map in maps],
+        width=0.6,
+        color="#b5485d",
+    )
     axes.axhline(uniform, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_ylim(0, 1.25 * uniform or 1)
     axes.set_ylabel("entropy (bits)", fontsize=8)
@@ -320,7 +382,11 @@ def _crowded(words, width):
 
 def _text_width(text, points):
     """About how many inches a line of text takes: an East Asian wide character is one em, another 0.6."""
-    return sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.6 for character in text) * points / 72
+    return (
+        sum(1 if unicodedata.east_asian_width(character) in "WF" else 0.6 for character in text)
+        * points
+        / 72
+    )
 
 
 def _wrapped(caption, width):

@@ -35,7 +35,12 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-CHANNELS, CELLS, WIDTH, VOCABULARY = 1280, 49, 512, 2539  # MobileNetV2's grid; Flickr8k's vocabulary
+CHANNELS, CELLS, WIDTH, VOCABULARY = (
+    1280,
+    49,
+    512,
+    2539,
+)  # MobileNetV2's grid; Flickr8k's vocabulary
 SHARED, PLAIN = 128, 32  # captions per step: ours, the textbook's
 SCALED = ("lstm", "attention")  # decoders of --scale: one reads means, the other grids
 BEAM = {"beam_size": 5, "min_length": 9, "max_length": 25}  # as long as Flickr8k's captions are
@@ -53,8 +58,14 @@ def plain_encoding(encoder, paths):
     features = []
     with torch.inference_mode():
         for path in paths:
-            image = torch.from_numpy(caption_data.load_image(path, encoder.image_size)).permute(2, 0, 1).unsqueeze(0)
-            features.append(encoder.trunk(((image / 255 - encoder.mean) / encoder.std).contiguous()))
+            image = (
+                torch.from_numpy(caption_data.load_image(path, encoder.image_size))
+                .permute(2, 0, 1)
+                .unsqueeze(0)
+            )
+            features.append(
+                encoder.trunk(((image / 255 - encoder.mean) / encoder.std).contiguous())
+            )
     return features
 
 
@@ -65,7 +76,9 @@ def plain_logits(decoder, features, captions):
     logits, alphas, layers = [], [], None
     for tokens in captions.unbind(1):
         per_image, first = decoder.start(features)  # the features are projected anew for every word
-        written, (_, layers), looked = decoder.step(tokens.unsqueeze(1), (per_image, layers or first))
+        written, (_, layers), looked = decoder.step(
+            tokens.unsqueeze(1), (per_image, layers or first)
+        )
         logits.append(written.squeeze(1))
         alphas.append(looked)
     return torch.stack(logits, 1), None if alphas[0] is None else torch.cat(alphas, 1)
@@ -96,7 +109,11 @@ def plain_beam_search(decoder, features, vocabulary, beam_size, min_length, max_
     beam = [(0.0, [vocabulary.sos], None)]  # log_prob, tokens, LSTM layers
     with torch.inference_mode():
         for step in range(1, max_length + 1):
-            live = [hypothesis for hypothesis in beam if hypothesis[1][-1] != vocabulary.eos or len(hypothesis[1]) == 1]
+            live = [
+                hypothesis
+                for hypothesis in beam
+                if hypothesis[1][-1] != vocabulary.eos or len(hypothesis[1]) == 1
+            ]
             if not live or (len(live) < len(beam) and max(beam, key=lambda h: h[0]) not in live):
                 break
             per_image, first = decoder.start(features.expand(len(live), -1, -1))
@@ -110,11 +127,16 @@ def plain_beam_search(decoder, features, vocabulary, beam_size, min_length, max_
             log_probs[:, [vocabulary.pad, vocabulary.sos, vocabulary.unk]] = -torch.inf
             if step <= min_length:
                 log_probs[:, vocabulary.eos] = -torch.inf
-            grown = [hypothesis for hypothesis in beam if not any(hypothesis is other for other in live)]
+            grown = [
+                hypothesis for hypothesis in beam if not any(hypothesis is other for other in live)
+            ]
             for row, (log_prob, words, _) in enumerate(live):
                 own = tuple(tuple(part[row : row + 1] for part in layer) for layer in layers)
                 values, best = log_probs[row].topk(beam_size)
-                grown += [(log_prob + float(v), [*words, int(w)], own) for v, w in zip(values, best, strict=True)]
+                grown += [
+                    (log_prob + float(v), [*words, int(w)], own)
+                    for v, w in zip(values, best, strict=True)
+                ]
             beam = sorted(grown, key=lambda hypothesis: hypothesis[0], reverse=True)[:beam_size]
     ended = [hypothesis for hypothesis in beam if hypothesis[1][-1] == vocabulary.eos]
     log_prob, tokens, _ = max(ended or beam, key=lambda hypothesis: hypothesis[0])
@@ -173,7 +195,9 @@ def encode(args):
 
         few = paths[: max(1, len(paths) // 4)]
         amounts = len(paths), len(few)
-        result = compare(cached, lambda: plain_encoding(textbook, few), args.rounds, "images per second", amounts)
+        result = compare(
+            cached, lambda: plain_encoding(textbook, few), args.rounds, "images per second", amounts
+        )
         return result | {"precision": precision}
 
 
@@ -273,7 +297,8 @@ def metrics(args):
     words = [f"word{number}" for number in range(VOCABULARY)]
     likely = [1 / (rank + 1) for rank in range(VOCABULARY)]  # Zipf's law
     references = {
-        str(image): [" ".join(draw.choices(words, likely, k=12)) for _ in range(5)] for image in range(args.search)
+        str(image): [" ".join(draw.choices(words, likely, k=12)) for _ in range(5)]
+        for image in range(args.search)
     }
     captions = {image: f"{texts[0]} word0" for image, texts in references.items()}
     scorer = metrics_utils.CaptionScorer(references)
@@ -296,13 +321,19 @@ def ceilings():
     found, side = {}, 2048
     for precision in ("float32", "bfloat16"):
         left, right = (torch.rand(side, side).to(getattr(torch, precision)) for _ in range(2))
-        found[f"{precision} matrix product, GFLOP/s"] = per_second(2 * side**3 / 1e9, lambda a=left, b=right: a @ b)
+        found[f"{precision} matrix product, GFLOP/s"] = per_second(
+            2 * side**3 / 1e9, lambda a=left, b=right: a @ b
+        )
     source = torch.rand(64 * 2**20)
     target = torch.empty_like(source)
-    found["memory copy, GB/s read and written"] = per_second(2 * source.nbytes / 1e9, lambda: target.copy_(source))
+    found["memory copy, GB/s read and written"] = per_second(
+        2 * source.nbytes / 1e9, lambda: target.copy_(source)
+    )
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder, "picture.jpg")
-        noise = torch.randint(0, 256, (14, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        noise = torch.randint(
+            0, 256, (14, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
         Image.fromarray(noise.numpy()).resize((500, 375)).save(picture, quality=90)
         one = per_second(1, lambda: caption_data.load_image(picture, 224))
     found["JPEG 500 x 375 to 224 x 224, images/s and core"] = one
@@ -331,7 +362,10 @@ def scale_options(folder, kind):
 def write_captions(folder, images):
     """Empty image files and five captions each: 12 +- 3.5 words, Zipf's law over VOCABULARY words of usual lengths."""
     draw = random.Random(0)
-    words = ["".join(draw.choices("etaoinshrdlucmwfgyp", k=2 + draw.randrange(8))) for _ in range(VOCABULARY)]
+    words = [
+        "".join(draw.choices("etaoinshrdlucmwfgyp", k=2 + draw.randrange(8)))
+        for _ in range(VOCABULARY)
+    ]
     sums = list(itertools.accumulate(1 / rank for rank in range(1, VOCABULARY + 1)))
     (folder / "Images").mkdir()
     with (folder / "captions.csv").open("w") as file:
@@ -341,7 +375,9 @@ def write_captions(folder, images):
             (folder / "Images" / name).touch()
             for _ in range(5):
                 length = min(25, max(5, round(draw.gauss(12, 3.5))))
-                file.write(f"{name},{' '.join(draw.choices(words, cum_weights=sums, k=length)).capitalize()} .\n")
+                file.write(
+                    f"{name},{' '.join(draw.choices(words, cum_weights=sums, k=length)).capitalize()} .\n"
+                )
 
 
 def fill_cache(folder, kind):
@@ -352,11 +388,20 @@ def fill_cache(folder, kind):
     import flickr_image_caption as program
 
     args = program.parse_args(scale_options(folder, kind))
-    args.device, args.precision = torch.device("cpu"), program.resolve_precision(args.precision, torch.device("cpu"))
-    program.FeatureSource(args, program.open_encoder(args), [], pooled=program.DECODERS[kind].pooled)  # an empty one
+    args.device, args.precision = (
+        torch.device("cpu"),
+        program.resolve_precision(args.precision, torch.device("cpu")),
+    )
+    program.FeatureSource(
+        args, program.open_encoder(args), [], pooled=program.DECODERS[kind].pooled
+    )  # an empty one
     (file,) = Path(args.cache_dir).glob("*/features.*")
     cells, dtype = (1, torch.float32) if program.DECODERS[kind].pooled else (CELLS, torch.float16)
-    block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0)).to(dtype).numpy()
+    block = (
+        torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0))
+        .to(dtype)
+        .numpy()
+    )
     stamps = list(feature_cache._stamps(sorted((folder / "Images").iterdir()))[0].values())
     with feature_cache._Store(file, block[0].nbytes) as store:
         for start in range(0, len(stamps), 256):
@@ -418,7 +463,9 @@ def measure(typed, warm_up, steps):
     call = f"import benchmark; benchmark.start_and_step({typed}, {warm_up}, {steps}, {time.time()})"
     peaks = {"RssAnon": 0, "RssFile": 0}
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parent, stdout=said, stderr=errors)
+        child = subprocess.Popen(
+            [sys.executable, "-c", call], cwd=Path(__file__).parent, stdout=said, stderr=errors
+        )
         status = Path(f"/proc/{child.pid}/status")
         while child.poll() is None:
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -436,11 +483,15 @@ def measure(typed, warm_up, steps):
 def scale(args):
     """{images: {decoder: what its training costs}} of generated datasets. Raises: OSError if the disk is too small."""
     largest = max(args.scale)
-    needed = largest * ((CELLS + 1) * CHANNELS * 2 + 1200)  # grids and means; captions, index lines, image files
+    needed = largest * (
+        (CELLS + 1) * CHANNELS * 2 + 1200
+    )  # grids and means; captions, index lines, image files
     free = shutil.disk_usage(args.scale_dir or tempfile.gettempdir()).free
     line = f"{largest:,} images need {needed / 1e9:.2f} GB in {args.scale_dir or tempfile.gettempdir()}"
     if needed > free:
-        raise OSError(f"--scale: {line}, {free / 1e9:.2f} GB are free: give --scale_dir or fewer images")
+        raise OSError(
+            f"--scale: {line}, {free / 1e9:.2f} GB are free: give --scale_dir or fewer images"
+        )
     print(f"{line}; {free / 1e9:.2f} GB are free", file=sys.stderr)
     found = {}
     for images in args.scale:
@@ -448,7 +499,9 @@ def scale(args):
             write_captions(Path(folder), images)
             for kind in SCALED:
                 size = fill_cache(Path(folder), kind)
-                one = measure(scale_options(folder, kind), *args.scale_steps) | {"cache_gb": size / 1e9}
+                one = measure(scale_options(folder, kind), *args.scale_steps) | {
+                    "cache_gb": size / 1e9
+                }
                 found.setdefault(str(images), {})[kind] = one
                 if not args.json:
                     print(f"scale {images:7,} {kind:10} start-up {one['startup_seconds']:.1f} s (import "
@@ -472,7 +525,9 @@ def draw_chart(report, path):
     for row, name in enumerate(names):
         stage = report[name]
         low, high = (abs(stage["ratio"] - end) for end in stage["spread"])
-        axes.barh(row, stage["ratio"], color="#3b6ea5", height=0.6, xerr=[[low], [high]], ecolor="#555555")
+        axes.barh(
+            row, stage["ratio"], color="#3b6ea5", height=0.6, xerr=[[low], [high]], ecolor="#555555"
+        )
         axes.annotate(f" {stage['ratio']:.1f}x   {stage['ours']:,.0f} {stage['unit']}", (stage["spread"][1], row),
                       va="center", fontsize=9)  # fmt: skip
     axes.axvline(1, color="#555555", linewidth=0.8)
@@ -485,19 +540,39 @@ def draw_chart(report, path):
 
 def main(argv=None):
     """Time the stages; print one line for each, or one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="some of " + " ".join(STAGES) + " (all)")
-    parser.add_argument("--quick", action="store_true", help="fewer pictures and rounds: under two minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help="some of " + " ".join(STAGES) + " (all)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer pictures and rounds: under two minutes"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="also draw the ratios, as PNG or PDF")
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE", help="also draw the ratios, as PNG or PDF"
+    )
     parser.add_argument("--images", type=Path, help="folder of pictures (drawn ones)")
     parser.add_argument("--encoder", default="resnet50", help="torchvision model (%(default)s)")
-    parser.add_argument("--encoder_weights", default="random", help="random, imagenet or a file (%(default)s)")
+    parser.add_argument(
+        "--encoder_weights", default="random", help="random, imagenet or a file (%(default)s)"
+    )
     parser.add_argument("--number", type=int, help="pictures to encode (256; --quick 64)")
     parser.add_argument("--rounds", type=int, help="of each way, in turn (5; --quick 3)")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures (%(default)s)")
-    parser.add_argument("--scale", type=int, nargs="+", metavar="IMAGES", help="also, or only, datasets of these sizes")
-    parser.add_argument("--scale_dir", metavar="FOLDER", help="where they are generated (the temporary folder)")
+    parser.add_argument(
+        "--num_workers", type=int, default=0, help="processes that decode pictures (%(default)s)"
+    )
+    parser.add_argument(
+        "--scale",
+        type=int,
+        nargs="+",
+        metavar="IMAGES",
+        help="also, or only, datasets of these sizes",
+    )
+    parser.add_argument(
+        "--scale_dir", metavar="FOLDER", help="where they are generated (the temporary folder)"
+    )
     args = parser.parse_args(argv)
     unknown = [stage for stage in args.stages if stage not in STAGES]
     if unknown:

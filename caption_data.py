@@ -55,7 +55,14 @@ CAPTIONS_FILES = (
 )
 SPLITS = ("train", "val", "test")
 LIST_WORDS = {"train": "train", "val": "val|dev", "test": "test"}  # in the names of split lists
-SPLIT_WORDS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "valid": "val", "validation": "val"}
+SPLIT_WORDS = {
+    "train": "train",
+    "restval": "train",
+    "val": "val",
+    "dev": "val",
+    "valid": "val",
+    "validation": "val",
+}
 SPLIT_WORDS |= {"test": "test", "": None}
 IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "comment", "text")
@@ -132,12 +139,16 @@ def load_dataset(
     captions, recorded, bad_images = _group_by_image(rows, problems)
     skipped_rows = _counted(captions_file, "rows", problems, total_rows, max_bad_fraction)
 
-    split_of, split_note = resolve_splits(list(captions), recorded, captions_file, split_seed, splits)
+    split_of, split_note = resolve_splits(
+        list(captions), recorded, captions_file, split_seed, splits
+    )
     in_shards = isinstance(image_dir, Shards)  # what they lack is known once they have been read
     on_disk = {name: in_shards or os.path.isfile(image_dir / name) for name in split_of}  # noqa: PTH113 - long names
     bad_images |= {name: f"not in {image_dir}" for name, present in on_disk.items() if not present}
     images_named = len(split_of.keys() | bad_images.keys())
-    skipped_images = _counted(captions_file, "images", [*bad_images.items()], images_named, max_bad_fraction)
+    skipped_images = _counted(
+        captions_file, "images", [*bad_images.items()], images_named, max_bad_fraction
+    )
 
     names = [name for name, present in on_disk.items() if present]
     table = pd.DataFrame({"image": names})
@@ -149,21 +160,31 @@ def load_dataset(
 
     if in_shards:
         image_dir = replace(image_dir, names=tuple(table.image))
-    pictures = [] if in_shards else [path.name for path in image_dir.iterdir() if PICTURE_NAME.search(path.name)]
+    pictures = (
+        []
+        if in_shards
+        else [path.name for path in image_dir.iterdir() if PICTURE_NAME.search(path.name)]
+    )
     uncaptioned = sum(name not in captions for name in pictures)
     notes = [
         f"{captions_file}: {sum(map(len, captions.values()))} captions of {len(captions)} images",
         skipped_rows,
         skipped_images,
-        f"{image_dir}: {uncaptioned} images have no captions and are left out" if uncaptioned else "",
+        f"{image_dir}: {uncaptioned} images have no captions and are left out"
+        if uncaptioned
+        else "",
         split_note,
         ", ".join(f"{split} {(table.split == split).sum()}" for split in SPLITS) + " images",
     ]
     notes = [note for note in notes if note]
-    return Dataset(table, image_dir, captions_file, notes, max_bad_fraction, images_named, bad_images)
+    return Dataset(
+        table, image_dir, captions_file, notes, max_bad_fraction, images_named, bad_images
+    )
 
 
-def find_dataset(dataset_type, image_dir=None, captions_file=None, remote_shards=True) -> tuple[Path | Shards, Path]:
+def find_dataset(
+    dataset_type, image_dir=None, captions_file=None, remote_shards=True
+) -> tuple[Path | Shards, Path]:
     """(image folder or shards, captions file) of ./data/<dataset_type>, unless given; `custom` has none of its own.
 
     Raises: FileNotFoundError saying which command gets the dataset, ValueError when `custom` lacks a path.
@@ -175,11 +196,17 @@ def find_dataset(dataset_type, image_dir=None, captions_file=None, remote_shards
     root = Path("data") / dataset_type
     image_dir = image_dir or _first_of(root, IMAGE_FOLDERS, "image folder")
     image_dir = image_shards.find_shards(image_dir, PICTURE_NAME) or Path(image_dir)
-    captions_file = Path(captions_file) if captions_file else _first_of(root, CAPTIONS_FILES, "captions file")
+    captions_file = (
+        Path(captions_file) if captions_file else _first_of(root, CAPTIONS_FILES, "captions file")
+    )
     if isinstance(image_dir, Path) and not image_dir.is_dir():
-        raise FileNotFoundError(f"--image_dir {image_dir}: no such folder; expected the folder that holds the images")
+        raise FileNotFoundError(
+            f"--image_dir {image_dir}: no such folder; expected the folder that holds the images"
+        )
     if not captions_file.is_file():
-        raise FileNotFoundError(f"--captions_file {captions_file}: no such file; expected a captions CSV, TXT or JSON")
+        raise FileNotFoundError(
+            f"--captions_file {captions_file}: no such file; expected a captions CSV, TXT or JSON"
+        )
     return image_dir, captions_file
 
 
@@ -206,7 +233,12 @@ def _group_by_image(rows, problems):
         if (name := clean[image]) is None:
             bad_names[image] = "not a relative path below the image folder"
         elif recorded.setdefault(name, split) != split:
-            problems.append((f"{image!r} {caption[:40]!r}", f"image is in split {recorded[name]} already, not {split}"))
+            problems.append(
+                (
+                    f"{image!r} {caption[:40]!r}",
+                    f"image is in split {recorded[name]} already, not {split}",
+                )
+            )
         else:
             captions.setdefault(name, []).append(caption)
     return captions, recorded, bad_names
@@ -215,27 +247,42 @@ def _group_by_image(rows, problems):
 def _inside(name: str) -> str | None:
     """The name in its plainest form ("./a.jpg" is "a.jpg"), or None when it may lead out of the image folder."""
     path = PurePosixPath(name)
-    if path.anchor or PureWindowsPath(name).anchor or ".." in re.split(r"[\\/]", name) or "\0" in name:
+    if (
+        path.anchor
+        or PureWindowsPath(name).anchor
+        or ".." in re.split(r"[\\/]", name)
+        or "\0" in name
+    ):
         return None
     return str(path)
 
 
-def _counted(path: Path, what: str, bad: list[tuple[str, str]], total: int, max_bad_fraction: float) -> str:
+def _counted(
+    path: Path, what: str, bad: list[tuple[str, str]], total: int, max_bad_fraction: float
+) -> str:
     """One line that counts bad rows or images and names the first ten; "" without any, ValueError with too many."""
     if not bad:
         return ""
     named = "; ".join(f"{name} ({reason})" for name, reason in bad[:10])
-    line = f"{path}: {len(bad)} of {total} {what} skipped: {named}" + ("; ..." if len(bad) > 10 else "")
-    line = line.encode("unicode_escape").decode() if not line.isprintable() else line  # no control codes on a terminal
+    line = f"{path}: {len(bad)} of {total} {what} skipped: {named}" + (
+        "; ..." if len(bad) > 10 else ""
+    )
+    line = (
+        line.encode("unicode_escape").decode() if not line.isprintable() else line
+    )  # no control codes on a terminal
     if len(bad) > max_bad_fraction * total:
-        raise ValueError(f"{line}: more than --max_bad_fraction {max_bad_fraction:g}; mend the dataset or raise it")
+        raise ValueError(
+            f"{line}: more than --max_bad_fraction {max_bad_fraction:g}; mend the dataset or raise it"
+        )
     return line
 
 
 def _check_splits(table: pd.DataFrame, captions_file: Path):
     for split in SPLITS:
         if not (table.split == split).any():
-            raise ValueError(f"{captions_file}: the {split} split has no images; train, val and test need one each")
+            raise ValueError(
+                f"{captions_file}: the {split} split has no images; train, val and test need one each"
+            )
 
 
 def _fewer_train_images(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
@@ -266,25 +313,39 @@ def resolve_splits(
         return _listed_splits(names, _checked_splits(splits), "the checkpoint")
     if any(recorded.values()):
         held = {name: recorded[name] for name in names if recorded[name]}
-        return held, f"splits: as recorded in {captions_file.name}{_left_out(len(names) - len(held))}"
+        return (
+            held,
+            f"splits: as recorded in {captions_file.name}{_left_out(len(names) - len(held))}",
+        )
     if lists := _split_lists(names, captions_file):
         listed = {split: path.read_text("utf-8-sig").splitlines() for split, path in lists.items()}
         return _listed_splits(names, listed, ", ".join(path.name for path in lists.values()))
     shuffled = sorted(names)
     random.Random(split_seed).shuffle(shuffled)
     tenth = max(1, round(len(names) / 10))
-    drawn = dict.fromkeys(shuffled[:tenth], "val") | dict.fromkeys(shuffled[tenth : 2 * tenth], "test")
-    return {name: drawn.get(name, "train") for name in names}, f"splits: drawn by image with --split_seed {split_seed}"
+    drawn = dict.fromkeys(shuffled[:tenth], "val") | dict.fromkeys(
+        shuffled[tenth : 2 * tenth], "test"
+    )
+    return {
+        name: drawn.get(name, "train") for name in names
+    }, f"splits: drawn by image with --split_seed {split_seed}"
 
 
 def _checked_splits(splits):
     lists = [splits.get(split) for split in SPLITS] if isinstance(splits, dict) else [None]
-    if any(not isinstance(names, list) or any(not isinstance(name, str) for name in names) for names in lists):
-        raise ValueError("the checkpoint's splits are damaged: expected lists of image names for train, val and test")
+    if any(
+        not isinstance(names, list) or any(not isinstance(name, str) for name in names)
+        for names in lists
+    ):
+        raise ValueError(
+            "the checkpoint's splits are damaged: expected lists of image names for train, val and test"
+        )
     return dict(zip(SPLITS, lists, strict=True))
 
 
-def _listed_splits(names: list[str], lists: dict[str, list[str]], source: str) -> tuple[dict[str, str], str]:
+def _listed_splits(
+    names: list[str], lists: dict[str, list[str]], source: str
+) -> tuple[dict[str, str], str]:
     by_name = {name.rpartition(".")[0]: name for name in names} | {name: name for name in names}
     split_of, unknown = {}, 0
     for split, listed in lists.items():
@@ -293,7 +354,9 @@ def _listed_splits(names: list[str], lists: dict[str, list[str]], source: str) -
             if name is None:
                 unknown += 1
             elif split_of.setdefault(name, split) != split:
-                raise ValueError(f"splits of {source}: {name!r} is in both {split_of[name]} and {split}")
+                raise ValueError(
+                    f"splits of {source}: {name!r} is in both {split_of[name]} and {split}"
+                )
     absent = f"; {unknown} names are not in the data" if unknown else ""
     ordered = {name: split_of[name] for name in names if name in split_of}
     return ordered, f"splits: from {source}{_left_out(len(names) - len(ordered))}{absent}"
@@ -308,7 +371,14 @@ def _split_lists(names: list[str], captions_file: Path) -> dict[str, Path]:
     known = {*names, *(name.rpartition(".")[0] for name in names)} - {""}
     found = {split: [] for split in SPLITS}
     for path in sorted(captions_file.parent.glob("*.txt")):
-        split = next((split for split, word in LIST_WORDS.items() if re.search(word, path.name, re.IGNORECASE)), None)
+        split = next(
+            (
+                split
+                for split, word in LIST_WORDS.items()
+                if re.search(word, path.name, re.IGNORECASE)
+            ),
+            None,
+        )
         if split and path != captions_file and _names_any(path, known):
             found[split].append(path)
     if not any(found.values()):
@@ -316,7 +386,9 @@ def _split_lists(names: list[str], captions_file: Path) -> dict[str, Path]:
     for split, paths in found.items():
         if len(paths) != 1:
             which = " and ".join(path.name for path in paths) or "none"
-            raise ValueError(f"{captions_file.parent}: expected one {split} list beside the captions, found {which}")
+            raise ValueError(
+                f"{captions_file.parent}: expected one {split} list beside the captions, found {which}"
+            )
     return {split: paths[0] for split, paths in found.items()}
 
 
@@ -346,7 +418,13 @@ def read_captions(path: Path) -> tuple[list[tuple[str, str, str | None]], list[t
             problems.append((where, fault))
         else:
             image, caption, split = entry
-            rows.append((image.strip(), " ".join(caption.split()), SPLIT_WORDS[(split or "").strip().lower()]))
+            rows.append(
+                (
+                    image.strip(),
+                    " ".join(caption.split()),
+                    SPLIT_WORDS[(split or "").strip().lower()],
+                )
+            )
     if not rows:
         first = " ({}: {})".format(*problems[0]) if problems else ""
         raise ValueError(f"{path}: no captions in it{first}")
@@ -379,7 +457,9 @@ def _read_text(path: Path) -> str:
     try:
         text = content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+        raise ValueError(
+            f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     if "\0" in text:
         raise ValueError(f"{path}: a binary file, expected captions as text")
     if not text.strip():
@@ -440,11 +520,18 @@ def _csv_entries(path, text, delimiter, header, image, caption):
             if len(row) < len(header) or any(map(str.strip, row[len(header) :])):
                 yield f"line {lines[0]}", f"{len(row)} fields, expected {len(header)}"
             elif len(lines) > 1 and PICTURE_NAME.search("".join(row)):
-                yield from ((f"line {line}", f"in a quote opened on line {lines[0]}") for line in lines)
+                yield from (
+                    (f"line {line}", f"in a quote opened on line {lines[0]}") for line in lines
+                )
             else:
-                yield f"line {lines[0]}", (row[image], row[caption], None if split is None else row[split])
+                yield (
+                    f"line {lines[0]}",
+                    (row[image], row[caption], None if split is None else row[split]),
+                )
     except csv.Error as error:
-        raise ValueError(f"{path}: line {first}: damaged CSV ({error}); is a quote left open?") from None
+        raise ValueError(
+            f"{path}: line {first}: damaged CSV ({error}); is a quote left open?"
+        ) from None
 
 
 def _get(entry, key):
@@ -456,7 +543,11 @@ def _listed(value) -> list:
 
 
 def _json_entries(data):
-    if isinstance(data, dict) and isinstance(data.get("annotations"), list) and isinstance(data.get("images"), list):
+    if (
+        isinstance(data, dict)
+        and isinstance(data.get("annotations"), list)
+        and isinstance(data.get("images"), list)
+    ):
         yield from _coco_entries(data)
     elif isinstance(data, dict) and isinstance(data.get("images"), list):
         yield from _karpathy_entries(data["images"])
@@ -466,7 +557,9 @@ def _json_entries(data):
                 yield f"image {image[:80]!r}", (image, caption, None)
     else:
         for number, entry in enumerate(data, start=1):
-            image = next((value for key in IMAGE_COLUMNS if (value := _get(entry, key)) is not None), None)
+            image = next(
+                (value for key in IMAGE_COLUMNS if (value := _get(entry, key)) is not None), None
+            )
             captions = _get(entry, "captions") or _get(entry, "caption")
             for caption in _listed(captions) or [None]:
                 yield f"entry {number}", (image, caption, _get(entry, "split"))
@@ -495,7 +588,9 @@ def _karpathy_entries(images):
 UNSPACED = regex.compile(  # a character of a script that puts no spaces between words, with its combining marks
     r"(?V1)[[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}]&&[\p{L}\p{N}]]\p{M}*"
 )
-INVISIBLE = regex.compile(r"(?V1)[\p{Cf}--[\u200c\u200d]]")  # direction marks and the like; joiners belong to words
+INVISIBLE = regex.compile(
+    r"(?V1)[\p{Cf}--[\u200c\u200d]]"
+)  # direction marks and the like; joiners belong to words
 WORD = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # what a stored vocabulary may hold
 
 
@@ -519,12 +614,16 @@ def tokenize(text: str) -> list[str]:
     return [word for chunk in text.split() for word in _words(chunk)]
 
 
-@functools.lru_cache(2**15)  # captions repeat few chunks: spaCy would take ten times as long for all of them
+@functools.lru_cache(
+    2**15
+)  # captions repeat few chunks: spaCy would take ten times as long for all of them
 def _words(chunk: str) -> tuple[str, ...]:
     """Words of what stands between two spaces, which is how spaCy splits a text first."""
     chunk = INVISIBLE.sub("", unicodedata.normalize("NFC", chunk))
     chunk = UNSPACED.sub(r" \g<0> ", chunk)
-    return tuple(word for token in _spacy_tokenizer()(chunk) if any(map(str.isalnum, word := token.lower_)))
+    return tuple(
+        word for token in _spacy_tokenizer()(chunk) if any(map(str.isalnum, word := token.lower_))
+    )
 
 
 class Vocabulary:
@@ -575,7 +674,9 @@ class Vocabulary:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError("vocabulary: expected {'words': [...]}, a list of words")
         if tuple(words[:4]) != cls.SPECIALS or len(set(words)) != len(words):
-            raise ValueError(f"vocabulary: expected different words that begin with {' '.join(cls.SPECIALS)}")
+            raise ValueError(
+                f"vocabulary: expected different words that begin with {' '.join(cls.SPECIALS)}"
+            )
         if bad := [word for word in words if not WORD.fullmatch(word)]:
             raise ValueError(f"vocabulary: {bad[0][:40]!r} is not a word")
         return cls(words)
@@ -589,7 +690,9 @@ class Vocabulary:
 class Batch(NamedTuple):
     """B captions of N images, padded to the longest caption."""
 
-    image_rows: torch.Tensor  # (N,) int64, which images: positions in the list that CaptionBatches was given
+    image_rows: (
+        torch.Tensor
+    )  # (N,) int64, which images: positions in the list that CaptionBatches was given
     captions: torch.Tensor  # (B, T + 1) int64, <SOS> words <EOS> <PAD>...
     lengths: torch.Tensor  # (B,) int64, targets per caption: its words and <EOS>
     image_index: torch.Tensor  # (B,) int64, 0..N-1: whose caption it is
@@ -604,7 +707,13 @@ class CaptionBatches:
         seed: with the epoch it alone decides the order of the images.
     """
 
-    def __init__(self, captions: Iterable[Sequence[Sequence[int]]], batch_size: int, max_length: int, seed: int):
+    def __init__(
+        self,
+        captions: Iterable[Sequence[Sequence[int]]],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+    ):
         tokens, lengths, counts = array.array("i"), array.array("i"), array.array("i")
         for image in captions:
             counts.append(len(image))
@@ -615,8 +724,12 @@ class CaptionBatches:
             raise ValueError("no captions to make batches of")
         self.batch_size, self.seed = batch_size, seed
         self.tokens = torch.from_numpy(np.array(tokens))  # of all captions, one after the other
-        self.lengths, self.counts = (torch.tensor(numbers) for numbers in (lengths, counts))  # counts: per image
-        self.start = (self.lengths + 1).cumsum(0) - (self.lengths + 1)  # where each caption's tokens begin
+        self.lengths, self.counts = (
+            torch.tensor(numbers) for numbers in (lengths, counts)
+        )  # counts: per image
+        self.start = (self.lengths + 1).cumsum(0) - (
+            self.lengths + 1
+        )  # where each caption's tokens begin
         self.first = self.counts.cumsum(0) - self.counts  # row of each image's first caption
         self.num_batches = -(-len(lengths) // batch_size)
 
@@ -633,7 +746,9 @@ class CaptionBatches:
         if shuffle:
             images = torch.randperm(len(images), generator=self._generator(epoch))
         counts = self.counts[images]
-        owner = images.repeat_interleave(counts)  # (captions,) image of each caption, in the order of this epoch
+        owner = images.repeat_interleave(
+            counts
+        )  # (captions,) image of each caption, in the order of this epoch
         within = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         rows = self.first[owner] + within
         for begin in range(start * self.batch_size, len(rows), self.batch_size):
@@ -651,13 +766,50 @@ class CaptionBatches:
 # Images
 # ---------------------------------------------------------------------------------------------------------------------
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")  # none that starts a program
-BROKEN_IMAGE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SyntaxError, EOFError)
-BROKEN_IMAGE += (MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+PICTURE_SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".ppm",
+}
+IMAGE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "PPM",
+    "AVIF",
+)  # none that starts a program
+BROKEN_IMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    SyntaxError,
+    EOFError,
+)
+BROKEN_IMAGE += (
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 
-def open_image(path: str | Path | ShardImage, content: bytes | None = None, size: int | None = None) -> Image.Image:
+def open_image(
+    path: str | Path | ShardImage, content: bytes | None = None, size: int | None = None
+) -> Image.Image:
     """The picture in its own size, turned as EXIF says, RGB. `content`: its bytes, where `path` is no file.
 
     `size`: a JPEG comes at a half, a quarter or an eighth of its size where both sides keep twice `size` pixels, which
@@ -672,12 +824,16 @@ def open_image(path: str | Path | ShardImage, content: bytes | None = None, size
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path if content is None else io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            with Image.open(
+                path if content is None else io.BytesIO(content), formats=IMAGE_FORMATS
+            ) as image:
                 if size:
                     image.draft(None, (2 * size, 2 * size))
                 return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a readable image (none of {', '.join(IMAGE_FORMATS)})") from None
+        raise ValueError(
+            f"{path}: not a readable image (none of {', '.join(IMAGE_FORMATS)})"
+        ) from None
     except BROKEN_IMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason})") from None
@@ -691,7 +847,9 @@ def open_images(paths: Sequence[Path] | Sequence[ShardImage]) -> Iterator[Image.
     return map(open_image, paths)
 
 
-def load_image(path: str | Path | ShardImage, size: int, content: bytes | None = None) -> np.ndarray:
+def load_image(
+    path: str | Path | ShardImage, size: int, content: bytes | None = None
+) -> np.ndarray:
     """`open_image`, squashed whole to a square as encoders see it: (size, size, 3) uint8. Raises: as `open_image`."""
     image = open_image(path, content, size)
     if image.size != (size, size):
@@ -718,7 +876,9 @@ def pictures_in(path):
         return [path]
     found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
     if not found:
-        raise ValueError(f"--images {path}: no pictures in this folder ({' '.join(sorted(PICTURE_SUFFIXES))})")
+        raise ValueError(
+            f"--images {path}: no pictures in this folder ({' '.join(sorted(PICTURE_SUFFIXES))})"
+        )
     return found
 
 
@@ -753,7 +913,10 @@ class ShardImages(torch.utils.data.IterableDataset):
             for name, content in image_shards.read(urls, position_of):
                 position = position_of[name]
                 yield position, _pixels_or_reason(self.images[position], self.size, content)
-        except (OSError, ValueError) as error:  # raised here, a worker's traceback would come with it
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # raised here, a worker's traceback would come with it
             yield None, str(error)
 
 
@@ -817,7 +980,10 @@ def _loader(dataset, num_workers: int, **batches) -> DataLoader:
 
 
 def image_loader(
-    paths: Sequence[Path], image_size: int, batches_of_rows: Sequence[Sequence[int]], num_workers: int = 0
+    paths: Sequence[Path],
+    image_size: int,
+    batches_of_rows: Sequence[Sequence[int]],
+    num_workers: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Pixels (n, 3, image_size, image_size) uint8 for each batch of positions in `paths`, in order.
 
@@ -830,7 +996,9 @@ def image_loader(
         yield torch.from_numpy(pixels)
 
 
-def find_unreadable(paths: Sequence[Path], *, num_workers: int = 0, progress: bool = True) -> dict[Path, str]:
+def find_unreadable(
+    paths: Sequence[Path], *, num_workers: int = 0, progress: bool = True
+) -> dict[Path, str]:
     """{path: reason} of the images that cannot be read: decodes each once, for runs without a feature cache."""
     if paths and isinstance(paths[0], ShardImage):
         raise ValueError(
@@ -838,7 +1006,9 @@ def find_unreadable(paths: Sequence[Path], *, num_workers: int = 0, progress: bo
         )
     batches = [list(range(i, min(i + 32, len(paths)))) for i in range(0, len(paths), 32)]
     unreadable = {}
-    with tqdm(total=len(paths), desc="checking", unit="image", disable=None if progress else True) as bar:
+    with tqdm(
+        total=len(paths), desc="checking", unit="image", disable=None if progress else True
+    ) as bar:
         for positions, _, reasons in _decoded(paths, 8, batches, num_workers):
             unreadable |= {paths[position]: reason for position, reason in reasons.items()}
             bar.update(len(positions) + len(reasons))

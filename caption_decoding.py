@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 ALGORITHMS = ("greedy", "beam", "sample")
-LOOK_EVERY = 8  # steps between looks whether all are done, where images stay: each look waits for the device
+LOOK_EVERY = (
+    8  # steps between looks whether all are done, where images stay: each look waits for the device
+)
 
 
 class Hypothesis(NamedTuple):
@@ -23,7 +25,9 @@ class Hypothesis(NamedTuple):
     log_prob: float  # nats, the decoder's own, summed over the words and <EOS>
     score: float  # log_prob / (tokens counting <EOS>) ** length_penalty: what the search ranks by
     finished: bool  # False: cut at max_length before <EOS>
-    attention: torch.Tensor | None  # (T, P): row t is where the decoder looked to write word t; each row sums to 1
+    attention: (
+        torch.Tensor | None
+    )  # (T, P): row t is where the decoder looked to write word t; each row sums to 1
 
 
 def map_tensors(function, tree):
@@ -63,7 +67,9 @@ def forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size):
         ngrams = written.unfold(-1, n, 1)  # (N, K, m, n)
         recent = written[..., written.size(-1) - n + 1 :].unsqueeze(2)  # (N, K, 1, n - 1)
         repeats = (ngrams[..., :-1] == recent).all(-1)  # (N, K, m)
-        ceiling = torch.full_like(repeats, torch.inf, dtype=logits.dtype).masked_fill(repeats, -torch.inf)
+        ceiling = torch.full_like(repeats, torch.inf, dtype=logits.dtype).masked_fill(
+            repeats, -torch.inf
+        )
         logits.scatter_reduce_(-1, ngrams[..., -1], ceiling, "amin")
     stuck = logits.amax(-1).isneginf()
     logits[..., vocabulary.eos] = torch.where(stuck, end, logits[..., vocabulary.eos])
@@ -77,13 +83,19 @@ def rank(log_prob, logits, log_norm, done, pad, width):
     narrows as captions end and a beam of one stops at its first <EOS>.
     """
     best, words = logits.topk(min(width, logits.size(-1)))  # (N, K, C)
-    totals = (log_prob.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))).masked_fill(done.unsqueeze(-1), -torch.inf)
+    totals = (log_prob.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))).masked_fill(
+        done.unsqueeze(-1), -torch.inf
+    )
     order = totals.clone()
     order[..., 0].masked_fill_(done, torch.inf)
     index = order.flatten(1).topk(min(width, order[0].numel())).indices
     totals[..., 0] = torch.where(done, log_prob, totals[..., 0])
     words = words.masked_fill(done.unsqueeze(-1), pad)
-    return index // totals.size(-1), words.flatten(1).gather(1, index), totals.flatten(1).gather(1, index)
+    return (
+        index // totals.size(-1),
+        words.flatten(1).gather(1, index),
+        totals.flatten(1).gather(1, index),
+    )
 
 
 def draw(log_prob, logits, log_norm, done, pad, temperature, top_k, top_p, generator):
@@ -99,7 +111,9 @@ def draw(log_prob, logits, log_norm, done, pad, temperature, top_k, top_p, gener
         ordered, index = warm.softmax(-1).sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the likeliest word always stays
         warm = warm.masked_fill(beyond.gather(-1, index.argsort(-1)), -torch.inf)
-    words = torch.multinomial(warm.softmax(-1).flatten(0, 1), 1, generator=generator).view(done.shape)
+    words = torch.multinomial(warm.softmax(-1).flatten(0, 1), 1, generator=generator).view(
+        done.shape
+    )
     gained = logits.gather(-1, words.unsqueeze(-1)).squeeze(-1) - log_norm
     parents = torch.arange(done.size(1), device=done.device).expand_as(done)
     return parents, words.masked_fill(done, pad), log_prob + gained.masked_fill(done, 0.0)
@@ -118,13 +132,21 @@ def settled(log_prob, lengths, done, most, length_penalty, count):
 def harvest(length_penalty, count, tokens, log_prob, lengths, done, attention=None):
     """The `count` best hypotheses of one image: finished ones first, then by score. Tensors on the CPU, no N axis."""
     scores = log_prob / lengths**length_penalty
-    ranked = sorted(range(len(scores)), key=lambda k: (bool(done[k]), float(scores[k])), reverse=True)
+    ranked = sorted(
+        range(len(scores)), key=lambda k: (bool(done[k]), float(scores[k])), reverse=True
+    )
     hypotheses = []
     for k in [k for k in ranked if not log_prob[k].isneginf()][:count]:
         finished, words = bool(done[k]), int(lengths[k]) - int(done[k])
         maps = None if attention is None else attention[k, :words].float().clone()
         hypotheses.append(
-            Hypothesis(tokens[k, 1 : words + 1].tolist(), float(log_prob[k]), float(scores[k]), finished, maps)
+            Hypothesis(
+                tokens[k, 1 : words + 1].tolist(),
+                float(log_prob[k]),
+                float(scores[k]),
+                finished,
+                maps,
+            )
         )
     return hypotheses
 
@@ -150,13 +172,21 @@ def generate(
     """
     width = {"greedy": 1, "beam": beam_size, "sample": num_captions}[algorithm]
     fixed_shapes = features.device.type == "cuda" if fixed_shapes is None else fixed_shapes
-    images = torch.arange(len(features), device=features.device)  # which image each remaining row is
+    images = torch.arange(
+        len(features), device=features.device
+    )  # which image each remaining row is
     results = [None] * len(features)
     state = decoder.start(features)
-    first = images.new_zeros(len(images), width if algorithm == "sample" else 1)  # each hypothesis's parent
+    first = images.new_zeros(
+        len(images), width if algorithm == "sample" else 1
+    )  # each hypothesis's parent
     state = (state[0], follow(state[1], first))
     tokens = first.unsqueeze(-1) + vocabulary.sos  # (N, K, 1 + t)
-    log_prob, lengths, done = first.float(), first.float(), first.bool()  # (N, K); lengths count <EOS>
+    log_prob, lengths, done = (
+        first.float(),
+        first.float(),
+        first.bool(),
+    )  # (N, K); lengths count <EOS>
     attention = ()  # one tensor (N, K, t, P), or none
     for step in range(1, max_length + 1):
         logits, state, alphas = decoder.step(tokens[..., -1], state)
@@ -170,7 +200,9 @@ def generate(
             parents, words, log_prob = rank(*so_far, width)
         if alphas is not None:
             attention = (torch.cat([*attention, alphas.unsqueeze(2)], dim=2),)
-        tokens, lengths, done, attention, own = follow((tokens, lengths, done, attention, state[1]), parents)
+        tokens, lengths, done, attention, own = follow(
+            (tokens, lengths, done, attention, state[1]), parents
+        )
         tokens, state = torch.cat([tokens, words.unsqueeze(-1)], dim=-1), (state[0], own)
         lengths, done = lengths + ~done, done | (words == vocabulary.eos)
 

@@ -130,7 +130,9 @@ DATASETS = {
                 "flickr30k-images.tar.gz",
                 4_375_349_371,
                 "sha256:051f4ddfa010caf652f74210c9aa34561251a72d00a03b0cb696b21a6d57953c",
-                (f"{HUGGING_FACE}/datasets/JimmyUnleashed/Flickr30k/resolve/main/flickr30k-images.tar.gz",),
+                (
+                    f"{HUGGING_FACE}/datasets/JimmyUnleashed/Flickr30k/resolve/main/flickr30k-images.tar.gz",
+                ),
                 ("*.jpg",),
             ),
         ),
@@ -152,13 +154,24 @@ RESNET50 = Remote(
     "sha256:19c8e3572231adff6824a2da93fd67b5986919a2e65f8b6007eab4edee220097",
     ("https://download.pytorch.org/models/resnet50-19c8e357.pth",),
 )
-WEIGHTS_DIR = Path("../../resources/models")  # from the folder the commands run in, as document A's curl has it
+WEIGHTS_DIR = Path(
+    "../../resources/models"
+)  # from the folder the commands run in, as document A's curl has it
 
 ATTEMPTS = 5  # in a row without a new byte
 RETRY_SECONDS = 2.0  # before the second attempt; doubles with each one
 TIMEOUT_SECONDS = 60
-DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)  # what decompressors raise
-MAX_MEMBERS, MAX_UNPACKED_BYTES = 100_000, 20_000_000_000  # beyond every archive above; a bomb's are more
+DAMAGE = (
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,
+)  # what decompressors raise
+MAX_MEMBERS, MAX_UNPACKED_BYTES = (
+    100_000,
+    20_000_000_000,
+)  # beyond every archive above; a bomb's are more
 
 SAMPLE_SIDE = 224  # pixels
 TILE = 300  # pixels: an object is drawn large once, then scaled down for each picture, which smooths its edges
@@ -189,7 +202,11 @@ def draw_ball(pen, colour):
 
 def draw_star(pen, colour):
     """A smiling five-pointed star."""
-    pen("polygon", [polar((50, 53), 50 if corner % 2 == 0 else 23, corner / 10) for corner in range(10)], colour)
+    pen(
+        "polygon",
+        [polar((50, 53), 50 if corner % 2 == 0 else 23, corner / 10) for corner in range(10)],
+        colour,
+    )
     pen("ellipse", [(38, 44), (44, 52)], INK, outline=False)
     pen("ellipse", [(56, 44), (62, 52)], INK, outline=False)
     pen("arc", [(40, 48), (60, 66)], INK, start=20, end=160)
@@ -199,7 +216,10 @@ def draw_heart(pen, colour):
     """A heart with a highlight."""
     turns = [2 * math.pi * step / 60 for step in range(60)]
     curve = [
-        (16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t))
+        (
+            16 * math.sin(t) ** 3,
+            13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t),
+        )
         for t in turns
     ]
     pen("polygon", [(50 + 2.9 * x, 46 - 2.9 * y) for x, y in curve], colour)
@@ -279,7 +299,9 @@ def draw_tile(noun, colour):
         if shape == "arc":
             draw.arc(scaled, fill=fill, width=line, **options)
         else:
-            getattr(draw, shape)(scaled, fill=fill, outline=INK if outline else None, width=line, **options)
+            getattr(draw, shape)(
+                scaled, fill=fill, outline=INK if outline else None, width=line, **options
+            )
 
     OBJECTS[noun][1](pen, SAMPLE_COLOURS[colour])
     return tile.crop(tile.getbbox()).reduce(2)
@@ -296,7 +318,8 @@ def ground(picture, rng, height, top, bottom):
     side = picture.width
     phase, waves = rng.random(), rng.uniform(0.5, 1.1)
     edge = [
-        (x, side * (height + 0.03 * math.sin(2 * math.pi * (phase + waves * x / side)))) for x in range(0, side + 4, 4)
+        (x, side * (height + 0.03 * math.sin(2 * math.pi * (phase + waves * x / side))))
+        for x in range(0, side + 4, 4)
     ]
     mask = Image.new("L", picture.size)
     ImageDraw.Draw(mask).polygon([*edge, (side, side), (0, side)], fill=255)
@@ -307,7 +330,11 @@ def dots(picture, rng, count, top, colours, radius):
     """Strew small round dots below `top` (a fraction of the side); `radius` in pixels."""
     draw, side = ImageDraw.Draw(picture), picture.width
     for _ in range(count):
-        x, y, size = rng.uniform(0, side), rng.uniform(top * side, side), rng.uniform(0.5, 1) * radius
+        x, y, size = (
+            rng.uniform(0, side),
+            rng.uniform(top * side, side),
+            rng.uniform(0.5, 1) * radius,
+        )
         draw.ellipse([x - size, y - size, x + size, y + size], fill=rng.choice(colours))
 
 
@@ -328,7 +355,13 @@ def draw_sea(side, rng):
     draw = ImageDraw.Draw(picture)
     for _ in range(26):
         x, y = rng.uniform(-0.05, 1) * side, rng.uniform(horizon + 0.05, 1) * side
-        draw.arc([x, y, x + side * 0.08, y + side * 0.03], 200, 340, fill=(190, 226, 238), width=side // 110)
+        draw.arc(
+            [x, y, x + side * 0.08, y + side * 0.03],
+            200,
+            340,
+            fill=(190, 226, 238),
+            width=side // 110,
+        )
     return picture
 
 
@@ -359,7 +392,9 @@ def draw_night(side, rng):
     x, y, size = rng.uniform(0.08, 0.86) * side, rng.uniform(0.04, 0.10) * side, side * 0.09
     draw = ImageDraw.Draw(picture)
     draw.ellipse([x, y, x + size, y + size], fill=(250, 246, 214))
-    draw.ellipse([x + size * 0.3, y - size * 0.1, x + size * 1.2, y + size * 0.8], fill=(22, 25, 62))
+    draw.ellipse(
+        [x + size * 0.3, y - size * 0.1, x + size * 1.2, y + size * 0.8], fill=(22, 25, 62)
+    )
     ground(picture, rng, rng.uniform(0.72, 0.80), (28, 32, 66), (18, 20, 46))
     return picture
 
@@ -367,7 +402,11 @@ def draw_night(side, rng):
 def draw_room(side, rng):
     """Striped wallpaper over a wooden floor."""
     light, dark = rng.choice(
-        [((248, 228, 214), (240, 212, 194)), ((244, 236, 214), (234, 222, 190)), ((240, 226, 236), (228, 208, 224))]
+        [
+            ((248, 228, 214), (240, 212, 194)),
+            ((244, 236, 214), (234, 222, 190)),
+            ((240, 226, 236), (228, 208, 224)),
+        ]
     )
     picture = Image.new("RGB", (side, side), light)
     draw = ImageDraw.Draw(picture)
@@ -416,7 +455,12 @@ LAYOUTS = (
         (0.06, 0.10),
         ["{a} next to {b}", "{a} next to {b}", "{a} to the left of {b}", "{b} to the right of {a}"],
     ),
-    (20, {"a": [(0.5, 0.26)], "b": [(0.5, 0.74)]}, (0.06, 0.09), ["{a} above {b}"] * 3 + ["{b} below {a}"]),
+    (
+        20,
+        {"a": [(0.5, 0.26)], "b": [(0.5, 0.74)]},
+        (0.06, 0.09),
+        ["{a} above {b}"] * 3 + ["{b} below {a}"],
+    ),
     (
         10,
         {"a": [(0.5, 0.26)], "b": [(0.26, 0.74), (0.74, 0.74)]},
@@ -431,15 +475,19 @@ def write_captions(rng, wordings, things, where):
     phrases, verbs = {}, {}
     for key, (noun, colour, count) in things.items():
         article = "an" if colour[0] in "aeiou" else "a"
-        number, named = {1: (article, noun), 2: ("two", OBJECTS[noun][0]), 3: ("three", OBJECTS[noun][0])}[count]
+        number, named = {
+            1: (article, noun),
+            2: ("two", OBJECTS[noun][0]),
+            3: ("three", OBJECTS[noun][0]),
+        }[count]
         phrases[key] = f"{number} {colour} {named}"
         verbs[key] = "is" if count == 1 else "are"
     captions = []
     for sentence in rng.sample(SENTENCES, 5):
         subject, relation = rng.choice(wordings).split(" ", 1)
-        caption = sentence.format(subject=subject, relation=relation, verb=verbs[subject[1]], where=where).format(
-            **phrases
-        )
+        caption = sentence.format(
+            subject=subject, relation=relation, verb=verbs[subject[1]], where=where
+        ).format(**phrases)
         captions.append(caption[0].upper() + caption[1:] + ".")
     return captions
 
@@ -449,28 +497,46 @@ def paste_object(picture, rng, tile, centre, area):
     tile = tile.rotate(rng.uniform(-7, 7), Image.Resampling.BICUBIC, expand=True)
     tile = tile.crop(tile.getbbox())
     scale = math.sqrt(area * picture.width * picture.height / (tile.width * tile.height))
-    tile = tile.resize((round(tile.width * scale), round(tile.height * scale)), Image.Resampling.LANCZOS)
+    tile = tile.resize(
+        (round(tile.width * scale), round(tile.height * scale)), Image.Resampling.LANCZOS
+    )
     left, top = (
-        min(max(round((middle + rng.uniform(-0.05, 0.05)) * side - length / 2), 2), side - length - 2)
+        min(
+            max(round((middle + rng.uniform(-0.05, 0.05)) * side - length / 2), 2),
+            side - length - 2,
+        )
         for middle, side, length in zip(centre, picture.size, tile.size, strict=True)
     )
-    shadow = tile.getchannel("A").filter(ImageFilter.GaussianBlur(2)).point(lambda alpha: alpha // 3)
+    shadow = (
+        tile.getchannel("A").filter(ImageFilter.GaussianBlur(2)).point(lambda alpha: alpha // 3)
+    )
     picture.paste(INK, (left + 3, top + 4), shadow)
     picture.paste(tile, (left, top), tile)
-    return [round(edge / SAMPLE_SIDE, 4) for edge in (left, top, left + tile.width, top + tile.height)]
+    return [
+        round(edge / SAMPLE_SIDE, 4) for edge in (left, top, left + tile.width, top + tile.height)
+    ]
 
 
 def apart(first, second, gap=0.012):
     """Whether two boxes leave at least `gap` between them along an axis."""
-    return any(first[axis + 2] + gap <= second[axis] or second[axis + 2] + gap <= first[axis] for axis in (0, 1))
+    return any(
+        first[axis + 2] + gap <= second[axis] or second[axis + 2] + gap <= first[axis]
+        for axis in (0, 1)
+    )
 
 
 def draw_scene(rng, tiles):
     """One random scene: an RGB picture, its five captions, and its objects' names and boxes."""
     _, places, areas, wordings = rng.choices(LAYOUTS, weights=[weight for weight, *_ in LAYOUTS])[0]
     where = rng.choice(list(BACKGROUNDS))
-    nouns, colours = rng.sample(list(OBJECTS), len(places)), rng.sample(list(SAMPLE_COLOURS), len(places))
-    things = {key: (noun, colour, len(places[key])) for key, noun, colour in zip(places, nouns, colours, strict=True)}
+    nouns, colours = (
+        rng.sample(list(OBJECTS), len(places)),
+        rng.sample(list(SAMPLE_COLOURS), len(places)),
+    )
+    things = {
+        key: (noun, colour, len(places[key]))
+        for key, noun, colour in zip(places, nouns, colours, strict=True)
+    }
     captions = write_captions(rng, wordings, things, where)
     background = BACKGROUNDS[where](2 * SAMPLE_SIDE, rng).reduce(2)
     while True:  # until no two objects touch
@@ -480,9 +546,13 @@ def draw_scene(rng, tiles):
             for centre in places[key]:
                 box = paste_object(picture, rng, tiles[noun, colour], centre, area)
                 objects.append({"names": sorted({noun, OBJECTS[noun][0]}), "box": box})
-        if all(apart(one["box"], other["box"]) for one, other in itertools.combinations(objects, 2)):
+        if all(
+            apart(one["box"], other["box"]) for one, other in itertools.combinations(objects, 2)
+        ):
             break
-    grain = np.random.default_rng(rng.getrandbits(64)).integers(-4, 5, (SAMPLE_SIDE, SAMPLE_SIDE, 1), np.int16)
+    grain = np.random.default_rng(rng.getrandbits(64)).integers(
+        -4, 5, (SAMPLE_SIDE, SAMPLE_SIDE, 1), np.int16
+    )
     picture = Image.fromarray((np.asarray(picture, np.int16) + grain).clip(0, 255).astype(np.uint8))
     return picture, captions, objects
 
@@ -500,7 +570,11 @@ def write_sample_dataset(folder, seed, names):
             rows.writerows([name, caption] for caption in captions)
     (folder / "boxes.json").write_text(json.dumps(boxes, indent=1))
     held_out = len(names) // 10
-    splits = {"dev": names[:held_out], "test": names[held_out : 2 * held_out], "train": names[2 * held_out :]}
+    splits = {
+        "dev": names[:held_out],
+        "test": names[held_out : 2 * held_out],
+        "train": names[2 * held_out :],
+    }
     for split, members in splits.items():
         (folder / f"sample.{split}Images.txt").write_text("".join(f"{name}\n" for name in members))
 
@@ -538,14 +612,21 @@ def verify_sample(folder, names=None):
     except (OSError, ValueError):
         boxes = {}
     present = {path.name for path in images_in(folder)}
-    if not boxes or not isinstance(boxes, dict) or boxes.keys() != present or present != set(names or boxes):
+    if (
+        not boxes
+        or not isinstance(boxes, dict)
+        or boxes.keys() != present
+        or present != set(names or boxes)
+    ):
         raise ValueError(
             f"{folder}: not the complete sample dataset with these settings; "
             "draw it again with: python download_datasets.py --dataset sample --force"
         )
     captions = count_captions(folder)
     if captions != 5 * len(boxes):
-        raise ValueError(f"{folder}: {captions} captions, expected {5 * len(boxes)}; draw it again with --force")
+        raise ValueError(
+            f"{folder}: {captions} captions, expected {5 * len(boxes)}; draw it again with --force"
+        )
     return len(boxes), captions
 
 
@@ -563,7 +644,9 @@ def new_folder(folder, replace=False):
 
     What `folder` holds by then is kept (another process was faster) unless `replace` is on.
     """
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    partial, old = (
+        folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old")
+    )
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -592,7 +675,9 @@ def fetch(url, part, size):
             if error.code < 500 and error.code != 429:
                 raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from None
             reason = f"HTTP {error.code} {error.reason}"
-        except urllib.error.URLError as error:  # no connection: not worth repeating for a wrong name or certificate
+        except (
+            urllib.error.URLError
+        ) as error:  # no connection: not worth repeating for a wrong name or certificate
             if isinstance(error.reason, socket.gaierror | ssl.SSLCertVerificationError):
                 raise DownloadError(f"{url}: {error.reason}") from None
             reason = error.reason
@@ -611,15 +696,31 @@ def fetch_once(url, part, size):
     have = part.stat().st_size if part.exists() else 0
     if have >= size:
         return
-    request = urllib.request.Request(url, headers={"User-Agent": "download_datasets.py", "Range": f"bytes={have}-"})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": "download_datasets.py", "Range": f"bytes={have}-"}
+    )
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        )
         if response.status == 206 and not resumed:
-            raise DownloadError(f"{url}: sent another range than asked for: {response.headers.get('Content-Range')}")
+            raise DownloadError(
+                f"{url}: sent another range than asked for: {response.headers.get('Content-Range')}"
+            )
         have = have if resumed else 0
         if response.length is not None and have + response.length != size:
-            raise DownloadError(f"{url}: offers {have + response.length:,} bytes, expected {size:,}")
-        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None, leave=False)
+            raise DownloadError(
+                f"{url}: offers {have + response.length:,} bytes, expected {size:,}"
+            )
+        bar = tqdm(
+            total=size,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc=part.stem,
+            disable=None,
+            leave=False,
+        )
         with bar, part.open("ab" if resumed else "wb") as file:
             while have < size and (chunk := response.read(min(1 << 20, size - have))):
                 file.write(chunk)
@@ -694,7 +795,9 @@ def unpack(path, folder, keep):
         with tarfile.open(path) as archive:
             return write_members(path, members_of_tar(archive), folder, keep)
     except (zipfile.BadZipFile, tarfile.TarError, *DAMAGE) as error:
-        raise DownloadError(f"{path}: not a whole zip or tar archive: {str(error).partition(chr(10))[0]}") from None
+        raise DownloadError(
+            f"{path}: not a whole zip or tar archive: {str(error).partition(chr(10))[0]}"
+        ) from None
 
 
 def write_members(path, members, folder, keep):
@@ -713,7 +816,11 @@ def write_members(path, members, folder, keep):
             )
         if parts.name.startswith(".") or not any(fnmatch(parts.name, pattern) for pattern in keep):
             continue
-        target = folder / "Images" / parts.name if parts.suffix.lower() in PICTURES else folder / parts.name
+        target = (
+            folder / "Images" / parts.name
+            if parts.suffix.lower() in PICTURES
+            else folder / parts.name
+        )
         target.parent.mkdir(exist_ok=True)
         try:
             with open_member() as source, target.open("xb") as copy:
@@ -759,13 +866,17 @@ def count_captions(folder):
 def verify_dataset(name, folder):
     """(images, captions) in the folder of a dataset. Raises ValueError if it is absent or holds less than EXPECTED."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: not there; get it with: python download_datasets.py --dataset {name}")
+        raise ValueError(
+            f"{folder}: not there; get it with: python download_datasets.py --dataset {name}"
+        )
     if name == "sample":
         return verify_sample(folder)
     found = len(images_in(folder)), count_captions(folder)
     for what, count, expected in zip(("images", "captions"), found, EXPECTED[name], strict=True):
         if count < expected:
-            raise ValueError(f"{folder}: {count:,} {what}, expected at least {expected:,}; get it again with --force")
+            raise ValueError(
+                f"{folder}: {count:,} {what}, expected at least {expected:,}; get it again with --force"
+            )
     return found
 
 
@@ -817,7 +928,9 @@ def check_free_space(folder, needed):
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            errno.ENOSPC, f"{needed / 1e9:.1f} GB of free disk space needed, {free / 1e9:.1f} GB there", str(folder)
+            errno.ENOSPC,
+            f"{needed / 1e9:.1f} GB of free disk space needed, {free / 1e9:.1f} GB there",
+            str(folder),
         )
 
 
@@ -833,7 +946,9 @@ def verify_weights(folder):
     """The path of the ResNet50 weights in `folder`. Raises DownloadError unless they are the published ones."""
     path = folder / RESNET50.name
     if not path.exists():
-        raise DownloadError(f"{path}: not there; get it with: python download_datasets.py --dataset resnet50")
+        raise DownloadError(
+            f"{path}: not there; get it with: python download_datasets.py --dataset resnet50"
+        )
     check_file(path, RESNET50)
     return path
 
@@ -844,7 +959,11 @@ def verify_weights(folder):
 def get(name, args):
     """Get or verify one thing. Returns the line to print."""
     if name == "resnet50":
-        path = verify_weights(WEIGHTS_DIR) if args.verify_only else download_weights(WEIGHTS_DIR, args.force)
+        path = (
+            verify_weights(WEIGHTS_DIR)
+            if args.verify_only
+            else download_weights(WEIGHTS_DIR, args.force)
+        )
         return f"resnet50: {path}, checksum as published"
     folder = args.data_dir / name
     if args.verify_only:
@@ -862,16 +981,26 @@ def parse_args(argv=None):
         usage="download_datasets.py [--dataset NAME] [--data_dir DIR] [--force | --verify_only]",
         description="Download, check and unpack the datasets and weights, or draw the sample dataset.",
     )
-    parser.add_argument("--dataset", default="both", choices=["flickr8k", "flickr30k", "both", "sample", "resnet50"])
     parser.add_argument(
-        "--data_dir", type=Path, default=Path("data"), help="where the dataset folders are (default: data)"
+        "--dataset", default="both", choices=["flickr8k", "flickr30k", "both", "sample", "resnet50"]
+    )
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=Path("data"),
+        help="where the dataset folders are (default: data)",
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
-        "--force", action="store_true", help="get it again, replacing what is there once the new one is complete"
+        "--force",
+        action="store_true",
+        help="get it again, replacing what is there once the new one is complete",
     )
     action.add_argument(
-        "--verify_only", "--verify-only", action="store_true", help="only count and check what is there"
+        "--verify_only",
+        "--verify-only",
+        action="store_true",
+        help="only count and check what is there",
     )
     args = parser.parse_args(argv)
     if args.data_dir.exists() and not args.data_dir.is_dir():
@@ -890,7 +1019,10 @@ def main(argv=None):
             print(f"download_datasets.py: error: {error}", file=sys.stderr)
             status = 1
         except KeyboardInterrupt:
-            print("download_datasets.py: interrupted; the same command goes on from here", file=sys.stderr)
+            print(
+                "download_datasets.py: interrupted; the same command goes on from here",
+                file=sys.stderr,
+            )
             return 130
     return status
 

@@ -39,7 +39,9 @@ import torch
 
 import process_group
 
-FORMAT_VERSION = 3  # of a checkpoint; raised when an older program could not read what a newer one writes
+FORMAT_VERSION = (
+    3  # of a checkpoint; raised when an older program could not read what a newer one writes
+)
 
 # What every checkpoint holds, and of which type; `object` is any plain value, None included.
 CHECKPOINT_KEYS = {
@@ -53,7 +55,9 @@ UNREADABLE = (
     ValueError, struct.error,
 )  # fmt: skip
 CHECKPOINT_NAME = re.compile(r"(?:best|last|model_epoch_(\d+))\.pt")
-RUN_NAME_END = re.compile(r"_(\d{8}_\d{6})(?:_(\d+))?$")  # ..._20241201_143022, or ..._20241201_143022_2
+RUN_NAME_END = re.compile(
+    r"_(\d{8}_\d{6})(?:_(\d+))?$"
+)  # ..._20241201_143022, or ..._20241201_143022_2
 TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
 
 # The keys that run_config.json opens with, in this order, and the lines of run_summary.txt.
@@ -68,16 +72,30 @@ SUMMARY_LINES = {
     "Num Layers": "num_layers", "Attention Dim": "attention_dim", "Dropout": "drop_prob", "Num Workers": "num_workers",
 }  # fmt: skip
 SCHEDULER_LINES = {
-    "reduce_lr_on_plateau": {"Patience": "scheduler_patience", "Factor": "scheduler_factor", "Min LR": "min_lr"},
+    "reduce_lr_on_plateau": {
+        "Patience": "scheduler_patience",
+        "Factor": "scheduler_factor",
+        "Min LR": "min_lr",
+    },
     "step": {"Step Size": "scheduler_step_size", "Gamma": "scheduler_gamma"},
     "cosine": {"T_max": "scheduler_t_max", "Min LR": "min_lr"},
     "exponential": {"Gamma": "scheduler_gamma"},
     "one_cycle": {"Warmup Epochs": "warmup_epochs"},
 }
 ATTENTION_LINES = {"Samples": "attention_viz_samples", "Advanced": "advanced_attention_viz"}
-ROW_KEYS = ("epoch", "train_loss", "val_loss", "learning_rate", "epoch_time_seconds")  # the rest of a row is metrics
+ROW_KEYS = (
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "learning_rate",
+    "epoch_time_seconds",
+)  # the rest of a row is metrics
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's colours, told apart by colour-blind readers
+BLUE, ORANGE, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#555555",
+)  # Okabe and Ito's colours, told apart by colour-blind readers
 LINE = {"marker": "o", "markersize": 4, "linewidth": 1.8}
 
 
@@ -151,7 +169,9 @@ def check_compiler(device):
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--compile: torch.compile does not work here ({reason}): leave the option out") from error
+        raise ValueError(
+            f"--compile: torch.compile does not work here ({reason}): leave the option out"
+        ) from error
 
 
 def resolve_precision(name, device):
@@ -165,7 +185,9 @@ def resolve_precision(name, device):
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    native = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    native = device.type == "cpu" and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
     return "bfloat16" if native else "float32"
 
 
@@ -223,7 +245,9 @@ def replace_file(path):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # after the rename this name is gone already
-    with contextlib.suppress(OSError):  # the rename itself reaches the disk, where a folder can be flushed
+    with contextlib.suppress(
+        OSError
+    ):  # the rename itself reaches the disk, where a folder can be flushed
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -239,7 +263,9 @@ def write_text(path, text):
 
 def write_json(path, value):
     """Write `value` atomically as strict JSON: paths become strings, arrays and tensors numbers, NaN and inf null."""
-    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def _plain(value):
@@ -257,13 +283,19 @@ def _plain(value):
 def check_writable_dir(path, flag):
     """Raise ValueError, naming `flag`, unless `path` is a folder to write in or could become one. Creates nothing."""
     path = Path(path)
-    nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
+    nearest = next(
+        folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder)
+    )
     if not nearest.is_dir():
-        raise ValueError(f"{flag} {path}: {nearest} is not a folder: give a folder, it is created when absent")
+        raise ValueError(
+            f"{flag} {path}: {nearest} is not a folder: give a folder, it is created when absent"
+        )
     try:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot write in {nearest} ({error.strerror}): give another folder") from error
+        raise ValueError(
+            f"{flag} {path}: cannot write in {nearest} ({error.strerror}): give another folder"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------- the run directory
@@ -271,7 +303,9 @@ def check_writable_dir(path, flag):
 
 def run_name(config, timestamp):
     """The name of a run's directory, such as `flickr8k_lstm_ep15_bs64_lr1e-03_cosine_att_20241201_143022`."""
-    rate = np.format_float_scientific(config["learning_rate"], trim="-", exp_digits=2)  # 1e-03, 2.5e-04
+    rate = np.format_float_scientific(
+        config["learning_rate"], trim="-", exp_digits=2
+    )  # 1e-03, 2.5e-04
     parts = [
         config["dataset_type"], config["decoder"], f"ep{config['epochs']}", f"bs{config['batch_size']}", f"lr{rate}",
         *([config["scheduler_type"]] if config["use_scheduler"] else []),
@@ -305,9 +339,17 @@ def git_info():
     """The commit, branch and whether tracked files differ from it, of the program's own folder; None where unknown."""
 
     def git(*arguments):
-        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments]
+        command = [
+            "git",
+            "--no-optional-locks",
+            "-C",
+            str(Path(__file__).resolve().parent),
+            *arguments,
+        ]
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
             return None
 
@@ -342,7 +384,9 @@ def environment():
 
 def _cpu_model():
     with contextlib.suppress(OSError):  # /proc is Linux only
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
         if found:
             return found.group(1)
     return platform.processor() or platform.machine()
@@ -385,12 +429,20 @@ class RunTracker:
     def __init__(self, run_dir, config, command, history=()):
         self.run_dir = Path(run_dir)
         self.history = list(history)
-        values = {("decoder_type" if key == "decoder" else key): value for key, value in config.items()}
+        values = {
+            ("decoder_type" if key == "decoder" else key): value for key, value in config.items()
+        }
         values["timestamp"] = _timestamp(self.run_dir.name)
         ordered = {key: values[key] for key in CONFIG_KEYS if key in values} | values
-        extra = {"command": shlex.join(map(str, command)), "git": git_info(), "environment": environment()}
+        extra = {
+            "command": shlex.join(map(str, command)),
+            "git": git_info(),
+            "environment": environment(),
+        }
         write_json(self.run_dir / "run_config.json", ordered | extra)
-        write_text(self.run_dir / "run_summary.txt", run_summary(self.run_dir.name, config, command))
+        write_text(
+            self.run_dir / "run_summary.txt", run_summary(self.run_dir.name, config, command)
+        )
 
     def log_epoch(self, row):
         """Add one epoch and rewrite the curves.
@@ -398,15 +450,24 @@ class RunTracker:
         `row` has the ROW_KEYS (losses in nats per token) and any metrics: `BLEU-4`, `CIDEr`, `share_unique`, ...
         Metrics may come and go between epochs: where a row lacks one, its place is null, or empty in metrics.csv.
         """
-        self.history.append(_plain(row))  # plain floats: checkpoints hold the history and refuse numpy's
+        self.history.append(
+            _plain(row)
+        )  # plain floats: checkpoints hold the history and refuse numpy's
         columns = dict.fromkeys([*ROW_KEYS, *itertools.chain.from_iterable(self.history)])
         table = {name: [past.get(name) for past in self.history] for name in columns}
         curve = {"epochs": "epoch", "train_losses": "train_loss", "val_losses": "val_loss",
                  "learning_rates": "learning_rate"}  # fmt: skip
-        metrics = {"epochs": table["epoch"]} | {name: table[name] for name in columns if name not in ROW_KEYS}
-        write_json(self.run_dir / "loss_curve.json", {name: table[key] for name, key in curve.items()})
+        metrics = {"epochs": table["epoch"]} | {
+            name: table[name] for name in columns if name not in ROW_KEYS
+        }
+        write_json(
+            self.run_dir / "loss_curve.json", {name: table[key] for name, key in curve.items()}
+        )
         write_json(self.run_dir / "metrics_history.json", metrics)
-        write_text(self.run_dir / "metrics.csv", pd.DataFrame(table).to_csv(index=False, lineterminator="\n"))
+        write_text(
+            self.run_dir / "metrics.csv",
+            pd.DataFrame(table).to_csv(index=False, lineterminator="\n"),
+        )
         plot_losses(self.run_dir / "training_losses.png", self.history)
         plot_learning_rate(self.run_dir / "learning_rate.png", self.history)
 
@@ -426,7 +487,10 @@ def best_epoch(history):
 def plot_losses(path, history):
     """Draw training and validation loss over epochs into the PNG `path`, with the epoch of best.pt marked."""
     figure, axes = _epoch_axes("Training and validation loss", "Loss (nats per token)")
-    for key, label, colour in (("train_loss", "Training", BLUE), ("val_loss", "Validation", ORANGE)):
+    for key, label, colour in (
+        ("train_loss", "Training", BLUE),
+        ("val_loss", "Validation", ORANGE),
+    ):
         points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=label, **LINE)
@@ -448,7 +512,9 @@ def plot_learning_rate(path, history):
 
 
 def _epoch_axes(title, y_label):
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state; here because it takes a second
+    from matplotlib.figure import (
+        Figure,
+    )  # not pyplot: no display, no global state; here because it takes a second
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 4.0), dpi=200, layout="constrained")
@@ -465,13 +531,21 @@ def _finish(path, figure, axes, history):
     """Mark the best epoch, add the legend and write the PNG `path`."""
     best = best_epoch(history)
     if best is not None:
-        score = f"CIDEr {best['CIDEr']:.3f}" if best.get("CIDEr") is not None else f"loss {best['val_loss']:.3f}"
+        score = (
+            f"CIDEr {best['CIDEr']:.3f}"
+            if best.get("CIDEr") is not None
+            else f"loss {best['val_loss']:.3f}"
+        )
         label = f"Best epoch {best['epoch']} ({score})"
-        axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1.2, zorder=1, label=label)
+        axes.axvline(
+            best["epoch"], color=GREY, linestyle="--", linewidth=1.2, zorder=1, label=label
+        )
     first, last = history[0]["epoch"], history[-1]["epoch"]
     margin = max(0.5, 0.03 * (last - first))
     axes.set_xlim(first - margin, last + margin)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)  # outside: it never covers a curve
+    figure.legend(
+        loc="outside lower center", ncols=3, frameon=False
+    )  # outside: it never covers a curve
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     with replace_file(path) as file:
@@ -490,7 +564,9 @@ def save_checkpoint(path, state):
     with replace_file(path) as file:
         try:
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
-        except RuntimeError as error:  # torch's archive writer hides the disk's own error behind one of its own
+        except (
+            RuntimeError
+        ) as error:  # torch's archive writer hides the disk's own error behind one of its own
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -510,7 +586,9 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _unusable(path, "it holds more than tensors and plain values, which could run code") from error
+        raise _unusable(
+            path, "it holds more than tensors and plain values, which could run code"
+        ) from error
     except UNREADABLE as error:
         raise _unusable(path, "its contents are not readable") from error
     version = state.get("format_version") if isinstance(state, dict) else None
@@ -545,7 +623,9 @@ def taking_from(path):
 
 
 def _unusable(path, reason):
-    return ValueError(f"{path}: not a usable checkpoint ({reason}): give a .pt file that --mode train wrote")
+    return ValueError(
+        f"{path}: not a usable checkpoint ({reason}): give a .pt file that --mode train wrote"
+    )
 
 
 def _check_archive(path):
@@ -557,7 +637,11 @@ def _check_archive(path):
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             fits = sum(entry.file_size for entry in entries) <= path.stat().st_size
             damaged = archive.testzip() if stored and fits else None
-        except (zipfile.BadZipFile, OSError, *UNREADABLE) as error:  # OSError: an offset that is none
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            *UNREADABLE,
+        ) as error:  # OSError: an offset that is none
             raise _unusable(path, "it is no torch archive, or was cut short") from error
     if not (stored and fits):
         raise _unusable(path, "its archive is compressed, and torch's are not")
@@ -588,7 +672,9 @@ def resolve_checkpoint(path, prefer="best"):
     if not choices:
         raise FileNotFoundError(f"{path}: no such checkpoint: {_nearby(path)}")
     run_dir = max(choices, key=_run_age).parent
-    newest = max((file for file in choices if file.parent == run_dir), key=_epoch_number)  # N survives a plain copy
+    newest = max(
+        (file for file in choices if file.parent == run_dir), key=_epoch_number
+    )  # N survives a plain copy
     last = run_dir / "last.pt"
     return last if last in choices and last.stat().st_mtime >= newest.stat().st_mtime else newest
 
@@ -602,7 +688,9 @@ def prune_checkpoints(run_dir, keep):
 
 def _checkpoints_below(folder):
     """Checkpoint files in `folder` and down to three folders below it, the depth of a run under saved_models."""
-    found = itertools.chain.from_iterable(Path(folder).glob("*/" * depth + "*.pt") for depth in range(4))
+    found = itertools.chain.from_iterable(
+        Path(folder).glob("*/" * depth + "*.pt") for depth in range(4)
+    )
     return [file for file in found if CHECKPOINT_NAME.fullmatch(file.name)]
 
 
@@ -615,7 +703,11 @@ def _run_age(file):
     """Sorts runs from old to new by the time stamp in the name; a renamed run's is when its file was written."""
     written = file.stat().st_mtime
     named = RUN_NAME_END.search(file.absolute().parent.name)
-    stamp, number = named.groups("1") if named else (time.strftime(TIMESTAMP_FORMAT, time.localtime(written)), "1")
+    stamp, number = (
+        named.groups("1")
+        if named
+        else (time.strftime(TIMESTAMP_FORMAT, time.localtime(written)), "1")
+    )
     return stamp, int(number), written
 
 
@@ -625,4 +717,6 @@ def _nearby(path):
     found = sorted(_checkpoints_below(folder), key=_run_age, reverse=True)
     if not found:
         return f"there is none in {folder.absolute()} or below it: --mode train writes them"
-    return "existing ones are " + ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+    return (
+        "existing ones are " + ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+    )

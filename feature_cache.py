@@ -46,7 +46,9 @@ class Features:
     def __init__(self, file: Path, rows: np.ndarray, shape: tuple[int, int], dtype: torch.dtype):
         """rows: (images,) int64, where each image lies in the file; -1 for unreadable ones. shape: (P, F)."""
         size = int(rows.max(initial=-1)) + 1, math.prod(shape) * dtype.itemsize
-        self.data = np.memmap(file, np.uint8, "r", shape=size) if size[0] else np.empty(size, np.uint8)
+        self.data = (
+            np.memmap(file, np.uint8, "r", shape=size) if size[0] else np.empty(size, np.uint8)
+        )
         self.rows, self.shape, self.dtype = rows, shape, dtype
 
     def __len__(self) -> int:
@@ -56,7 +58,11 @@ class Features:
         rows = self.rows[np.asarray(positions)]
         if (rows < 0).any():
             raise IndexError("features of an unreadable image asked for")
-        return torch.from_numpy(self.data[rows].reshape(-1)).view(self.dtype).view(len(rows), *self.shape)
+        return (
+            torch.from_numpy(self.data[rows].reshape(-1))
+            .view(self.dtype)
+            .view(len(rows), *self.shape)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +114,11 @@ def cached_features(
     folder = _cache_folder(Path(cache_dir), full_key, "_pooled" if pooled else "")
     grids = f"features.{name.replace('float', 'f')}"
     beside = folder.with_name(folder.name.removesuffix("_pooled")) / grids
-    take_means = functools.partial(_take_means, file=beside, shape=(cells, channels), dtype=dtype) if pooled else None
+    take_means = (
+        functools.partial(_take_means, file=beside, shape=(cells, channels), dtype=dtype)
+        if pooled
+        else None
+    )
     file, shape, stored = (folder / grids, (cells, channels), dtype)
     if pooled:
         file, shape, stored = folder / "features.f32", (1, channels), torch.float32
@@ -134,22 +144,32 @@ def _fill(store, paths, encoded, take_means, progress):
     stamps, unreadable = _stamps(paths)
     known = image_shards.load_faults(folder)
     todo = _lacking(stamps, store, known)
-    if shards := next((path.shards for path in todo.values() if isinstance(path, ShardImage)), None):
+    if shards := next(
+        (path.shards for path in todo.values() if isinstance(path, ShardImage)), None
+    ):
         todo |= _lacking(_stamps([shards / name for name in shards.names])[0], store, known)
     _check_free_space(folder, len(todo) * store.row_bytes)
-    with tqdm(total=len(todo), desc="encoding", unit="image", disable=None if progress and todo else True) as bar:
+    with tqdm(
+        total=len(todo), desc="encoding", unit="image", disable=None if progress and todo else True
+    ) as bar:
         if take_means:
             take_means(store, todo, bar)
         own = encoded(process_group.broadcast(list(todo.values())))
         failed = known | _store_encoded(store, list(todo), own, bar)
     if shards:
         image_shards.save_faults(folder, failed)
-    return stamps, unreadable | {path: failed[stamp] for path, stamp in stamps.items() if stamp in failed}
+    return stamps, unreadable | {
+        path: failed[stamp] for path, stamp in stamps.items() if stamp in failed
+    }
 
 
 def _lacking(stamps, store, known):
     """{stamp: path}, one path per file, of those that are neither stored nor known to be unreadable."""
-    return {stamp: path for path, stamp in stamps.items() if stamp not in store.row_of and stamp not in known}
+    return {
+        stamp: path
+        for path, stamp in stamps.items()
+        if stamp not in store.row_of and stamp not in known
+    }
 
 
 def _encoded(paths, encode, rounded, image_size, batch_size, num_workers):
@@ -157,7 +177,9 @@ def _encoded(paths, encode, rounded, image_size, batch_size, num_workers):
 
     None after the last one.
     """
-    for positions, pixels, reasons in caption_data.decoded(paths, image_size, batch_size, num_workers):
+    for positions, pixels, reasons in caption_data.decoded(
+        paths, image_size, batch_size, num_workers
+    ):
         features = None
         if positions:
             with torch.inference_mode():
@@ -167,7 +189,9 @@ def _encoded(paths, encode, rounded, image_size, batch_size, num_workers):
     yield None
 
 
-def _rounded(features: torch.Tensor, paths: Sequence[Path], dtype: torch.dtype, pooled: bool) -> np.ndarray:
+def _rounded(
+    features: torch.Tensor, paths: Sequence[Path], dtype: torch.dtype, pooled: bool
+) -> np.ndarray:
     """Features (n, P, F) of these files as bytes (n, P or 1, bytes). Raises: ValueError naming one that overflows."""
     low, high = features.flatten(1).aminmax(dim=1)  # both nan where any is
     limit = torch.finfo(dtype).max  # before rounding: float8_e4m3fn has no inf
@@ -218,7 +242,11 @@ def _store_encoded(store, stamps, own, bar) -> dict[tuple, str]:
                 senders.remove(sender)
                 continue
             positions, features, reasons = found
-            failed |= {stamps[position]: why for position, why in reasons.items() if stamps[position] in failed}
+            failed |= {
+                stamps[position]: why
+                for position, why in reasons.items()
+                if stamps[position] in failed
+            }
             for position in positions:
                 failed.pop(stamps[position], None)
             if positions:
@@ -227,7 +255,9 @@ def _store_encoded(store, stamps, own, bar) -> dict[tuple, str]:
     return failed
 
 
-def _stamps(paths: Sequence[Path] | Sequence[ShardImage]) -> tuple[dict[Path, tuple], dict[Path, str]]:
+def _stamps(
+    paths: Sequence[Path] | Sequence[ShardImage],
+) -> tuple[dict[Path, tuple], dict[Path, str]]:
     """{path: (resolved path, size in bytes, modification time in ns)} and {path: reason} of files that have none."""
     stamps, missing = {}, {}
     for path in paths:
@@ -312,7 +342,9 @@ class _Store:
     def _repair(self) -> dict[tuple, int]:
         """Cut off what a killed run left half-written; what remains is {stamp: row}."""
         self.index.seek(0)
-        row_of, whole = _read_index(self.index.readall(), self.data.seek(0, os.SEEK_END) // self.row_bytes)
+        row_of, whole = _read_index(
+            self.index.readall(), self.data.seek(0, os.SEEK_END) // self.row_bytes
+        )
         self.index.truncate(whole)
         self.data.truncate((max(row_of.values(), default=-1) + 1) * self.row_bytes)
         self.data.seek(0, os.SEEK_END)

@@ -26,7 +26,9 @@ ENCODER_FAMILIES = {
     "layers": "mnasnet0_5 mnasnet1_0",
     "features norm permute": "swin_t swin_s swin_b swin_v2_t swin_v2_s swin_v2_b",
 }
-ENCODERS = {name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()}
+ENCODERS = {
+    name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()
+}
 SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
 ARCHITECTURE = (
     "decoder", "encoder", "image_size", "coarse_size", "freq_threshold", "embed_size", "hidden_size", "num_layers",
@@ -48,7 +50,9 @@ def number(kind, low, high=math.inf, *, above=False):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (above and value == low) or math.isinf(value):
-            bounds = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f" and at most {high}")
+            bounds = f"{'above' if above else 'at least'} {low}" + (
+                "" if high == math.inf else f" and at most {high}"
+            )
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
         return value
 
@@ -63,7 +67,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-COUNT, SIZE, RATE, SHARE = number(int, 0), number(int, 1, 2**20), number(float, 0, above=True), number(float, 0, 1)
+COUNT, SIZE, RATE, SHARE = (
+    number(int, 0),
+    number(int, 1, 2**20),
+    number(float, 0, above=True),
+    number(float, 0, 1),
+)
 
 
 def build_parser():
@@ -75,7 +84,12 @@ def build_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for add_options in (add_data_options, add_model_options, add_training_options, add_decoding_options):
+    for add_options in (
+        add_data_options,
+        add_model_options,
+        add_training_options,
+        add_decoding_options,
+    ):
         add_options(parser)
     return parser
 
@@ -84,21 +98,64 @@ def add_data_options(parser):
     """What to run, and on which data."""
     add = parser.add_argument_group("what to do").add_argument
     add("--mode", choices=("train", "test", "caption"), default="train", help="default: train")
-    add("--model_path", metavar="PATH", help="checkpoint, or a folder of runs: to resume (train), test or caption with")
-    add("--resume", metavar="latest|PATH", help="train: go on from the newest run's newest checkpoint, or from PATH")
+    add(
+        "--model_path",
+        metavar="PATH",
+        help="checkpoint, or a folder of runs: to resume (train), test or caption with",
+    )
+    add(
+        "--resume",
+        metavar="latest|PATH",
+        help="train: go on from the newest run's newest checkpoint, or from PATH",
+    )
     add("--model_save_dir", default="./saved_models", help="run folders go below it (%(default)s)")
-    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="fixes weights, batches and dropout (%(default)s)")
-    add("--num_workers", type=COUNT, default=16, help="processes decoding images, at most one per core (%(default)s)")
+    add(
+        "--device",
+        default="auto",
+        help="auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        help="fixes weights, batches and dropout (%(default)s)",
+    )
+    add(
+        "--num_workers",
+        type=COUNT,
+        default=16,
+        help="processes decoding images, at most one per core (%(default)s)",
+    )
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_type", choices=("flickr8k", "flickr30k", "sample", "custom"), default="flickr30k",
         help="default folder ./data/<dataset_type>, and the run folder's name (%(default)s)")  # fmt: skip
-    add("--image_dir", help="folder of images, or WebDataset shards (*.tar), instead of the default folder")
-    add("--captions_file", help="captions in any of the formats the README lists, instead of the default one")
-    add("--split_seed", type=COUNT, default=42, help="draws the 0.8/0.1/0.1 split if the data has none (%(default)s)")
-    add("--freq_threshold", type=SIZE, default=5, help="fewest times a word stands in training captions (%(default)s)")
-    add("--max_bad_fraction", type=SHARE, default=0.01, help="most missing or malformed items tolerated (%(default)s)")
+    add(
+        "--image_dir",
+        help="folder of images, or WebDataset shards (*.tar), instead of the default folder",
+    )
+    add(
+        "--captions_file",
+        help="captions in any of the formats the README lists, instead of the default one",
+    )
+    add(
+        "--split_seed",
+        type=COUNT,
+        default=42,
+        help="draws the 0.8/0.1/0.1 split if the data has none (%(default)s)",
+    )
+    add(
+        "--freq_threshold",
+        type=SIZE,
+        default=5,
+        help="fewest times a word stands in training captions (%(default)s)",
+    )
+    add(
+        "--max_bad_fraction",
+        type=SHARE,
+        default=0.01,
+        help="most missing or malformed items tolerated (%(default)s)",
+    )
     add("--max_train_images", type=SIZE, help="use only so many training images, for smoke runs")
 
 
@@ -113,21 +170,44 @@ def add_model_options(parser):
         help="side of the square that pictures are squashed to; more: a finer grid (the encoder's own)")  # fmt: skip
     add("--coarse_size", type=number(int, 32, 1024), metavar="PIXELS",
         help="look at the picture at this smaller size, too: twice the channels (off)")  # fmt: skip
-    add("--cache_dir", default="./feature_cache", help="encoded images, shared by all runs (%(default)s)")
+    add(
+        "--cache_dir",
+        default="./feature_cache",
+        help="encoded images, shared by all runs (%(default)s)",
+    )
     add("--cache_dtype", choices=("float32", "float16", "bfloat16", "float8_e4m3fn"), default="float16",
         help="what encoded images are rounded to on disk (%(default)s)")  # fmt: skip
-    add("--no_feature_cache", action="store_true", help="encode images whenever they are needed and store nothing")
+    add(
+        "--no_feature_cache",
+        action="store_true",
+        help="encode images whenever they are needed and store nothing",
+    )
 
     add = parser.add_argument_group("decoder").add_argument
     add("--decoder", choices=("lstm", "attention"), default="lstm", help="default: lstm")
     add("--embed_size", type=SIZE, default=512, help="word and projected image size (%(default)s)")
     add("--hidden_size", type=SIZE, default=1024, help="LSTM units per layer (%(default)s)")
     add("--num_layers", type=SIZE, default=3, help="LSTM layers (%(default)s)")
-    add("--attention_dim", type=SIZE, default=512, help="attention decoder: units that compare cells (%(default)s)")
-    add("--drop_prob", type=number(float, 0, 0.99), default=0.3, help="dropout probability (%(default)s)")
+    add(
+        "--attention_dim",
+        type=SIZE,
+        default=512,
+        help="attention decoder: units that compare cells (%(default)s)",
+    )
+    add(
+        "--drop_prob",
+        type=number(float, 0, 0.99),
+        default=0.3,
+        help="dropout probability (%(default)s)",
+    )
     add("--patch_dropout", type=number(float, 0, 0.99), default=0.0,
         help="attention: share of an image's cells left out, drawn anew each step (%(default)s)")  # fmt: skip
-    add("--alpha_c", type=number(float, 0), default=1.0, help="attention: doubly stochastic penalty (%(default)s)")
+    add(
+        "--alpha_c",
+        type=number(float, 0),
+        default=1.0,
+        help="attention: doubly stochastic penalty (%(default)s)",
+    )
 
 
 def add_training_options(parser):
@@ -136,28 +216,101 @@ def add_training_options(parser):
     add("--epochs", type=SIZE, default=10, help="on resume: additional epochs (%(default)s)")
     add("--batch_size", type=SIZE, default=128, help="captions per step (%(default)s)")
     add("--learning_rate", type=RATE, default=0.0001, help="AdamW's initial rate (%(default)s)")
-    add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW's, of the weight matrices (%(default)s)")
-    add("--horizontal_flip", action="store_true", help="mirror every other training image, drawn anew each epoch")
-    add("--label_smoothing", type=number(float, 0, 0.99), default=0.0, help="spread over all words (%(default)s)")
-    add("--grad_clip", type=number(float, 0), default=5.0, help="largest L2 norm of gradients, 0 = off (%(default)s)")
+    add(
+        "--weight_decay",
+        type=number(float, 0),
+        default=0.0,
+        help="AdamW's, of the weight matrices (%(default)s)",
+    )
+    add(
+        "--horizontal_flip",
+        action="store_true",
+        help="mirror every other training image, drawn anew each epoch",
+    )
+    add(
+        "--label_smoothing",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        help="spread over all words (%(default)s)",
+    )
+    add(
+        "--grad_clip",
+        type=number(float, 0),
+        default=5.0,
+        help="largest L2 norm of gradients, 0 = off (%(default)s)",
+    )
     add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32")  # fmt: skip
     add("--compile", action="store_true",
         help="torch.compile encoder and attention decoder (on CUDA its steps as graphs); slow to start")  # fmt: skip
-    add("--early_stopping_patience", type=COUNT, default=0, help="epochs without a better CIDEr, 0 = off (%(default)s)")
-    add("--val_beam_size", type=SIZE, default=1, help="beam for each epoch's validation captions (%(default)s)")
-    add("--keep_checkpoints", type=SIZE, help="keep only so many of the newest model_epoch_N.pt (all)")
+    add(
+        "--early_stopping_patience",
+        type=COUNT,
+        default=0,
+        help="epochs without a better CIDEr, 0 = off (%(default)s)",
+    )
+    add(
+        "--val_beam_size",
+        type=SIZE,
+        default=1,
+        help="beam for each epoch's validation captions (%(default)s)",
+    )
+    add(
+        "--keep_checkpoints",
+        type=SIZE,
+        help="keep only so many of the newest model_epoch_N.pt (all)",
+    )
 
     add = parser.add_argument_group("learning rate schedule").add_argument
     add("--use_scheduler", action="store_true", help="without it the rate is constant")
-    add("--scheduler_type", choices=SCHEDULERS, default="reduce_lr_on_plateau", help="default: %(default)s")
-    add("--scheduler_patience", type=COUNT, default=3, help="plateau: epochs without a better loss (%(default)s)")
-    add("--scheduler_factor", type=number(float, 0, 0.999, above=True), default=0.5, help="plateau: (%(default)s)")
-    add("--scheduler_step_size", type=SIZE, default=7, help="step: epochs between decays (%(default)s)")
-    add("--scheduler_gamma", type=number(float, 0, 1, above=True), default=0.1, help="step, exponential: (%(default)s)")
-    add("--scheduler_t_max", type=SIZE, default=10, help="cosine: epochs to the minimum (%(default)s)")
-    add("--min_lr", type=number(float, 0), default=1e-7, help="plateau, cosine: smallest rate (%(default)s)")
-    add("--warmup_epochs", type=COUNT, default=0, help="one_cycle: epochs of rising rate (%(default)s)")
+    add(
+        "--scheduler_type",
+        choices=SCHEDULERS,
+        default="reduce_lr_on_plateau",
+        help="default: %(default)s",
+    )
+    add(
+        "--scheduler_patience",
+        type=COUNT,
+        default=3,
+        help="plateau: epochs without a better loss (%(default)s)",
+    )
+    add(
+        "--scheduler_factor",
+        type=number(float, 0, 0.999, above=True),
+        default=0.5,
+        help="plateau: (%(default)s)",
+    )
+    add(
+        "--scheduler_step_size",
+        type=SIZE,
+        default=7,
+        help="step: epochs between decays (%(default)s)",
+    )
+    add(
+        "--scheduler_gamma",
+        type=number(float, 0, 1, above=True),
+        default=0.1,
+        help="step, exponential: (%(default)s)",
+    )
+    add(
+        "--scheduler_t_max",
+        type=SIZE,
+        default=10,
+        help="cosine: epochs to the minimum (%(default)s)",
+    )
+    add(
+        "--min_lr",
+        type=number(float, 0),
+        default=1e-7,
+        help="plateau, cosine: smallest rate (%(default)s)",
+    )
+    add(
+        "--warmup_epochs",
+        type=COUNT,
+        default=0,
+        help="one_cycle: epochs of rising rate (%(default)s)",
+    )
 
 
 def add_decoding_options(parser):
@@ -165,27 +318,76 @@ def add_decoding_options(parser):
     add = parser.add_argument_group("decoding, in test and caption mode").add_argument
     add("--algorithm", choices=("greedy", "beam", "sample"), default="beam", help="default: beam")
     add("--beam_size", type=SIZE, default=5, help="beam: hypotheses kept per image (%(default)s)")
-    add("--max_length", type=SIZE, default=40, help="most tokens in a caption, <EOS> counted (%(default)s)")
+    add(
+        "--max_length",
+        type=SIZE,
+        default=40,
+        help="most tokens in a caption, <EOS> counted (%(default)s)",
+    )
     add("--min_length", type=COUNT, default=0, help="fewest words in a caption (%(default)s)")
     add("--length_penalty", type=number(float, -10, 10), default=0.0,
         help="beam: score is log_prob / length ** penalty; above 0 favours long captions (%(default)s)")  # fmt: skip
-    add("--no_repeat_ngram_size", type=COUNT, default=0, help="no n-gram of this size twice, 0 = off (%(default)s)")
-    add("--temperature", type=number(float, 1e-3), default=1.0, help="sample: below 1 sharpens (%(default)s)")
-    add("--top_k", type=COUNT, default=0, help="sample: from the k likeliest words, 0 = all (%(default)s)")
-    add("--top_p", type=number(float, 0, 1, above=True), default=1.0, help="sample: nucleus probability (%(default)s)")
-    add("--num_captions", type=SIZE, default=1, help="caption mode: captions per image (%(default)s)")
+    add(
+        "--no_repeat_ngram_size",
+        type=COUNT,
+        default=0,
+        help="no n-gram of this size twice, 0 = off (%(default)s)",
+    )
+    add(
+        "--temperature",
+        type=number(float, 1e-3),
+        default=1.0,
+        help="sample: below 1 sharpens (%(default)s)",
+    )
+    add(
+        "--top_k",
+        type=COUNT,
+        default=0,
+        help="sample: from the k likeliest words, 0 = all (%(default)s)",
+    )
+    add(
+        "--top_p",
+        type=number(float, 0, 1, above=True),
+        default=1.0,
+        help="sample: nucleus probability (%(default)s)",
+    )
+    add(
+        "--num_captions",
+        type=SIZE,
+        default=1,
+        help="caption mode: captions per image (%(default)s)",
+    )
 
     add = parser.add_argument_group("test and caption mode").add_argument
-    add("--split", choices=("train", "val", "test"), default="test", help="test: which images (%(default)s)")
+    add(
+        "--split",
+        choices=("train", "val", "test"),
+        default="test",
+        help="test: which images (%(default)s)",
+    )
     add("--ensemble", nargs="+", default=[], metavar="PATH",
         help="more checkpoints, or folders of runs; word probabilities are averaged")  # fmt: skip
-    add("--images", nargs="+", metavar="FILE_OR_FOLDER", help="caption: pictures, and folders of pictures")
+    add(
+        "--images",
+        nargs="+",
+        metavar="FILE_OR_FOLDER",
+        help="caption: pictures, and folders of pictures",
+    )
     add("--json", action="store_true", help="caption: one JSON object per line")
     add("--output_dir", help="where test and caption mode write files (beside the checkpoint)")
 
     add = parser.add_argument_group("attention pictures, attention decoder only").add_argument
-    add("--save_attention_viz", action="store_true", help="draw where the decoder looked, word by word")
-    add("--attention_viz_samples", type=SIZE, default=3, help="train and test: how many images (%(default)s)")
+    add(
+        "--save_attention_viz",
+        action="store_true",
+        help="draw where the decoder looked, word by word",
+    )
+    add(
+        "--attention_viz_samples",
+        type=SIZE,
+        default=3,
+        help="train and test: how many images (%(default)s)",
+    )
     add("--advanced_attention_viz", action="store_true", help="also raw maps, entropy and peaks")
 
 
@@ -210,7 +412,9 @@ def parse_args(argv=None):
         parser.error(f"--mode {args.mode} needs --model_path, the checkpoint to use")
     if args.mode == "caption" and not args.images:
         parser.error("--mode caption needs --images, pictures or folders of them")
-    if args.model_path is None:  # with a checkpoint, the options it holds are checked together with the typed ones
+    if (
+        args.model_path is None
+    ):  # with a checkpoint, the options it holds are checked together with the typed ones
         try:
             check_options(args)
         except ValueError as error:
@@ -226,11 +430,18 @@ def check_options(args):
             f"--save_attention_viz needs --decoder attention: the {args.decoder} decoder has no attention maps"
         )
     if args.min_length >= args.max_length:
-        raise ValueError(f"--min_length {args.min_length} must be below --max_length {args.max_length}")
+        raise ValueError(
+            f"--min_length {args.min_length} must be below --max_length {args.max_length}"
+        )
     most = {"greedy": 1, "beam": args.beam_size, "sample": math.inf}[args.algorithm]
     if args.num_captions > most:
-        raise ValueError(f"--num_captions {args.num_captions} is more than --algorithm {args.algorithm} finds ({most})")
-    idle = dict.fromkeys(("temperature", "top_k", "top_p"), "sample") | {"beam_size": "beam", "length_penalty": "beam"}
+        raise ValueError(
+            f"--num_captions {args.num_captions} is more than --algorithm {args.algorithm} finds ({most})"
+        )
+    idle = dict.fromkeys(("temperature", "top_k", "top_p"), "sample") | {
+        "beam_size": "beam",
+        "length_penalty": "beam",
+    }
     for name, algorithm in idle.items():
         if name in args.typed and args.algorithm != algorithm:
             raise ValueError(f"--{name} belongs to --algorithm {algorithm}, not {args.algorithm}")
@@ -239,14 +450,25 @@ def check_options(args):
         and args.scheduler_type in ("reduce_lr_on_plateau", "cosine")
         and args.min_lr > args.learning_rate
     ):
-        raise ValueError(f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}")
+        raise ValueError(
+            f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}"
+        )
     new_plan = args.model_path is None  # a resumed one keeps the warm-up of its first plan
-    if new_plan and args.use_scheduler and args.scheduler_type == "one_cycle" and args.warmup_epochs >= args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
+    if (
+        new_plan
+        and args.use_scheduler
+        and args.scheduler_type == "one_cycle"
+        and args.warmup_epochs >= args.epochs
+    ):
+        raise ValueError(
+            f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}"
+        )
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before torch, whose import takes seconds: --help and mistakes answer at once
+    ARGS = (
+        parse_args()
+    )  # before torch, whose import takes seconds: --help and mistakes answer at once
 
 import functools
 import hashlib
@@ -277,7 +499,13 @@ import feature_cache
 import metrics_utils
 import process_group
 from caption_decoding import follow, generate, map_tensors, select
-from experiment_utils import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
+from experiment_utils import (
+    Stopped,
+    listen_for_stop,
+    resolve_device,
+    resolve_precision,
+    until_stopped,
+)
 from repeated_linear import RepeatedLinear, summed_once
 
 WEIGHTS_DIR = download_datasets.WEIGHTS_DIR  # document A's place for downloaded weights
@@ -286,14 +514,32 @@ DECODING_OPTIONS = (
     "beam_size", "max_length", "min_length", "length_penalty", "no_repeat_ngram_size", "temperature", "top_k", "top_p",
     "num_captions",
 )  # fmt: skip
-SCHEDULER_STATE = {"last_epoch", "_step_count", "_last_lr", "base_lrs", "best", "num_bad_epochs", "cooldown_counter"}
-SCHEDULER_STATE |= {"_schedule_phases"}  # OneCycle's plan; everything else a schedule holds follows from the options
-AT_EPOCH_START = {"batch": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rate": 0.0}  # counters of one epoch
+SCHEDULER_STATE = {
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "base_lrs",
+    "best",
+    "num_bad_epochs",
+    "cooldown_counter",
+}
+SCHEDULER_STATE |= {
+    "_schedule_phases"
+}  # OneCycle's plan; everything else a schedule holds follows from the options
+AT_EPOCH_START = {
+    "batch": 0,
+    "loss_sum": 0.0,
+    "tokens": 0,
+    "seconds": 0.0,
+    "rate": 0.0,
+}  # counters of one epoch
 SAMPLE = 512  # training images that the features' mean and standard deviation are taken from
 LOOK_EVERY = 50  # steps between looks at the loss: each look waits for the device
 CHUNK = 100  # images decoded together
 TOGETHER = 16  # captions of about one length that end their training step together
-BUCKET = 8  # a compiled step's captions and images are padded to multiples of it: few shapes to compile
+BUCKET = (
+    8  # a compiled step's captions and images are padded to multiples of it: few shapes to compile
+)
 
 # --------------------------------------------------------------------------------------------------------- the encoder
 
@@ -304,7 +550,9 @@ class Encoder(nn.Module):
     `trunk` holds the weights as they came; what computes is a copy with BatchNorm folded into the convolutions.
     """
 
-    def __init__(self, name, state, weights, precision="float32", image_size=None, coarse_size=None):
+    def __init__(
+        self, name, state, weights, precision="float32", image_size=None, coarse_size=None
+    ):
         """`name`: one of ENCODERS. `state`: torchvision's state dict, classifier ignored. `weights`: its origin.
 
         `image_size`: pixels a side; None: what the published weights were tested with. `coarse_size`: of a second look.
@@ -317,15 +565,31 @@ class Encoder(nn.Module):
         for module in ENCODERS[name]:
             self.trunk.add_module(module, getattr(model, module))
         wanted = self.trunk.state_dict()
-        state = {key: torch.zeros_like(v) for key, v in wanted.items() if key.endswith("num_batches_tracked")} | state
-        missing = sorted(wanted.keys() - state.keys()) or sorted(state.keys() - model.state_dict().keys())
-        wrong = [key for key in wanted.keys() & state.keys() if wanted[key].shape != getattr(state[key], "shape", None)]
+        state = {
+            key: torch.zeros_like(v)
+            for key, v in wanted.items()
+            if key.endswith("num_batches_tracked")
+        } | state
+        missing = sorted(wanted.keys() - state.keys()) or sorted(
+            state.keys() - model.state_dict().keys()
+        )
+        wrong = [
+            key
+            for key in wanted.keys() & state.keys()
+            if wanted[key].shape != getattr(state[key], "shape", None)
+        ]
         if missing or wrong:
             fault = f"they differ in {missing[0]}" if missing else f"another shape of {min(wrong)}"
-            raise ValueError(f"--encoder_weights {weights}: not weights of --encoder {name} ({fault}): give both alike")
-        self.trunk.load_state_dict({key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True)
+            raise ValueError(
+                f"--encoder_weights {weights}: not weights of --encoder {name} ({fault}): give both alike"
+            )
+        self.trunk.load_state_dict(
+            {key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True
+        )
         self.name = name
-        own_size = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
+        own_size = (
+            torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
+        )
         self.image_size, self.coarse_size = image_size or own_size, coarse_size
         if coarse_size and coarse_size >= self.image_size:
             raise ValueError(
@@ -351,9 +615,13 @@ class Encoder(nn.Module):
         images, dtype = (images / 255 - self.mean) / self.std, getattr(torch, self.precision)
         features = self.folded(images.to(dtype)).float()  # (N, F, h, w)
         if self.coarse_size:
-            smaller = F.interpolate(images, size=(self.coarse_size,) * 2, mode="bilinear", antialias=True)
+            smaller = F.interpolate(
+                images, size=(self.coarse_size,) * 2, mode="bilinear", antialias=True
+            )
             coarse = self.folded(smaller.to(dtype)).float()
-            features = torch.cat([features, F.interpolate(coarse, size=features.shape[2:], mode="bilinear")], dim=1)
+            features = torch.cat(
+                [features, F.interpolate(coarse, size=features.shape[2:], mode="bilinear")], dim=1
+            )
         return features.flatten(2).transpose(1, 2)
 
     @functools.cached_property
@@ -392,11 +660,20 @@ def load_encoder_weights(name, source, seed):
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             if not digest.startswith(file.stem.rpartition("-")[2]):
-                raise ValueError(f"{file}: its SHA-256 {digest[:8]}... is not the one in its name: fetch it again")
+                raise ValueError(
+                    f"{file}: its SHA-256 {digest[:8]}... is not the one in its name: fetch it again"
+                )
             return read_weights(file, trusted=f"sha256:{digest}" == published.checksum)
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (urllib.error.URLError, OSError, pickle.UnpicklingError, *experiment_utils.UNREADABLE) as error:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (
+        urllib.error.URLError,
+        OSError,
+        pickle.UnpicklingError,
+        *experiment_utils.UNREADABLE,
+    ) as error:
         reason = str(error).splitlines()[0] or type(error).__name__
         raise FileNotFoundError(
             f"--encoder_weights imagenet: cannot download {url} ({reason}): put the file into {WEIGHTS_DIR}/, "
@@ -419,7 +696,9 @@ def read_weights(file, trusted=False):
             f"--encoder_weights {file}: not a readable state dict: give a torchvision .pth file"
         ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"--encoder_weights {file}: holds a {type(state).__name__}, expected a torchvision state dict")
+        raise ValueError(
+            f"--encoder_weights {file}: holds a {type(state).__name__}, expected a torchvision state dict"
+        )
     return state
 
 
@@ -428,7 +707,10 @@ def open_encoder(args, checkpoint=None):
 
     Raises: ValueError when the weights differ from those the checkpoint was trained with.
     """
-    stored, look = checkpoint["encoder"] if checkpoint else {}, (args.precision, args.image_size, args.coarse_size)
+    stored, look = (
+        checkpoint["encoder"] if checkpoint else {},
+        (args.precision, args.image_size, args.coarse_size),
+    )
     if stored.get("weights") is not None and "encoder_weights" not in args.typed:
         with experiment_utils.taking_from(args.model_path):
             encoder = Encoder(args.encoder, stored["weights"], args.model_path, *look)
@@ -438,7 +720,9 @@ def open_encoder(args, checkpoint=None):
     args.image_size, key = encoder.image_size, encoder.key()
     for name in ("channels", "image_size", "coarse_size") if checkpoint else ():
         if stored.get(name) != key.get(name):
-            raise ValueError(f"{args.model_path}: its encoder has other {name} than it says: give another checkpoint")
+            raise ValueError(
+                f"{args.model_path}: its encoder has other {name} than it says: give another checkpoint"
+            )
     if checkpoint and key["weights_sha256"] != stored.get("weights_sha256"):
         raise ValueError(
             f"--encoder_weights {args.encoder_weights}: other weights than {args.model_path} was trained with: "
@@ -470,7 +754,9 @@ class Decoder(nn.Module):
         """Take mean and standard deviation of each channel from a sample (N, P, F) of the training images."""
         std, mean = torch.std_mean(features, dim=(0, 1), correction=0)
         self.feature_mean.copy_(mean)
-        self.feature_std.copy_(std.clamp_min(1e-3 * std.max() + 1e-12))  # a channel that never moves stays quiet
+        self.feature_std.copy_(
+            std.clamp_min(1e-3 * std.max() + 1e-12)
+        )  # a channel that never moves stays quiet
 
     def standardise(self, features):
         """(N, P, F) -> (N, P, F)."""
@@ -501,7 +787,12 @@ class Decoder(nn.Module):
         """
         exact = pack(captions, lengths)
         order, steps = exact.sorted_indices, captions.size(1)
-        longest = lengths.cpu().sort(descending=True).values[::TOGETHER].repeat_interleave(TOGETHER)[: len(order)]
+        longest = (
+            lengths.cpu()
+            .sort(descending=True)
+            .values[::TOGETHER]
+            .repeat_interleave(TOGETHER)[: len(order)]
+        )
         teach = (self.training and self.compiled) or self.teach
         if teach is self.compiled:  # nobody leaves early
             longest = longest.new_full(longest.shape, steps + -steps % BUCKET)
@@ -511,11 +802,20 @@ class Decoder(nn.Module):
         sizes = written.batch_sizes.tolist()
         rows = list(itertools.zip_longest(sizes, exact.batch_sizes.tolist(), fillvalue=0))
         owner = sent(torch.cat([torch.arange(count) for count in sizes]), features.device)
-        within = torch.cat([torch.arange(count) < writing for count, writing in rows]).nonzero().squeeze(1)
+        within = (
+            torch.cat([torch.arange(count) < writing for count, writing in rows])
+            .nonzero()
+            .squeeze(1)
+        )
         within = sent(within, features.device)
         found = teach(features, written.data, sizes, image_index[order], owner)
-        words, alphas = (part if part is None else exact._replace(data=part.index_select(0, within)) for part in found)
-        return words if packed else unpack(words, steps), None if alphas is None else unpack(alphas, steps)
+        words, alphas = (
+            part if part is None else exact._replace(data=part.index_select(0, within))
+            for part in found
+        )
+        return words if packed else unpack(words, steps), None if alphas is None else unpack(
+            alphas, steps
+        )
 
 
 class LSTMDecoder(Decoder):
@@ -531,7 +831,13 @@ class LSTMDecoder(Decoder):
         super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
         self.project_image = nn.Linear(feature_dim, embed_size)
         self.remind = nn.Linear(embed_size, hidden_size, bias=False)
-        self.lstm = nn.LSTM(embed_size, hidden_size, num_layers, batch_first=True, dropout=drop_prob * (num_layers > 1))
+        self.lstm = nn.LSTM(
+            embed_size,
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            dropout=drop_prob * (num_layers > 1),
+        )
 
     def teach(self, features, tokens, sizes, image_index, owner):
         """Teacher forcing on packed captions, longest first.
@@ -554,12 +860,16 @@ class LSTMDecoder(Decoder):
     def start(self, features):
         """features (N, P, F) -> state once the image was shown, one hypothesis per image."""
         image = self.show(features).unsqueeze(1)
-        layers = tuple(part.transpose(0, 1).unsqueeze(1) for part in self.lstm(image)[1])  # (N, 1, L, H) each
+        layers = tuple(
+            part.transpose(0, 1).unsqueeze(1) for part in self.lstm(image)[1]
+        )  # (N, 1, L, H) each
         return self.remind(image), layers
 
     def step(self, tokens, state):
         """tokens (N, K), state -> logits (N, K, V), state, None."""
-        hidden, cell = (part.flatten(0, 1).transpose(0, 1).contiguous() for part in state[1])  # (L, N K, H)
+        hidden, cell = (
+            part.flatten(0, 1).transpose(0, 1).contiguous() for part in state[1]
+        )  # (L, N K, H)
         output, new = self.lstm(self.embed(tokens).flatten(0, 1).unsqueeze(1), (hidden, cell))
         new = tuple(part.transpose(0, 1).unflatten(0, tokens.shape) for part in new)  # (N, K, L, H)
         return self.head(output.view(*tokens.shape, -1) + state[0]), (state[0], new), None
@@ -572,24 +882,45 @@ class AttentionDecoder(Decoder):
     the LSTM's output as it is. tanh x is computed as 2 sigmoid 2x - 1, quicker on a CPU; softmax ignores the 1.
     """
 
-    options = ("embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim", "patch_dropout")
+    options = (
+        "embed_size",
+        "hidden_size",
+        "num_layers",
+        "drop_prob",
+        "attention_dim",
+        "patch_dropout",
+    )
     pooled = False
 
     def __init__(
-        self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob, attention_dim, patch_dropout=0.0
+        self,
+        vocab_size,
+        feature_dim,
+        embed_size,
+        hidden_size,
+        num_layers,
+        drop_prob,
+        attention_dim,
+        patch_dropout=0.0,
     ):
         super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
         self.patch_dropout = patch_dropout
         self.project_features = nn.Linear(feature_dim, embed_size)
         self.project_keys = nn.Linear(feature_dim, attention_dim)
-        self.project_query = RepeatedLinear(hidden_size, attention_dim, bias=False)  # the keys have the bias
+        self.project_query = RepeatedLinear(
+            hidden_size, attention_dim, bias=False
+        )  # the keys have the bias
         self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a shared constant
         self.gate = RepeatedLinear(hidden_size, embed_size)
         self.start_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
         self.start_cell = nn.Linear(feature_dim, num_layers * hidden_size)
-        self.word_gates = nn.Linear(embed_size, 4 * hidden_size)  # the first layer's input weights for words
+        self.word_gates = nn.Linear(
+            embed_size, 4 * hidden_size
+        )  # the first layer's input weights for words
         below = [embed_size] + [hidden_size] * (num_layers - 1)
-        self.layers = nn.ModuleList(RepeatedLinear(size + hidden_size, 4 * hidden_size) for size in below)
+        self.layers = nn.ModuleList(
+            RepeatedLinear(size + hidden_size, 4 * hidden_size) for size in below
+        )
         self.deepen = nn.Linear(2 * embed_size, hidden_size)  # word and context, into the output
 
     def some_cells(self, features):
@@ -600,28 +931,38 @@ class AttentionDecoder(Decoder):
         if not (self.training and self.patch_dropout):
             return features
         kept = max(1, round(features.size(1) * (1 - self.patch_dropout)))
-        return follow(features, torch.rand(features.shape[:2], device=features.device).topk(kept).indices)
+        return follow(
+            features, torch.rand(features.shape[:2], device=features.device).topk(kept).indices
+        )
 
     def start(self, features):
         """features (N, P, F) -> state: what is computed once per image, and LSTM layers made of the mean feature."""
         features = self.standardise(features)
-        keys, values = 2 * self.project_keys(features), self.drop(self.project_features(features))  # (N, P, A or E)
+        keys, values = (
+            2 * self.project_keys(features),
+            self.drop(self.project_features(features)),
+        )  # (N, P, A or E)
         mean = self.dropout(features.mean(1, keepdim=True))
         hidden, cell = (
-            layer(mean).tanh().chunk(len(self.layers), -1) for layer in (self.start_hidden, self.start_cell)
+            layer(mean).tanh().chunk(len(self.layers), -1)
+            for layer in (self.start_hidden, self.start_cell)
         )
         return (keys, values), tuple(zip(hidden, cell, strict=True))  # each (N, 1, H)
 
     def look(self, query, keys, values):
         """query (N, K, H), keys (N, P, A), values (N, P, E) -> context (N, K, E), alphas (N, K, P); rows sum to 1."""
-        energy = (keys.unsqueeze(1) + 2 * self.project_query(query).unsqueeze(2)).sigmoid()  # (N, K, P, A)
+        energy = (
+            keys.unsqueeze(1) + 2 * self.project_query(query).unsqueeze(2)
+        ).sigmoid()  # (N, K, P, A)
         alphas = (2 * self.score(energy).squeeze(-1).float()).softmax(dim=-1)
         return alphas.type_as(values) @ values * self.gate(query).sigmoid(), alphas
 
     def advance(self, word_gates, state):
         """One step: word gates (N, K, 4H), state -> output (N, K, H), context (N, K, E), state, alphas (N, K, P)."""
         per_image, layers = state
-        context, alphas = self.look(layers[-1][0], *per_image)  # the query: the top layer's output, one step ago
+        context, alphas = self.look(
+            layers[-1][0], *per_image
+        )  # the query: the top layer's output, one step ago
         below, new = context, []
         for layer, (hidden, cell) in zip(self.layers, layers, strict=True):
             gates = layer(torch.cat([self.dropout(below) if new else below, hidden], dim=-1))
@@ -642,7 +983,9 @@ class AttentionDecoder(Decoder):
         state = self.start(self.some_cells(features))
         state = map_tensors(lambda part: part.index_select(0, image_index), state)  # (B, 1, ...)
         words = self.embed(tokens)  # (tokens, E)
-        word_gates = self.word_gates(self.drop(words, owner, len(image_index))).unsqueeze(1)  # (tokens, 1, 4H)
+        word_gates = self.word_gates(self.drop(words, owner, len(image_index))).unsqueeze(
+            1
+        )  # (tokens, 1, 4H)
         outputs, contexts, looked = [], [], []
         with summed_once(self.project_query, self.gate, *self.layers):
             for gates in word_gates.split(sizes):
@@ -652,7 +995,9 @@ class AttentionDecoder(Decoder):
                 outputs.append(output)
                 contexts.append(context)
                 looked.append(alphas)
-        output, context, alphas = (torch.cat(steps).squeeze(1) for steps in (outputs, contexts, looked))
+        output, context, alphas = (
+            torch.cat(steps).squeeze(1) for steps in (outputs, contexts, looked)
+        )
         output = output + self.deepen(torch.cat([words, context], dim=-1))
         return self.head(self.drop(output, owner, len(image_index))), alphas
 
@@ -674,12 +1019,18 @@ class Ensemble(nn.Module):
 
     def step(self, tokens, state):
         """tokens (N, K), state -> log-probabilities (N, K, V), state, alphas (N, K, P) or None."""
-        steps = [member.step(tokens, own) for member, *own in zip(self.members, *state, strict=True)]
+        steps = [
+            member.step(tokens, own) for member, *own in zip(self.members, *state, strict=True)
+        ]
         logits, states, alphas = zip(*steps, strict=True)
         log_probs = torch.stack([own.float().log_softmax(dim=-1) for own in logits])
         maps = [own for own in alphas if own is not None]
         state = tuple(zip(*states, strict=True))
-        return log_probs.logsumexp(0) - math.log(len(logits)), state, torch.stack(maps).mean(0) if maps else None
+        return (
+            log_probs.logsumexp(0) - math.log(len(logits)),
+            state,
+            torch.stack(maps).mean(0) if maps else None,
+        )
 
 
 DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}
@@ -768,7 +1119,10 @@ def build_scheduler(optimizer, args, plan):
         return None
     if args.scheduler_type == "reduce_lr_on_plateau":
         return schedule.ReduceLROnPlateau(
-            optimizer, factor=args.scheduler_factor, patience=args.scheduler_patience, min_lr=args.min_lr
+            optimizer,
+            factor=args.scheduler_factor,
+            patience=args.scheduler_patience,
+            min_lr=args.min_lr,
         )
     if args.scheduler_type == "step":
         return schedule.StepLR(optimizer, args.scheduler_step_size, args.scheduler_gamma)
@@ -776,8 +1130,12 @@ def build_scheduler(optimizer, args, plan):
         return schedule.CosineAnnealingLR(optimizer, args.scheduler_t_max, args.min_lr)
     if args.scheduler_type == "exponential":
         return schedule.ExponentialLR(optimizer, args.scheduler_gamma)
-    warmup = min(1.0, args.warmup_epochs / args.epochs + 1e-9)  # torch divides 0 by 0 for a warm-up of one step
-    return schedule.OneCycleLR(optimizer, args.learning_rate, total_steps=plan["steps"], pct_start=warmup)
+    warmup = min(
+        1.0, args.warmup_epochs / args.epochs + 1e-9
+    )  # torch divides 0 by 0 for a warm-up of one step
+    return schedule.OneCycleLR(
+        optimizer, args.learning_rate, total_steps=plan["steps"], pct_start=warmup
+    )
 
 
 def describe_scheduler(args, plan):
@@ -816,7 +1174,10 @@ class FeatureSource:
         """
         self.args, self.encoder, self.paths, self.pooled = args, encoder, paths, pooled
         if args.no_feature_cache:
-            self.features, self.unreadable = None, caption_data.find_unreadable(paths, num_workers=args.num_workers)
+            self.features, self.unreadable = (
+                None,
+                caption_data.find_unreadable(paths, num_workers=args.num_workers),
+            )
             return
         self.features, self.unreadable = self.cached(encoder)
         if mirrored and not self.unreadable:
@@ -832,7 +1193,9 @@ class FeatureSource:
             batch_size=8 if args.device.type == "cpu" else 32,  # 8 by measurement; 32 is a guess
         )  # fmt: skip
         room = torch.cuda.mem_get_info(args.device)[0] / 2 if args.device.type == "cuda" else 0
-        return features.to(args.device) if not unreadable and features.nbytes <= room else features, unreadable
+        return features.to(
+            args.device
+        ) if not unreadable and features.nbytes <= room else features, unreadable
 
     def stream(self, batches, mirror=None):
         """For each batch of positions (n,) in the list: features (n, P, F) float32 on the device; P = 1 if pooled.
@@ -859,7 +1222,9 @@ class FeatureSource:
     def encoded(self, batches, mirror):
         """As `stream`, without a cache."""
         batches = list(batches)
-        loader = caption_data.image_loader(self.paths, self.encoder.image_size, batches, self.args.num_workers)
+        loader = caption_data.image_loader(
+            self.paths, self.encoder.image_size, batches, self.args.num_workers
+        )
         for rows, images in zip(batches, loader, strict=True):
             if mirror is not None:
                 images[mirror[rows]] = images[mirror[rows]].flip(-1)
@@ -872,7 +1237,9 @@ def open_dataset(args, checkpoint=None):
     """The dataset, split as the checkpoint's was; another one, without any image in common, has its own split."""
     stored, remote = checkpoint["splits"] if checkpoint else None, "image_dir" in args.typed
     if stored and {"dataset_type", "captions_file"} & args.typed:
-        _, captions_file = caption_data.find_dataset(args.dataset_type, args.image_dir, args.captions_file, remote)
+        _, captions_file = caption_data.find_dataset(
+            args.dataset_type, args.image_dir, args.captions_file, remote
+        )
         here = {row[0] for row in caption_data.read_captions(captions_file)[0]}
         stored = stored if any(here.intersection(names) for names in stored.values()) else None
     return caption_data.load_dataset(
@@ -894,7 +1261,9 @@ def open_features(args, encoder, dataset, split, pooled):
     table, features = source()
     if features.unreadable:
         names = zip(table.image, features.paths, strict=True)
-        reasons = {name: features.unreadable[path] for name, path in names if path in features.unreadable}
+        reasons = {
+            name: features.unreadable[path] for name, path in names if path in features.unreadable
+        }
         print(dataset.drop_unreadable(reasons))
         table, features = source()
     return table, features
@@ -916,7 +1285,9 @@ def caption_images(decoder, grids, vocabulary, args, **search):
 
 def autocast(args):
     """The context in which decoders compute, at --precision."""
-    return torch.autocast(args.device.type, getattr(torch, args.precision), enabled=args.precision != "float32")
+    return torch.autocast(
+        args.device.type, getattr(torch, args.precision), enabled=args.precision != "float32"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -929,7 +1300,10 @@ def train_step(run, features, batch, weights=(1.0, 1.0)):
     """
     args, device = run.args, run.args.device
     _, captions, lengths, image_index = batch
-    captions, image_index = sent(captions, device), sent(image_index, device)  # lengths stay on the CPU
+    captions, image_index = (
+        sent(captions, device),
+        sent(image_index, device),
+    )  # lengths stay on the CPU
     with autocast(args):
         logits, alphas = run.model(features, captions[:, :-1], lengths, image_index, packed=True)
     loss, plain = cross_entropy(logits, captions, lengths, args.label_smoothing)
@@ -943,7 +1317,9 @@ def train_step(run, features, batch, weights=(1.0, 1.0)):
         nn.utils.clip_grad_norm_(run.decoder.parameters(), args.grad_clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.per_step and run.scheduler.last_epoch + 1 < run.scheduler.total_steps:  # past its end the rate stays
+    if (
+        run.per_step and run.scheduler.last_epoch + 1 < run.scheduler.total_steps
+    ):  # past its end the rate stays
         run.scheduler.step()
     return plain.detach()
 
@@ -951,13 +1327,17 @@ def train_step(run, features, batch, weights=(1.0, 1.0)):
 def train_epoch(run, received):
     """Take the epoch's steps from where `run.progress` stands. Raises: Stopped, FloatingPointError."""
     progress, unread = run.progress, []
-    todo, ahead = itertools.tee(map(share_of, run.batches.epoch(progress["epoch"], start=progress["batch"])))
+    todo, ahead = itertools.tee(
+        map(share_of, run.batches.epoch(progress["epoch"], start=progress["batch"]))
+    )
     run.decoder.train()
     silent = True if process_group.rank() else None  # None: where stderr is no terminal
     bar = tqdm(todo, f"epoch {progress['epoch'] + 1}", run.batches.num_batches - progress["batch"], unit="batch",
                disable=silent, leave=False)  # fmt: skip
     mirror = run.batches.mirrored(progress["epoch"]) if run.args.horizontal_flip else None
-    steps = zip(bar, run.features.stream((batch.image_rows for batch, _ in ahead), mirror), strict=True)
+    steps = zip(
+        bar, run.features.stream((batch.image_rows for batch, _ in ahead), mirror), strict=True
+    )
     try:
         for (batch, weights), features in until_stopped(received, steps):
             with process_group.lost_peers():
@@ -967,7 +1347,9 @@ def train_epoch(run, received):
             progress["step"] += 1
             if len(unread) == LOOK_EVERY:
                 bar.set_postfix(loss=f"{read_losses(progress, unread):.3f}")
-    except Stopped:  # of all processes together; what one of them raises alone must not wait for the others here
+    except (
+        Stopped
+    ):  # of all processes together; what one of them raises alone must not wait for the others here
         read_losses(progress, unread)
         raise
     read_losses(progress, unread)
@@ -1000,7 +1382,9 @@ def read_losses(progress, unread):
     tokens = [tokens for _, tokens in unread]
     unread.clear()
     if process_group.size() > 1 and losses:
-        sums = process_group.total([loss * count for loss, count in zip(losses, tokens, strict=True)] + tokens)
+        sums = process_group.total(
+            [loss * count for loss, count in zip(losses, tokens, strict=True)] + tokens
+        )
         tokens = [int(count) for count in sums[len(losses) :]]
         losses = [loss / count for loss, count in zip(sums, tokens, strict=False)]
     for number, (loss, count) in enumerate(zip(losses, tokens, strict=True)):
@@ -1020,12 +1404,21 @@ def validate(run, received):
     batches = list(run.val_batches.epoch(0, shuffle=False))
     batches = batches[process_group.share(len(batches))]
     run.decoder.eval()
-    stream = zip(batches, run.val_features.stream([batch.image_rows for batch in batches]), strict=True)
+    stream = zip(
+        batches, run.val_features.stream([batch.image_rows for batch in batches]), strict=True
+    )
     for batch, features in until_stopped(received, stream, apart=True):
-        captions, image_index = sent(batch.captions, run.args.device), sent(batch.image_index, run.args.device)
+        captions, image_index = (
+            sent(batch.captions, run.args.device),
+            sent(batch.image_index, run.args.device),
+        )
         with torch.inference_mode(), autocast(run.args):
-            logits, _ = run.decoder(features, captions[:, :-1], batch.lengths, image_index, packed=True)
-            losses += float(cross_entropy(logits, captions, batch.lengths)[1]) * int(batch.lengths.sum())
+            logits, _ = run.decoder(
+                features, captions[:, :-1], batch.lengths, image_index, packed=True
+            )
+            losses += float(cross_entropy(logits, captions, batch.lengths)[1]) * int(
+                batch.lengths.sum()
+            )
         tokens += int(batch.lengths.sum())
     losses, tokens = process_group.total([losses, tokens])
     if not math.isfinite(losses):
@@ -1039,10 +1432,18 @@ def validate(run, received):
     best = [hypotheses[0] for hypotheses in until_stopped(received, found, apart=True)]
     shares = process_group.gather([hypothesis._replace(attention=None) for hypothesis in best])
     best = [hypothesis for share in shares for hypothesis in share]
-    captions = dict(zip(run.val_table.image, (run.vocabulary.decode(h.tokens) for h in best), strict=True))
-    scores = process_group.broadcast(run.scorer.score(captions)[0] if process_group.rank() == 0 else None)
+    captions = dict(
+        zip(run.val_table.image, (run.vocabulary.decode(h.tokens) for h in best), strict=True)
+    )
+    scores = process_group.broadcast(
+        run.scorer.score(captions)[0] if process_group.rank() == 0 else None
+    )
     del scores["METEOR"]
-    return {"val_loss": losses / tokens, **scores, "share_cut": sum(not h.finished for h in best) / len(best)}
+    return {
+        "val_loss": losses / tokens,
+        **scores,
+        "share_cut": sum(not h.finished for h in best) / len(best),
+    }
 
 
 def finish_epoch(run, row):
@@ -1097,7 +1498,11 @@ def save(run, name):
 
 def plain_config(args):
     """Every option's value as plain types: what run_config.json and checkpoints store."""
-    return {name: str(value) if name == "device" else value for name, value in vars(args).items() if name != "typed"}
+    return {
+        name: str(value) if name == "device" else value
+        for name, value in vars(args).items()
+        if name != "typed"
+    }
 
 
 def set_up(args, checkpoint):
@@ -1117,7 +1522,9 @@ def set_up(args, checkpoint):
         decoder = build_decoder(args, encoder.channels, len(vocabulary))
         sample = torch.linspace(0, len(table) - 1, min(len(table), SAMPLE)).long()
         decoder.fit_features(next(features.stream([sample])))
-    print(f"vocabulary: {len(vocabulary)} words, each in {len(texts)} captions {args.freq_threshold} times or more")
+    print(
+        f"vocabulary: {len(vocabulary)} words, each in {len(texts)} captions {args.freq_threshold} times or more"
+    )
     run = SimpleNamespace(
         args=args, encoder=encoder, decoder=decoder, model=decoder, vocabulary=vocabulary, dataset=dataset,
         features=features, batches=token_batches(table.captions, vocabulary, args),
@@ -1154,7 +1561,10 @@ def token_batches(captions, vocabulary, args):
 
 def restore_decoder(args, checkpoint):
     """The checkpoint's decoder, on its device, and vocabulary. Raises: ValueError when they do not fit each other."""
-    with experiment_utils.taking_from(args.model_path), torch.device("meta"):  # shapes first, before memory is taken
+    with (
+        experiment_utils.taking_from(args.model_path),
+        torch.device("meta"),
+    ):  # shapes first, before memory is taken
         vocabulary = caption_data.Vocabulary.from_plain(checkpoint["vocabulary"])
         sizes = checkpoint["encoder"]["channels"], len(vocabulary)
         expected = build_decoder(args, *sizes, device="meta").state_dict()
@@ -1189,7 +1599,9 @@ def open_decoder(args, checkpoint):
         own = family(checkpoint)
     for path in args.ensemble:
         other = experiment_utils.load_checkpoint(path)
-        stored = SimpleNamespace(**check_stored(path, other["config"]) | {"device": args.device, "model_path": path})
+        stored = SimpleNamespace(
+            **check_stored(path, other["config"]) | {"device": args.device, "model_path": path}
+        )
         with experiment_utils.taking_from(path):
             others = family(other)
             differing = [name for name in own if own[name] != others[name]]
@@ -1207,7 +1619,10 @@ def restore_progress(run, checkpoint):
     best, where = checkpoint["best_score"], checkpoint["data_position"]
     run.progress |= {name: type(start)(where[name]) for name, start in AT_EPOCH_START.items()}
     run.progress |= {"epoch": checkpoint["epoch"], "step": checkpoint["step"]}
-    run.progress |= {"best_score": best if best is None else float(best), **checkpoint["early_stopping"]}
+    run.progress |= {
+        "best_score": best if best is None else float(best),
+        **checkpoint["early_stopping"],
+    }
     run.history, run.plan = [dict(row) for row in checkpoint["history"]], dict(checkpoint["plan"])
     if not 0 <= run.progress["batch"] <= run.batches.num_batches:
         raise ValueError(f"batch {run.progress['batch']} of {run.batches.num_batches}")
@@ -1215,24 +1630,45 @@ def restore_progress(run, checkpoint):
         run.plan["epochs"] = checkpoint["epoch"] + args.epochs
     args.epochs = run.plan["epochs"] - checkpoint["epoch"]
     if args.epochs < 1:
-        raise ValueError(f"{args.model_path}: its plan of {run.plan['epochs']} epochs is done: give --epochs for more")
-    fresh = args.use_scheduler and (not saved["use_scheduler"] or args.scheduler_type != saved["scheduler_type"])
+        raise ValueError(
+            f"{args.model_path}: its plan of {run.plan['epochs']} epochs is done: give --epochs for more"
+        )
+    fresh = args.use_scheduler and (
+        not saved["use_scheduler"] or args.scheduler_type != saved["scheduler_type"]
+    )
     if fresh:
         print(f"--scheduler_type {args.scheduler_type} is new to this run: its schedule starts now")
         run.plan["steps"] = args.epochs * run.batches.num_batches - run.progress["batch"]
-    run.scheduler = build_scheduler(run.optimizer, args, run.plan)  # before the states: building one sets the rate
+    run.scheduler = build_scheduler(
+        run.optimizer, args, run.plan
+    )  # before the states: building one sets the rate
     planned = [group | {} for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint["scaler"])
     for group, plan in zip(run.optimizer.param_groups, planned, strict=True):
-        group.update({name: plan[name] for name in (plan if fresh else ("weight_decay",)) if name != "params"})
+        group.update(
+            {
+                name: plan[name]
+                for name in (plan if fresh else ("weight_decay",))
+                if name != "params"
+            }
+        )
     if run.scheduler and not fresh:
-        state = {name: value for name, value in checkpoint["scheduler"].items() if name in SCHEDULER_STATE}
+        state = {
+            name: value
+            for name, value in checkpoint["scheduler"].items()
+            if name in SCHEDULER_STATE
+        }
         run.scheduler.load_state_dict(state)
     if args.learning_rate != saved["learning_rate"] and not fresh:
         scale_rate(run, args.learning_rate / saved["learning_rate"])
     over = run.progress["step"] + args.epochs * run.batches.num_batches - run.plan["steps"]
-    if args.use_scheduler and args.scheduler_type == "one_cycle" and not fresh and over > run.progress["batch"]:
+    if (
+        args.use_scheduler
+        and args.scheduler_type == "one_cycle"
+        and not fresh
+        and over > run.progress["batch"]
+    ):
         print(f"warning: one_cycle was planned for {run.plan['steps']} steps: past them the rate stays as it is",
               file=sys.stderr)  # fmt: skip
     experiment_utils.set_random_state(checkpoint["random_state"])
@@ -1252,9 +1688,13 @@ def open_run_dir(run):
     args, progress = run.args, run.progress
     config = plain_config(args)
     run.run_dir = experiment_utils.create_run_dir(args.model_save_dir, config)
-    run.tracker = experiment_utils.RunTracker(run.run_dir, config, [Path(sys.executable).name, *sys.argv], run.history)
+    run.tracker = experiment_utils.RunTracker(
+        run.run_dir, config, [Path(sys.executable).name, *sys.argv], run.history
+    )
     print(f"run directory: {run.run_dir}")
-    size = sum(parameter.nbytes for parameter in run.decoder.parameters()) * 3  # weights and Adam's two moments
+    size = (
+        sum(parameter.nbytes for parameter in run.decoder.parameters()) * 3
+    )  # weights and Adam's two moments
     kept = min(args.epochs, args.keep_checkpoints or args.epochs)
     weights = sum(tensor.nbytes for tensor in run.encoder.trunk.state_dict().values())
     print(f"checkpoints will take {(size * (kept + 1) + weights) / 2**20:,.0f} MiB: {size / 2**20:,.0f} MiB for each "
@@ -1262,10 +1702,15 @@ def open_run_dir(run):
     if progress["best_score"] is not None:
         best = Path(args.model_path).with_name("best.pt")
         if best.is_file() and experiment_utils.load_checkpoint(best)["epoch"] <= progress["epoch"]:
-            with experiment_utils.replace_file(run.run_dir / "best.pt") as copy, best.open("rb") as original:
+            with (
+                experiment_utils.replace_file(run.run_dir / "best.pt") as copy,
+                best.open("rb") as original,
+            ):
                 shutil.copyfileobj(original, copy)
         else:
-            print(f"no best.pt as old as {args.model_path} beside it: the next epoch's will be the first")
+            print(
+                f"no best.pt as old as {args.model_path} beside it: the next epoch's will be the first"
+            )
             progress["best_score"] = None
 
 
@@ -1280,8 +1725,14 @@ def train(args, checkpoint):
     progress["best_score"] = process_group.broadcast(progress["best_score"])
     warn_about_schedule(args, run.plan["epochs"])
     if checkpoint:
-        where = f", batch {progress['batch'] + 1} of {run.batches.num_batches}" if progress["batch"] else ""
-        print(f"resumed from {args.model_path}: epoch {progress['epoch'] + 1}{where}; {args.epochs} epochs to go")
+        where = (
+            f", batch {progress['batch'] + 1} of {run.batches.num_batches}"
+            if progress["batch"]
+            else ""
+        )
+        print(
+            f"resumed from {args.model_path}: epoch {progress['epoch'] + 1}{where}; {args.epochs} epochs to go"
+        )
     with listen_for_stop() as received:
         while progress["epoch"] < run.plan["epochs"]:
             started = time.perf_counter() - progress["seconds"]
@@ -1289,7 +1740,10 @@ def train(args, checkpoint):
                 if not progress["batch"]:
                     progress["rate"] = run.optimizer.param_groups[0]["lr"]
                 train_epoch(run, received)
-                row = {"epoch": progress["epoch"] + 1, "train_loss": progress["loss_sum"] / progress["tokens"]}
+                row = {
+                    "epoch": progress["epoch"] + 1,
+                    "train_loss": progress["loss_sum"] / progress["tokens"],
+                }
                 row |= {"learning_rate": progress["rate"], **validate(run, received)}
             except Stopped as stop:
                 progress["seconds"] = time.perf_counter() - started
@@ -1309,7 +1763,9 @@ def train(args, checkpoint):
     if args.save_attention_viz:
         run.decoder.load_state_dict(experiment_utils.load_checkpoint(best)["model"])
         positions = torch.arange(min(args.attention_viz_samples, len(run.val_table)))
-        found = caption_images(run.decoder, run.val_features.stream([positions]), run.vocabulary, args)
+        found = caption_images(
+            run.decoder, run.val_features.stream([positions]), run.vocabulary, args
+        )
         paths = run.val_features.paths[: len(positions)]
         draw_attention(run.run_dir, args, run.encoder.grid, run.vocabulary, paths, found)
     print(f"best CIDEr {progress['best_score']:.4f}: {best}\ntest it: python {Path(sys.argv[0]).name} --mode test "
@@ -1350,9 +1806,15 @@ def test(args, checkpoint):
     found = caption_images(decoder, grids, vocabulary, args, num_captions=1)
     found = list(tqdm(found, "decoding", len(table), unit="image", disable=None))
     best = [hypotheses[0] for hypotheses in found]
-    captions = {name: vocabulary.decode(h.tokens) for name, h in zip(table.image, best, strict=True)}
-    training = [c for captions in dataset.table.captions[dataset.table.split == "train"] for c in captions]
-    scorer = metrics_utils.CaptionScorer(dict(zip(table.image, table.captions, strict=True)), training)
+    captions = {
+        name: vocabulary.decode(h.tokens) for name, h in zip(table.image, best, strict=True)
+    }
+    training = [
+        c for captions in dataset.table.captions[dataset.table.split == "train"] for c in captions
+    ]
+    scorer = metrics_utils.CaptionScorer(
+        dict(zip(table.image, table.captions, strict=True)), training
+    )
     scores, per_image = scorer.score(captions, meteor=True, bootstrap=1000)
     scores["share_cut"] = sum(not h.finished for h in best) / len(best)
     boxes = dataset.captions_file.with_name("boxes.json")
@@ -1363,13 +1825,28 @@ def test(args, checkpoint):
         known = [boxes.get(name, []) for name in table.image]
         scores["attention"] = metrics_utils.peak_in_box(zip(words, maps, known, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
-    decoding = {name: getattr(args, name) for name in ("algorithm", *DECODING_OPTIONS)} | {"num_captions": 1}
+    decoding = {name: getattr(args, name) for name in ("algorithm", *DECODING_OPTIONS)} | {
+        "num_captions": 1
+    }
     rows = [
-        {"image_id": number, "file_name": name, "caption": captions[name], "log_prob": h.log_prob, **per_image[name]}
+        {
+            "image_id": number,
+            "file_name": name,
+            "caption": captions[name],
+            "log_prob": h.log_prob,
+            **per_image[name],
+        }
         for number, (name, h) in enumerate(zip(table.image, best, strict=True))
     ]
     if args.save_attention_viz:
-        draw_attention(folder, args, encoder.grid, vocabulary, features.paths[: args.attention_viz_samples], found)
+        draw_attention(
+            folder,
+            args,
+            encoder.grid,
+            vocabulary,
+            features.paths[: args.attention_viz_samples],
+            found,
+        )
     scores |= {"dataset_type": args.dataset_type, "split": args.split, "images": len(table), "decoding": decoding,
                "checkpoint": str(args.model_path), "ensemble": args.ensemble,
                "wall_time_seconds": time.perf_counter() - started}  # fmt: skip
@@ -1405,9 +1882,14 @@ def caption(args, checkpoint):
             grid = encoder(torch.stack(images).permute(0, 3, 1, 2))
         found = list(caption_images(decoder, [grid], vocabulary, args))
         for path, hypotheses in zip(readable, found, strict=True):
-            texts = [{"caption": vocabulary.decode(h.tokens), "log_prob": h.log_prob} for h in hypotheses]
+            texts = [
+                {"caption": vocabulary.decode(h.tokens), "log_prob": h.log_prob} for h in hypotheses
+            ]
             if args.json:
-                print(json.dumps({"image": str(path), "captions": texts}, ensure_ascii=False), flush=True)
+                print(
+                    json.dumps({"image": str(path), "captions": texts}, ensure_ascii=False),
+                    flush=True,
+                )
             else:
                 print(*(f"{path}\t{text['caption']}" for text in texts), sep="\n", flush=True)
         if folder:
@@ -1442,18 +1924,32 @@ def open_checkpoint(args):
     path = args.model_path = str(found_checkpoint(args, args.model_path))
     checkpoint = experiment_utils.load_checkpoint(path)
     keep = THIS_RUN_ONLY + (
-        () if args.mode == "train" else ("precision", "save_attention_viz", "advanced_attention_viz")
+        ()
+        if args.mode == "train"
+        else ("precision", "save_attention_viz", "advanced_attention_viz")
     )
     stored = check_stored(path, checkpoint["config"])
     with experiment_utils.taking_from(path):
-        checkpoint["splits"] = {split: list(checkpoint["splits"][split]) for split in caption_data.SPLITS}
-    differing = [name for name in ARCHITECTURE if name in args.typed and getattr(args, name) != stored[name]]
+        checkpoint["splits"] = {
+            split: list(checkpoint["splits"][split]) for split in caption_data.SPLITS
+        }
+    differing = [
+        name for name in ARCHITECTURE if name in args.typed and getattr(args, name) != stored[name]
+    ]
     if differing:
-        said = ", ".join(f"--{name} {getattr(args, name)} (stored: {stored[name]})" for name in differing)
+        said = ", ".join(
+            f"--{name} {getattr(args, name)} (stored: {stored[name]})" for name in differing
+        )
         raise ValueError(
             f"{path}: trained with other options than {said}: leave them out, they come from the checkpoint"
         )
-    vars(args).update({name: value for name, value in stored.items() if name not in args.typed and name not in keep})
+    vars(args).update(
+        {
+            name: value
+            for name, value in stored.items()
+            if name not in args.typed and name not in keep
+        }
+    )
     check_options(args)
     return checkpoint
 

@@ -24,8 +24,22 @@ from experiment_utils import replace_file
 SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)}*$", re.IGNORECASE)
 SCHEME = re.compile(r"(^|::)[a-z][a-z0-9+.-]+:(?!:)")
 MAX_IMAGE_BYTES = 2**28  # a member's later bytes are not read
-CUT_SHORT = [0, 23, 141, -13]  # curl's, a shell's and a command's status when its reader needs no more
-FAULTS = (OSError, EOFError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError, ImportError)
+CUT_SHORT = [
+    0,
+    23,
+    141,
+    -13,
+]  # curl's, a shell's and a command's status when its reader needs no more
+FAULTS = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    ImportError,
+)
 FAULTS += (tarfile.TarError, zlib.error)
 
 
@@ -37,7 +51,9 @@ class Shards:
     size: int  # of the local shards together, in bytes; 0 for remote ones
     digest: int  # of the local shards' sizes and modification times; 0 for remote ones
     urls: tuple[str, ...] = field(compare=False)  # one per shard
-    names: tuple[str, ...] = field(compare=False, default=())  # images of all splits, which one pass encodes together
+    names: tuple[str, ...] = field(
+        compare=False, default=()
+    )  # images of all splits, which one pass encodes together
 
     def __str__(self) -> str:
         return self.source
@@ -117,9 +133,13 @@ def _expanded(source: str) -> list[str]:
 
 def _webdataset(module):
     try:
-        return importlib.import_module(f"webdataset.{module}")  # takes a while, and only shards need it
+        return importlib.import_module(
+            f"webdataset.{module}"
+        )  # takes a while, and only shards need it
     except ImportError:
-        raise ValueError("shards need webdataset, which is not installed: pip install webdataset") from None
+        raise ValueError(
+            "shards need webdataset, which is not installed: pip install webdataset"
+        ) from None
 
 
 def read(urls: Iterable[str], wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
@@ -151,7 +171,9 @@ def _members(url, wanted):
                     yield name, archive.extractfile(member).read(MAX_IMAGE_BYTES)
                 if not wanted:
                     return
-        while stream.read(2**20):  # the padding too: a command may fail when its reader leaves before its end
+        while stream.read(
+            2**20
+        ):  # the padding too: a command may fail when its reader leaves before its end
             pass
     finally:
         stream.close()  # raises OSError when its command failed
@@ -160,7 +182,10 @@ def _members(url, wanted):
 def load_faults(folder: Path) -> dict[tuple[str, int, int], str]:
     """{stamp: reason} of the images that a whole pass over their shards did not bring, as `save_faults` left them."""
     try:
-        return {tuple(stamp): str(reason) for stamp, reason in json.loads((folder / "faults.json").read_text())}
+        return {
+            tuple(stamp): str(reason)
+            for stamp, reason in json.loads((folder / "faults.json").read_text())
+        }
     except (OSError, ValueError, TypeError):
         return {}
 

@@ -25,7 +25,9 @@ from pathlib import Path
 import numpy as np
 
 METRIC_NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "WER")
-METEOR_VARIANT = "nltk with WordNet; about twice the Java METEOR 1.5, not comparable with published figures"
+METEOR_VARIANT = (
+    "nltk with WordNet; about twice the Java METEOR 1.5, not comparable with published figures"
+)
 ROUGE_BETA = 1.2  # [4]: recall weighs more than precision
 CIDER_SIGMA = 6.0  # [3]: words, width of the length penalty
 
@@ -94,13 +96,18 @@ class CaptionScorer:
     def __init__(self, references, training_captions=None):
         for image, captions in references.items():
             if not captions:
-                raise ValueError(f"image {image!r} has no reference captions; each scored image needs at least one")
+                raise ValueError(
+                    f"image {image!r} has no reference captions; each scored image needs at least one"
+                )
         self.raw_references, self.training_captions = references, training_captions
 
     @functools.cached_property
     def references(self):
         """{image id: [tokens of a caption, ...]}."""
-        return {image: [tokenize(c) for c in captions] for image, captions in self.raw_references.items()}
+        return {
+            image: [tokenize(c) for c in captions]
+            for image, captions in self.raw_references.items()
+        }
 
     @functools.cached_property
     def document_frequency(self):
@@ -112,7 +119,9 @@ class CaptionScorer:
     def cider_vectors(self):
         """{image id: [`_cider_vectors` of a caption, ...]}."""
         counts = {image: map(count_ngrams, captions) for image, captions in self.references.items()}
-        return {image: [self._cider_vectors(c) for c in captions] for image, captions in counts.items()}
+        return {
+            image: [self._cider_vectors(c) for c in captions] for image, captions in counts.items()
+        }
 
     @functools.cached_property
     def known_captions(self):
@@ -140,22 +149,34 @@ class CaptionScorer:
         """
         for image in (*hypotheses, *self.references):
             if image not in self.references:
-                raise ValueError(f"image {image!r} has a caption but no references; both must name the same images")
+                raise ValueError(
+                    f"image {image!r} has a caption but no references; both must name the same images"
+                )
             if image not in hypotheses:
-                raise ValueError(f"image {image!r} has references but no caption; both must name the same images")
+                raise ValueError(
+                    f"image {image!r} has references but no caption; both must name the same images"
+                )
         captions = [tokenize(hypotheses[image]) for image in self.references]
         statistics = self._statistics(captions, meteor and wordnet_is_available())
-        scores = {name: as_plain(x) for name, x in metrics_from_sums(statistics.sum(axis=0)).items()}
+        scores = {
+            name: as_plain(x) for name, x in metrics_from_sums(statistics.sum(axis=0)).items()
+        }
         scores |= self._caption_statistics(captions)
         if bootstrap:
             scores["intervals"] = bootstrap_intervals(statistics, bootstrap, seed)
         rows = metrics_from_sums(statistics, smoothing=1)
         images = enumerate(self.references)
-        return scores, {image: {name: as_plain(rows[name][i]) for name in METRIC_NAMES[3:]} for i, image in images}
+        return scores, {
+            image: {name: as_plain(rows[name][i]) for name in METRIC_NAMES[3:]}
+            for i, image in images
+        }
 
     def _statistics(self, captions, meteor):
         """Captions (N token lists, in the order of `references`) -> (N, S) float, as `metrics_from_sums` reads them."""
-        from nltk.translate.bleu_score import closest_ref_length, modified_precision  # nltk takes a second to import
+        from nltk.translate.bleu_score import (
+            closest_ref_length,
+            modified_precision,
+        )  # nltk takes a second to import
         from nltk.translate.meteor_score import meteor_score
 
         edits = word_edits(list(self.references.values()), captions)
@@ -163,7 +184,9 @@ class CaptionScorer:
         images = zip(table, self.references.items(), captions, edits, strict=True)
         for row, (image, references), caption, nearest in images:
             row[0:4] = [modified_precision(references, caption, n).numerator for n in range(1, 5)]
-            row[4:8] = np.maximum(0, len(caption) - np.arange(4))  # nltk's denominators are 1 where no n-gram fits
+            row[4:8] = np.maximum(
+                0, len(caption) - np.arange(4)
+            )  # nltk's denominators are 1 where no n-gram fits
             row[8:10] = len(caption), closest_ref_length(references, len(caption))
             row[10:12] = nearest
             row[12:14] = rouge_l(references, caption), self._cider(image, caption)
@@ -186,16 +209,24 @@ class CaptionScorer:
         score = 0.0
         for reference_pairs, reference_length in self.cider_vectors[image]:
             penalty = math.exp(-((length - reference_length) ** 2) / (2 * CIDER_SIGMA**2))
-            for (vector, norm), (reference, reference_norm) in zip(pairs, reference_pairs, strict=True):
+            for (vector, norm), (reference, reference_norm) in zip(
+                pairs, reference_pairs, strict=True
+            ):
                 # in the caption's order: a set's order changes from run to run, and with it the sum's last bit
-                shared = sum(min(x, reference[n]) * reference[n] for n, x in vector.items() if n in reference)
+                shared = sum(
+                    min(x, reference[n]) * reference[n] for n, x in vector.items() if n in reference
+                )
                 score += penalty * shared / (norm * reference_norm) if shared else 0.0
         return 10 * score / 4 / len(self.references[image])
 
     def _caption_statistics(self, captions):
         """Captions (N token lists) -> the scores that look at no reference."""
         images, known = max(1, len(captions)), self.known_captions
-        copied = None if known is None else int(np.isin([hash(tuple(c)) for c in captions], known).sum()) / images
+        copied = (
+            None
+            if known is None
+            else int(np.isin([hash(tuple(c)) for c in captions], known).sum()) / images
+        )
         return {
             "caption_length": sum(map(len, captions)) / images,
             "vocabulary_used": len(set().union(*captions)),
@@ -214,7 +245,9 @@ def metrics_from_sums(sums, smoothing=0):
     Returns: {metric: (...) float} in the order of METRIC_NAMES. BLEU is 0 where no n-gram matches [1].
     """
     matches, totals = sums[..., 0:4], sums[..., 4:8]
-    words, closest_words, edits, best_words, rouge, cider, meteor, images = np.moveaxis(sums[..., 8:], -1, 0)
+    words, closest_words, edits, best_words, rouge, cider, meteor, images = np.moveaxis(
+        sums[..., 8:], -1, 0
+    )
     added = smoothing * np.array([0, 1, 1, 1])
     with np.errstate(divide="ignore"):  # log 0 = -inf, and exp takes it back to BLEU 0
         log_precision = np.log((matches + added) / np.maximum(1, totals + added))
@@ -231,8 +264,12 @@ def bootstrap_intervals(statistics, resamples, seed):
     images, rng = len(statistics), np.random.default_rng(seed)
     if not images:
         return {}
-    draws = (np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(resamples))
-    metrics = metrics_from_sums(np.stack([counts @ statistics for counts in draws]))  # counts (N,), sums (R, S)
+    draws = (
+        np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(resamples)
+    )
+    metrics = metrics_from_sums(
+        np.stack([counts @ statistics for counts in draws])
+    )  # counts (N,), sums (R, S)
     limits = {name: np.percentile(values, (2.5, 97.5)).tolist() for name, values in metrics.items()}
     return {name: limit for name, limit in limits.items() if not math.isnan(limit[0])}
 
@@ -244,7 +281,9 @@ def as_plain(value):
 
 def count_ngrams(tokens):
     """List of tokens -> Counter of its n-grams as tuples, n 1..4."""
-    return Counter(tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1))
+    return Counter(
+        tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1)
+    )
 
 
 def rouge_l(references, caption):
@@ -274,9 +313,18 @@ def word_edits(references, captions):
     """
     import jiwer
 
-    pairs = [(" ".join(r), " ".join(c)) for refs, c in zip(references, captions, strict=True) for r in refs]
-    alignments = iter(jiwer.process_words(*map(list, zip(*pairs, strict=True))).alignments if pairs else ())
-    edits = [[(sum(map(edit_length, next(alignments))), -len(reference)) for reference in refs] for refs in references]
+    pairs = [
+        (" ".join(r), " ".join(c))
+        for refs, c in zip(references, captions, strict=True)
+        for r in refs
+    ]
+    alignments = iter(
+        jiwer.process_words(*map(list, zip(*pairs, strict=True))).alignments if pairs else ()
+    )
+    edits = [
+        [(sum(map(edit_length, next(alignments))), -len(reference)) for reference in refs]
+        for refs in references
+    ]
     return [(fewest, -negative_words) for fewest, negative_words in map(min, edits)]
 
 
@@ -324,12 +372,19 @@ def peak_in_box(records):
             if len(named):
                 height, width = attention.shape
                 row, column = np.unravel_index(np.argmax(attention), attention.shape)
-                hits.append(is_covered(named, [(column + 0.5) / width], [(row + 0.5) / height]).item())
+                hits.append(
+                    is_covered(named, [(column + 0.5) / width], [(row + 0.5) / height]).item()
+                )
                 shares.append(union_area(named))
     if not hits:
         return {"peak_in_box": None, "chance": None, "ratio": None, "nouns": 0}
     rate, chance = float(np.mean(hits)), float(np.mean(shares))
-    return {"peak_in_box": rate, "chance": chance, "ratio": rate / chance if chance else None, "nouns": len(hits)}
+    return {
+        "peak_in_box": rate,
+        "chance": chance,
+        "ratio": rate / chance if chance else None,
+        "nouns": len(hits),
+    }
 
 
 def is_covered(boxes, x, y):
@@ -351,7 +406,11 @@ def scores_table(scores):
     lines = ["0-1 scale, CIDEr 0-10; bootstrap 95 % intervals over images"]
     for name in METRIC_NAMES:
         low, high = scores["intervals"].get(name, (0.0, 0.0))
-        value = "not computed" if scores[name] is None else f"{scores[name]:.4f}  [{low:.4f}, {high:.4f}]"
+        value = (
+            "not computed"
+            if scores[name] is None
+            else f"{scores[name]:.4f}  [{low:.4f}, {high:.4f}]"
+        )
         lines.append(f"  {name + ' (nltk)' * (name == 'METEOR'):17}{value}")
     plain = ("caption_length", "vocabulary_used", "share_unique", "share_copied", "share_cut")
     lines += [f"  {name:17}{scores[name]:.4g}" for name in plain if scores.get(name) is not None]
@@ -381,9 +440,15 @@ def read_captions(path, entries):
     if not isinstance(entries, list):
         raise ValueError(f'{path}: expected a list of {{"image_id": 1, "caption": "..."}}')
     for number, entry in enumerate(entries, 1):
-        image, caption = (entry.get("image_id"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
+        image, caption = (
+            (entry.get("image_id"), entry.get("caption"))
+            if isinstance(entry, dict)
+            else (None, None)
+        )
         if not isinstance(image, (int, str)) or not isinstance(caption, str):
-            raise ValueError(f'{path}: entry {number} is not {{"image_id": number or text, "caption": text}}')
+            raise ValueError(
+                f'{path}: entry {number} is not {{"image_id": number or text, "caption": text}}'
+            )
         yield image, caption
 
 
@@ -391,7 +456,9 @@ def read_references(path):
     """COCO annotation file -> {image id: [caption, ...]}. Raises ValueError naming the file."""
     content = read_json(path)
     if not isinstance(content, dict) or "annotations" not in content:
-        raise ValueError(f'{path}: not a COCO annotation file: expected an object with a list "annotations"')
+        raise ValueError(
+            f'{path}: not a COCO annotation file: expected an object with a list "annotations"'
+        )
     references = {}
     for image, caption in read_captions(path, content["annotations"]):
         references.setdefault(image, []).append(caption)
@@ -415,7 +482,12 @@ def main(argv=None):
         usage="metrics_utils.py --references R.json --hypotheses H.json",
     )
     parser.add_argument("--references", metavar="FILE", required=True, help="COCO annotation file")
-    parser.add_argument("--hypotheses", metavar="FILE", required=True, help="COCO results file, one caption per image")
+    parser.add_argument(
+        "--hypotheses",
+        metavar="FILE",
+        required=True,
+        help="COCO results file, one caption per image",
+    )
     args = parser.parse_args(argv)
     try:
         references, hypotheses = read_references(args.references), read_hypotheses(args.hypotheses)

@@ -39,10 +39,15 @@ def joined(device):
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what `cuda` without a number means from here on
+        torch.cuda.set_device(
+            int(os.environ["LOCAL_RANK"])
+        )  # what `cuda` without a number means from here on
     with lost_peers():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere if rank() else sys.stdout),
+    ):
         yield
     distributed.destroy_process_group()
 

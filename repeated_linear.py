@@ -66,9 +66,15 @@ def summed_once(*layers):
     Within torch.compile they are plain layers: it cannot trace a gradient that is put aside.
     """
     try:
-        for layer in layers if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
+        for layer in (
+            layers if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ()
+        ):
             kind, layer.uses = layer.weight.device.type, []
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
+            dtype = (
+                torch.get_autocast_dtype(kind)
+                if torch.is_autocast_enabled(kind)
+                else layer.weight.dtype
+            )
             bias = None if layer.bias is None else layer.bias.to(dtype)
             layer.shared = LinearUses.apply(layer.weight.to(dtype), bias, layer.uses)
         yield

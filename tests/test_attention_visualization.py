@@ -21,7 +21,9 @@ def one_hot(row, column, h=7, w=7):
 
 
 def photograph(width=90, height=60):
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def pixels(path):
@@ -93,7 +95,9 @@ def test_different_words_give_different_panels_and_equal_maps_equal_ones(tmp_pat
     """Panels 2 x 2: photograph, first / second, third. A peak is the only yellow in the picture."""
     image = Image.new("RGB", (100, 100), (90, 120, 150))
     first, second, third = (one_hot(*cell) for cell in ((1, 1), (5, 5), (1, 1)))
-    path = save_attention_viz(tmp_path, 1, image, ["x", "x", "x"], np.array([first, second, third]))[0]
+    path = save_attention_viz(
+        tmp_path, 1, image, ["x", "x", "x"], np.array([first, second, third])
+    )[0]
     figure = pixels(path)
     bright = (figure.sum(axis=2) > 420) & (figure[..., 0] > figure[..., 2] + 60)  # yellow: a peak
     rows, columns = np.nonzero(bright)
@@ -106,28 +110,50 @@ def test_different_words_give_different_panels_and_equal_maps_equal_ones(tmp_pat
         "third": (rows > figure.shape[0] / 2) & (columns > across),
     }
     centre = {name: (rows[where].mean(), columns[where].mean()) for name, where in peaks.items()}
-    assert centre["first"][1] == pytest.approx(centre["third"][1], abs=2)  # the same map in the same column
+    assert centre["first"][1] == pytest.approx(
+        centre["third"][1], abs=2
+    )  # the same map in the same column
     assert centre["second"][1] + step - centre["third"][1] == pytest.approx(
         4 / 7 * side, abs=3
     )  # 4 cells further right
-    assert centre["second"][0] - centre["third"][0] == pytest.approx(4 / 7 * side, abs=3)  # 4 cells lower
-    assert not bright[: int(figure.shape[0] / 2), : int(across)].any()  # the photograph has no overlay
+    assert centre["second"][0] - centre["third"][0] == pytest.approx(
+        4 / 7 * side, abs=3
+    )  # 4 cells lower
+    assert not bright[
+        : int(figure.shape[0] / 2), : int(across)
+    ].any()  # the photograph has no overlay
 
 
 def test_files_and_their_round_trip(tmp_path):
     maps = np.random.default_rng(3).dirichlet(np.ones(12), size=2).reshape(2, 3, 4)
-    written = save_attention_viz(tmp_path / "new", 7, photograph(), ["a", "dög"], maps, advanced=True, log_prob=-2.5)
-    names = ["attention_viz_sample_7.png", "attention_maps_sample_7.npz", "advanced_attention_viz_sample_7.png"]
+    written = save_attention_viz(
+        tmp_path / "new", 7, photograph(), ["a", "dög"], maps, advanced=True, log_prob=-2.5
+    )
+    names = [
+        "attention_viz_sample_7.png",
+        "attention_maps_sample_7.npz",
+        "advanced_attention_viz_sample_7.png",
+    ]
     assert [path.name for path in written] == names
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(names)  # no temporary file left
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
+        names
+    )  # no temporary file left
     with np.load(written[1], allow_pickle=False) as raw:
         assert raw["words"].tolist() == ["a", "dög"] and raw["log_prob"] == -2.5
         assert raw["maps"] == pytest.approx(maps, abs=1e-7)
         assert (raw["photograph"] == np.asarray(photograph())).all()
         again = save_attention_viz(
-            tmp_path, 7, raw["photograph"], list(raw["words"]), raw["maps"], advanced=True, log_prob=raw["log_prob"]
+            tmp_path,
+            7,
+            raw["photograph"],
+            list(raw["words"]),
+            raw["maps"],
+            advanced=True,
+            log_prob=raw["log_prob"],
         )
-    assert (pixels(again[0]) == pixels(written[0])).mean() > 0.999  # float32 maps may move a colour by one step
+    assert (
+        pixels(again[0]) == pixels(written[0])
+    ).mean() > 0.999  # float32 maps may move a colour by one step
     assert (pixels(again[2]) == pixels(written[2])).mean() > 0.999
 
 
@@ -152,7 +178,9 @@ def test_basic_alone_writes_no_advanced_picture(tmp_path):
 )
 def test_pictures_of_any_shape_have_a_sane_size(tmp_path, size, count, grid):
     maps = np.full((count, *grid), 1 / (grid[0] * grid[1]))
-    for path in save_attention_viz(tmp_path, 1, Image.new("RGB", size, "green"), ["word"] * count, maps, advanced=True):
+    for path in save_attention_viz(
+        tmp_path, 1, Image.new("RGB", size, "green"), ["word"] * count, maps, advanced=True
+    ):
         assert path.stat().st_size < 2_000_000
         if path.suffix == ".png":
             width, height = Image.open(path).size
@@ -185,22 +213,34 @@ def test_words_in_other_scripts_and_mathtext_signs_draw_without_a_warning(tmp_pa
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_attention_viz(tmp_path, 1, photograph(), words, np.array([one_hot(2, 2)] * len(words)), advanced=True)
+        save_attention_viz(
+            tmp_path, 1, photograph(), words, np.array([one_hot(2, 2)] * len(words)), advanced=True
+        )
 
 
 def test_a_font_that_has_the_missing_character_is_found_and_a_removed_one_passed_over(monkeypatch):
     """U+20D2 is in STIXGeneral, which comes with matplotlib, and not in DejaVu Sans."""
     fonts = viz.fontManager.ttflist
     gone = type(fonts[0])(fname="/nowhere/gone.ttf", name="Gone")
-    monkeypatch.setattr(viz.fontManager, "ttflist", [gone, *(font for font in fonts if font.name == "STIXGeneral")])
+    monkeypatch.setattr(
+        viz.fontManager, "ttflist", [gone, *(font for font in fonts if font.name == "STIXGeneral")]
+    )
     assert viz._fonts_for("dog") == ["DejaVu Sans"]
     assert viz._fonts_for("dog \u20d2") == ["DejaVu Sans", "STIXGeneral"]
 
 
 BAD = {
-    "one map too few": (["a", "dog"], one_hot(0, 0)[None], r"expected \(2, h, w\) for 2 words, got \(1, 7, 7\)"),
+    "one map too few": (
+        ["a", "dog"],
+        one_hot(0, 0)[None],
+        r"expected \(2, h, w\) for 2 words, got \(1, 7, 7\)",
+    ),
     "flat": (["a"], np.full((1, 49), 1 / 49), r"got \(1, 49\)"),
-    "not a distribution": (["a", "dog"], np.stack([one_hot(0, 0), 0.9 * one_hot(1, 1)]), "'dog' sums to 0.9"),
+    "not a distribution": (
+        ["a", "dog"],
+        np.stack([one_hot(0, 0), 0.9 * one_hot(1, 1)]),
+        "'dog' sums to 0.9",
+    ),
     "negative": (["a"], (2 * one_hot(0, 0) - one_hot(1, 1))[None], "negative"),
     "not finite": (["a"], (one_hot(0, 0) * np.nan)[None], "non-finite"),
 }
@@ -214,7 +254,9 @@ def test_maps_that_are_no_distributions_are_refused_before_anything_is_written(t
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)]
+)
 def test_a_photograph_of_another_form_is_refused(tmp_path, array):
     with pytest.raises(ValueError, match=r"photograph: expected \(H, W, 3\) uint8"):
         save_attention_viz(tmp_path, 1, array, ["a"], one_hot(0, 0)[None])

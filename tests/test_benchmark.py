@@ -31,7 +31,9 @@ def test_the_training_step_is_the_textbooks(kind):
     with torch.no_grad():
         _, captions, lengths, image_index = batch
         ours, alphas = fast.decoder(features, captions[:, :-1], lengths, image_index)
-        theirs, looked = benchmark.plain_logits(plain.decoder, features[image_index], captions[:, :-1])
+        theirs, looked = benchmark.plain_logits(
+            plain.decoder, features[image_index], captions[:, :-1]
+        )
         mask = program.token_mask(lengths, ours.size(1))
         torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
         if alphas is not None:
@@ -40,14 +42,18 @@ def test_the_training_step_is_the_textbooks(kind):
               [(program.train_step, fast), (benchmark.plain_step, plain)]]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     largest = max(float(parameter.grad.abs().max()) for parameter in plain.decoder.parameters())
-    for (name, ours), theirs in zip(fast.decoder.named_parameters(), plain.decoder.parameters(), strict=True):
+    for (name, ours), theirs in zip(
+        fast.decoder.named_parameters(), plain.decoder.parameters(), strict=True
+    ):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5 * largest, rtol=1e-4, msg=name)
 
 
 @torch.inference_mode()
 def test_beam_search_finds_the_textbooks_captions():
     decoder, vocabulary, _ = benchmark.searcher()
-    features = torch.rand(12, benchmark.CELLS, benchmark.CHANNELS, generator=torch.Generator().manual_seed(3))
+    features = torch.rand(
+        12, benchmark.CELLS, benchmark.CHANNELS, generator=torch.Generator().manual_seed(3)
+    )
     found = caption_decoding.generate(decoder, features, vocabulary, **benchmark.BEAM)
     texts = set()
     for image, (best,) in zip(features, found, strict=True):
@@ -61,13 +67,17 @@ def test_beam_search_finds_the_textbooks_captions():
 def test_the_cache_holds_the_textbooks_features(tmp_path):
     images = download_datasets.draw_sample_dataset(tmp_path / "sample", num_images=10) / "Images"
     paths = caption_data.pictures_in(images)
-    encoder = program.Encoder("mobilenet_v2", program.load_encoder_weights("mobilenet_v2", "random", 0), "random")
+    encoder = program.Encoder(
+        "mobilenet_v2", program.load_encoder_weights("mobilenet_v2", "random", 0), "random"
+    )
     plain = torch.cat(benchmark.plain_encoding(encoder, paths)).flatten(2).transpose(1, 2)
     cached, _ = feature_cache.cached_features(
         paths, encoder, cache_dir=tmp_path / "cache", key={"encoder": "mobilenet_v2"}, grid=tuple(encoder.grid),
         channels=encoder.channels, image_size=encoder.image_size, num_workers=0, progress=False,
     )  # fmt: skip
-    torch.testing.assert_close(cached[torch.arange(10)].float(), plain, atol=1e-4, rtol=2e-3)  # float16 on disk
+    torch.testing.assert_close(
+        cached[torch.arange(10)].float(), plain, atol=1e-4, rtol=2e-3
+    )  # float16 on disk
 
 
 def test_the_report_is_one_json_object_and_a_chart(tmp_path):
@@ -93,18 +103,24 @@ def test_the_share_of_captions_that_differ_is_counted(monkeypatch):
 
 
 def test_a_stage_that_is_none_is_misuse():
-    done = subprocess.run([sys.executable, "benchmark.py", "coffee"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "benchmark.py", "coffee"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "no stage coffee" in done.stderr
 
 
 def check_scale(found):
     parts = ("import", "cache", "data_and_model", "first_step")
-    assert sum(found[f"{part}_seconds"] for part in parts) == pytest.approx(found["startup_seconds"], abs=1e-3)
+    assert sum(found[f"{part}_seconds"] for part in parts) == pytest.approx(
+        found["startup_seconds"], abs=1e-3
+    )
     assert found["training_captions"] == 24 * 5 and found["words"] > 400
     assert found["epoch_seconds"] == pytest.approx(found["ms_per_caption"] * 0.12)
 
 
-def test_scale_measures_the_programs_training_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
+def test_scale_measures_the_programs_training_in_a_process_of_its_own(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(benchmark, "SCALED", ("attention",))
     benchmark.main(["--scale", "30", "--quick", "--json", "--scale_dir", str(tmp_path)])
     out, err = capsys.readouterr()

@@ -74,7 +74,10 @@ def test_splitting_at_spaces_first_changes_no_word():
         "\n",
     ]
     for _ in range(3000):
-        text = "".join(draw.choice(pieces) + draw.choice(["", " ", " ", "  "]) for _ in range(draw.randint(1, 9)))
+        text = "".join(
+            draw.choice(pieces) + draw.choice(["", " ", " ", "  "])
+            for _ in range(draw.randint(1, 9))
+        )
         whole = caption_data.UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFC", text))
         words = [word for token in tokenizer(whole) if any(map(str.isalnum, word := token.lower_))]
         assert tokenize(text) == words, text
@@ -82,13 +85,34 @@ def test_splitting_at_spaces_first_changes_no_word():
 
 def test_vocabulary_counts_orders_and_cuts():
     vocabulary = Vocabulary.build(["b b b a a c", "A d", "d d"], freq_threshold=2)
-    assert vocabulary.words == ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "b", "d"]  # three each: alphabetical; c once
-    assert (vocabulary.pad, vocabulary.sos, vocabulary.eos, vocabulary.unk, len(vocabulary)) == (0, 1, 2, 3, 7)
-    assert vocabulary.encode("D, a c <EOS>") == [6, 4, 3, 3]  # a typed <EOS> is a word, not the special
+    assert vocabulary.words == [
+        "<PAD>",
+        "<SOS>",
+        "<EOS>",
+        "<UNK>",
+        "a",
+        "b",
+        "d",
+    ]  # three each: alphabetical; c once
+    assert (vocabulary.pad, vocabulary.sos, vocabulary.eos, vocabulary.unk, len(vocabulary)) == (
+        0,
+        1,
+        2,
+        3,
+        7,
+    )
+    assert vocabulary.encode("D, a c <EOS>") == [
+        6,
+        4,
+        3,
+        3,
+    ]  # a typed <EOS> is a word, not the special
     assert vocabulary.decode([1, 4, 3, 5, 0, 2, 6]) == "a b"
 
 
-@pytest.mark.parametrize("caption", ["a dog runs", "两只狗在雪地里奔跑", "2人が走る", "वह दौड़ रहे", "วิ่งอยู่", "穿t恤的人"])
+@pytest.mark.parametrize(
+    "caption", ["a dog runs", "两只狗在雪地里奔跑", "2人が走る", "वह दौड़ रहे", "วิ่งอยู่", "穿t恤的人"]
+)
 def test_encode_then_decode_gives_the_caption(caption):
     vocabulary = Vocabulary.from_plain(Vocabulary.build([caption], 1).to_plain())
     assert vocabulary.decode(vocabulary.encode(caption)) == caption
@@ -117,15 +141,27 @@ def test_a_damaged_vocabulary_is_refused(plain):
 
 # Batches
 
-CAPTIONS = [[[4, 5], [6]], [[7, 8, 9]], [], [[10], [11, 12], [13]]]  # of four images, one without any
+CAPTIONS = [
+    [[4, 5], [6]],
+    [[7, 8, 9]],
+    [],
+    [[10], [11, 12], [13]],
+]  # of four images, one without any
 
 
 def test_batches_worked_by_hand():
-    batches = list(CaptionBatches(CAPTIONS, batch_size=4, max_length=3, seed=0).epoch(0, shuffle=False))
+    batches = list(
+        CaptionBatches(CAPTIONS, batch_size=4, max_length=3, seed=0).epoch(0, shuffle=False)
+    )
     first, second = batches
     assert first.image_rows.tolist() == [0, 1, 3]
     assert first.image_index.tolist() == [0, 0, 1, 2]
-    assert first.captions.tolist() == [[1, 4, 5, 2], [1, 6, 2, 0], [1, 7, 8, 2], [1, 10, 2, 0]]  # 9 is beyond step 3
+    assert first.captions.tolist() == [
+        [1, 4, 5, 2],
+        [1, 6, 2, 0],
+        [1, 7, 8, 2],
+        [1, 10, 2, 0],
+    ]  # 9 is beyond step 3
     assert first.lengths.tolist() == [3, 2, 3, 2]
     assert second.image_rows.tolist() == [3]
     assert second.captions.tolist() == [[1, 11, 12, 2], [1, 13, 2, 0]]
@@ -180,11 +216,15 @@ def _quarters() -> Image.Image:
 
 def test_a_picture_of_the_right_size_is_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
-    assert np.array_equal(load_image(_save(tmp_path / "a.png", Image.fromarray(pixels)), 24), pixels)
+    assert np.array_equal(
+        load_image(_save(tmp_path / "a.png", Image.fromarray(pixels)), 24), pixels
+    )
 
 
 def test_a_picture_is_squashed_whole_without_a_crop(tmp_path):
-    wide = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 60, 1).repeat(30, 0))  # 30 x 120, black | white
+    wide = Image.fromarray(
+        np.repeat(np.array([[0, 255]], np.uint8), 60, 1).repeat(30, 0)
+    )  # 30 x 120, black | white
     pixels = load_image(_save(tmp_path / "a.png", wide), 20)
     assert pixels.shape == (20, 20, 3)
     assert (pixels[:, :9] == 0).all()
@@ -193,8 +233,15 @@ def test_a_picture_is_squashed_whole_without_a_crop(tmp_path):
 
 def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-    path = _save(tmp_path / "a.jpg", Image.fromarray(colours).resize((2000, 1500), Image.Resampling.BICUBIC))
-    for size, expected in ((None, (2000, 1500)), (376, (2000, 1500)), (375, (1000, 750)), (224, (1000, 750))):
+    path = _save(
+        tmp_path / "a.jpg", Image.fromarray(colours).resize((2000, 1500), Image.Resampling.BICUBIC)
+    )
+    for size, expected in (
+        (None, (2000, 1500)),
+        (376, (2000, 1500)),
+        (375, (1000, 750)),
+        (224, (1000, 750)),
+    ):
         assert open_image(path, size=size).size == expected
     exact = np.asarray(open_image(path).resize((224, 224), Image.Resampling.BILINEAR), np.float32)
     difference = np.abs(load_image(path, 224) - exact)  # of 255
@@ -216,7 +263,9 @@ def test_exif_rotation_is_applied(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm", "a.avif"])
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.png", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm", "a.avif"]
+)
 def test_every_format_is_read(tmp_path, name):
     pixels = load_image(_save(tmp_path / name, _quarters()), 16).astype(int)
     assert np.abs(pixels[4, 4] - [255, 0, 0]).max() < 40
@@ -254,10 +303,17 @@ def _bomb(side: int) -> bytes:
     """A PNG header that promises side x side pixels and holds none."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def _unreadable_files(folder: Path) -> dict[str, Path]:
@@ -309,7 +365,10 @@ def test_a_fifo_does_not_hang(tmp_path):
 
 def _grey(folder: Path, count: int, start: int = 0) -> list[Path]:
     """Images whose grey level is their number."""
-    return [_save(folder / f"{i}.png", Image.new("RGB", (8, 8), (i, i, i))) for i in range(start, start + count)]
+    return [
+        _save(folder / f"{i}.png", Image.new("RGB", (8, 8), (i, i, i)))
+        for i in range(start, start + count)
+    ]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

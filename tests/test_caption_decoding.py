@@ -24,13 +24,19 @@ class Toy:
     """
 
     def __init__(self, images, vocab_size, seed=0, eos=0.0):
-        self.logits = torch.randn(images, PRIME, vocab_size, generator=torch.Generator().manual_seed(seed)) * 2
+        self.logits = (
+            torch.randn(images, PRIME, vocab_size, generator=torch.Generator().manual_seed(seed))
+            * 2
+        )
         self.logits[..., VOCABULARY.eos] += torch.as_tensor(eos).view(-1, 1)
         self.seen = []  # the per-image part of the state, step by step
 
     def start(self, features):
         """features (N, 1) image numbers -> nested state."""
-        return {"image": (features[:, 0],)}, {"code": torch.zeros_like(features), "more": (torch.zeros_like(features),)}
+        return {"image": (features[:, 0],)}, {
+            "code": torch.zeros_like(features),
+            "more": (torch.zeros_like(features),),
+        }
 
     def step(self, tokens, state):
         """tokens (N, K) -> logits (N, K, V), state, attention (N, K, 3): image, step and code of the prefix."""
@@ -40,7 +46,11 @@ class Toy:
         self.seen.append(image)
         code = self.extend(state[1]["code"], tokens)
         attention = torch.stack([image.unsqueeze(1).expand_as(code), step, code], dim=-1).float()
-        return self.logits[image.unsqueeze(1), code], (state[0], {"code": code, "more": (step + 1,)}), attention
+        return (
+            self.logits[image.unsqueeze(1), code],
+            (state[0], {"code": code, "more": (step + 1,)}),
+            attention,
+        )
 
     def extend(self, code, token):
         """The code of a prefix with one more token."""
@@ -57,7 +67,10 @@ class Toy:
     def log_prob(self, image, words, finished=True):
         """The decoder's own log-probability of a caption, in nats."""
         rows = self.logits[image, self.codes(words)].double().log_softmax(-1)
-        return sum(float(row[token]) for row, token in zip(rows, [*words, *[VOCABULARY.eos] * finished], strict=False))
+        return sum(
+            float(row[token])
+            for row, token in zip(rows, [*words, *[VOCABULARY.eos] * finished], strict=False)
+        )
 
 
 class Markov:
@@ -89,7 +102,11 @@ def plain_greedy(decoder, image, max_length, min_length=0):
     words = []
     while len(words) < max_length:
         row = decoder.logits[image, decoder.codes(words)[-1]].tolist()
-        allowed = [i for i in range(len(row)) if i > 3 or (i == VOCABULARY.eos and len(words) >= min_length)]
+        allowed = [
+            i
+            for i in range(len(row))
+            if i > 3 or (i == VOCABULARY.eos and len(words) >= min_length)
+        ]
         best = max(allowed, key=row.__getitem__)
         if best == VOCABULARY.eos:
             return words, True
@@ -109,7 +126,9 @@ def every_caption(decoder, image, max_length, penalty=0.0, min_length=0, n=0):
     for length in range(min_length, max_length):
         for words in itertools.product(range(4, decoder.logits.size(-1)), repeat=length):
             if not repeats(words, n):
-                found.append((decoder.log_prob(image, words) / (length + 1) ** penalty, list(words)))
+                found.append(
+                    (decoder.log_prob(image, words) / (length + 1) ** penalty, list(words))
+                )
     return sorted(found, reverse=True)
 
 
@@ -117,7 +136,9 @@ def every_caption(decoder, image, max_length, penalty=0.0, min_length=0, n=0):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("options", [{"algorithm": "greedy"}, {"algorithm": "beam", "beam_size": 1}])
+@pytest.mark.parametrize(
+    "options", [{"algorithm": "greedy"}, {"algorithm": "beam", "beam_size": 1}]
+)
 def test_a_beam_of_one_is_a_plain_greedy_loop(options, seed):
     decoder = Toy(8, vocab_size=9, seed=seed, eos=0.5)
     expected = [plain_greedy(decoder, image, max_length=7) for image in range(8)]
@@ -133,15 +154,21 @@ def test_a_beam_of_one_is_a_plain_greedy_loop(options, seed):
 @pytest.mark.parametrize("count", [1, 6])
 def test_a_full_width_beam_finds_the_best_captions(penalty, count):
     decoder = Toy(20, vocab_size=7, seed=1, eos=torch.linspace(-2, 2, 20))
-    found = search(decoder, 20, beam_size=200, max_length=4, length_penalty=penalty, num_captions=count)
+    found = search(
+        decoder, 20, beam_size=200, max_length=4, length_penalty=penalty, num_captions=count
+    )
     for image, hypotheses in enumerate(found):
         expected = every_caption(decoder, image, 4, penalty)[:count]
         assert [h.tokens for h in hypotheses] == [words for _, words in expected]
-        assert [h.score for h in hypotheses] == pytest.approx([score for score, _ in expected], abs=1e-4)
+        assert [h.score for h in hypotheses] == pytest.approx(
+            [score for score, _ in expected], abs=1e-4
+        )
         assert all(h.finished for h in hypotheses)
 
 
-@pytest.mark.parametrize("options", [{"min_length": 2}, {"n": 1}, {"n": 2}, {"n": 3}, {"min_length": 2, "n": 1}])
+@pytest.mark.parametrize(
+    "options", [{"min_length": 2}, {"n": 1}, {"n": 2}, {"n": 3}, {"min_length": 2, "n": 1}]
+)
 def test_a_full_width_beam_finds_the_best_of_the_captions_allowed(options):
     decoder = Toy(10, vocab_size=7, seed=2)
     decoder.logits[..., 5] += 3  # so that it would be repeated
@@ -156,24 +183,45 @@ def test_a_full_width_beam_finds_the_best_of_the_captions_allowed(options):
 def test_a_wider_beam_is_better_than_greedy_by_hand():
     # greedy takes 4 (0.6) and ends with 0.6 * 0.5 = 0.30; beam search finds 5, which ends with 0.4 * 1.0
     decoder = Markov({1: {4: 0.6, 5: 0.4}, 4: {2: 0.5, 6: 0.5}, 5: {2: 1.0}, 6: {2: 1.0}})
-    ((greedy,),), ((best, second),) = search(decoder, beam_size=1), search(decoder, beam_size=2, num_captions=2)
+    ((greedy,),), ((best, second),) = (
+        search(decoder, beam_size=1),
+        search(decoder, beam_size=2, num_captions=2),
+    )
     assert greedy.log_prob == pytest.approx(math.log(0.3))
     assert best.tokens == [5] and best.log_prob == pytest.approx(math.log(0.4))
     assert second.tokens[0] == 4 and second.log_prob == pytest.approx(math.log(0.3))
 
 
 def test_the_length_penalty_favours_long_captions_above_0_and_short_ones_below():
-    decoder = Markov({1: {2: 0.4, 4: 0.6}, 4: {2: 0.6, 5: 0.4}, 5: {2: 1.0}})  # [] 0.4, [4] 0.36, [4, 5] 0.24
+    decoder = Markov(
+        {1: {2: 0.4, 4: 0.6}, 4: {2: 0.6, 5: 0.4}, 5: {2: 1.0}}
+    )  # [] 0.4, [4] 0.36, [4, 5] 0.24
     scores = {
-        0.0: {(): math.log(0.4), (4,): math.log(0.36), (4, 5): math.log(0.24)},  # -0.92, -1.02, -1.43
-        1.0: {(4, 5): math.log(0.24) / 3, (4,): math.log(0.36) / 2, (): math.log(0.4)},  # -0.48, -0.51, -0.92
-        -1.0: {(): math.log(0.4), (4,): math.log(0.36) * 2, (4, 5): math.log(0.24) * 3},  # -0.92, -2.04, -4.28
+        0.0: {
+            (): math.log(0.4),
+            (4,): math.log(0.36),
+            (4, 5): math.log(0.24),
+        },  # -0.92, -1.02, -1.43
+        1.0: {
+            (4, 5): math.log(0.24) / 3,
+            (4,): math.log(0.36) / 2,
+            (): math.log(0.4),
+        },  # -0.48, -0.51, -0.92
+        -1.0: {
+            (): math.log(0.4),
+            (4,): math.log(0.36) * 2,
+            (4, 5): math.log(0.24) * 3,
+        },  # -0.92, -2.04, -4.28
     }
     for penalty, expected in scores.items():
         (found,) = search(decoder, beam_size=9, length_penalty=penalty, num_captions=3)
-        assert [(tuple(h.tokens), h.score) for h in found] == [(k, pytest.approx(v)) for k, v in expected.items()]
+        assert [(tuple(h.tokens), h.score) for h in found] == [
+            (k, pytest.approx(v)) for k, v in expected.items()
+        ]
         (best,) = search(decoder, beam_size=9, length_penalty=penalty)
-        assert best == [h for h in found if h.score == found[0].score]  # asked for one, the search may stop early
+        assert best == [
+            h for h in found if h.score == found[0].score
+        ]  # asked for one, the search may stop early
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -1.0])
@@ -185,9 +233,17 @@ def test_the_search_goes_on_while_a_better_caption_can_come(penalty):
 
 
 def test_a_finished_caption_keeps_its_place_in_the_beam():
-    endless = {1: {2: 0.2, 4: 0.8}, 4: {5: 0.5, 6: 0.5}, 5: {5: 1.0}, 6: {6: 1.0}}  # 0.4 and 0.4 against [], 0.2
+    endless = {
+        1: {2: 0.2, 4: 0.8},
+        4: {5: 0.5, 6: 0.5},
+        5: {5: 1.0},
+        6: {6: 1.0},
+    }  # 0.4 and 0.4 against [], 0.2
     (found,) = search(Markov(endless), beam_size=2, num_captions=2, max_length=5)
-    assert [(h.tokens[:2], h.finished) for h in found] in ([([], True), ([4, 5], False)], [([], True), ([4, 6], False)])
+    assert [(h.tokens[:2], h.finished) for h in found] in (
+        [([], True), ([4, 5], False)],
+        [([], True), ([4, 6], False)],
+    )
 
 
 # What a search may return
@@ -201,7 +257,9 @@ def test_a_decoder_that_never_ends_gives_an_unfinished_caption(algorithm, never)
         (best,) = hypotheses
         assert not best.finished
         assert len(best.tokens) == len(best.attention) == 6
-        assert best.log_prob == pytest.approx(decoder.log_prob(image, best.tokens, finished=False), abs=1e-4)
+        assert best.log_prob == pytest.approx(
+            decoder.log_prob(image, best.tokens, finished=False), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
@@ -233,8 +291,12 @@ def test_no_special_token_is_ever_a_word(algorithm):
     found = search(decoder, 6, algorithm=algorithm, min_length=3, max_length=6)
     words = [token for (best,) in found for token in best.tokens]
     assert len(words) >= 6 * 3 and min(words) >= 4
-    for image, (best,) in enumerate(found):  # what may not be written keeps its share of the probability
-        assert best.log_prob == pytest.approx(decoder.log_prob(image, best.tokens, best.finished), abs=1e-2)
+    for image, (best,) in enumerate(
+        found
+    ):  # what may not be written keeps its share of the probability
+        assert best.log_prob == pytest.approx(
+            decoder.log_prob(image, best.tokens, best.finished), abs=1e-2
+        )
         assert best.log_prob < -20
 
 
@@ -242,7 +304,9 @@ def test_a_vocabulary_without_unk_may_write_id_3():
     decoder = Toy(4, vocab_size=8, eos=-5.0)
     decoder.logits[..., 3] += 20
     vocabulary = SimpleNamespace(pad=0, sos=1, eos=2, unk=None)
-    found = generate(decoder, torch.arange(4).unsqueeze(1), vocabulary, algorithm="greedy", max_length=5)
+    found = generate(
+        decoder, torch.arange(4).unsqueeze(1), vocabulary, algorithm="greedy", max_length=5
+    )
     assert [best.tokens for (best,) in found] == [[3] * 5] * 4
 
 
@@ -257,7 +321,11 @@ def test_min_length_delays_the_end_by_exactly_so_many_words():
 
 @pytest.mark.parametrize(
     ("n", "words"),
-    [(1, [4, 5]), (2, [4, 4, 5, 4]), (3, [4, 4, 4, 5, 4, 4])],  # 4 whenever it may stand, else 5, else the end
+    [
+        (1, [4, 5]),
+        (2, [4, 4, 5, 4]),
+        (3, [4, 4, 4, 5, 4, 4]),
+    ],  # 4 whenever it may stand, else 5, else the end
 )
 def test_no_ngram_stands_twice_by_hand(n, words):
     likes = {4: 0.6, 5: 0.3, 2: 0.1}
@@ -279,7 +347,9 @@ def test_a_caption_with_no_word_left_ends_even_below_min_length(algorithm):
 @pytest.mark.parametrize("n", [1, 2])
 def test_sampling_repeats_no_ngram(n):
     decoder = Toy(20, vocab_size=8, eos=-2.0)
-    found = search(decoder, 20, algorithm="sample", no_repeat_ngram_size=n, max_length=12, temperature=0.5)
+    found = search(
+        decoder, 20, algorithm="sample", no_repeat_ngram_size=n, max_length=12, temperature=0.5
+    )
     assert not any(repeats(best.tokens, n) for (best,) in found)
     free = search(decoder, 20, algorithm="sample", max_length=12, temperature=0.5)
     assert any(repeats(best.tokens, n) for (best,) in free)
@@ -291,7 +361,9 @@ def test_captions_as_likely_as_each_other_are_all_returned_once():
     (found,) = search(decoder, beam_size=100, max_length=3, num_captions=13)
     assert len({tuple(h.tokens) for h in found}) == 13  # 1 + 3 + 9
     assert sorted(len(h.tokens) for h in found) == [0] + [1] * 3 + [2] * 9
-    assert [h.log_prob for h in found] == pytest.approx([math.log(0.25) * (len(h.tokens) + 1) for h in found])
+    assert [h.log_prob for h in found] == pytest.approx(
+        [math.log(0.25) * (len(h.tokens) + 1) for h in found]
+    )
 
 
 def test_fewer_captions_than_asked_for_are_all_there_are():
@@ -305,7 +377,11 @@ def test_fewer_captions_than_asked_for_are_all_there_are():
 
 def equal(one, other):
     """Whether two hypotheses agree, attention included."""
-    return one[:2] == other[:2] and one.finished == other.finished and torch.equal(one.attention, other.attention)
+    return (
+        one[:2] == other[:2]
+        and one.finished == other.finished
+        and torch.equal(one.attention, other.attention)
+    )
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
@@ -327,8 +403,13 @@ def test_images_searched_together_are_searched_as_if_alone(penalty):
 def test_captions_are_the_same_where_done_images_stay_as_on_a_gpu(options, longest):
     options = {"beam_size": 4, "max_length": longest, "num_captions": 3, **options}
     leaving, staying = (Toy(12, vocab_size=10, eos=torch.linspace(-3, 4, 12)) for _ in range(2))
-    expected, found = search(leaving, 12, **options), search(staying, 12, **options, fixed_shapes=True)
-    assert len({len(images) for images in leaving.seen}) > 3 and {len(images) for images in staying.seen} == {12}
+    expected, found = (
+        search(leaving, 12, **options),
+        search(staying, 12, **options, fixed_shapes=True),
+    )
+    assert len({len(images) for images in leaving.seen}) > 3 and {
+        len(images) for images in staying.seen
+    } == {12}
     looks = -(-len(leaving.seen) // caption_decoding.LOOK_EVERY)
     assert len(staying.seen) == min(longest, looks * caption_decoding.LOOK_EVERY)
     for one, other in zip(expected, found, strict=True):
@@ -343,7 +424,10 @@ def test_each_row_of_attention_belongs_to_the_word_it_wrote(algorithm):
     assert max(len(h.tokens) for hypotheses in found for h in hypotheses) > 3
     for image, hypotheses in enumerate(found):
         for h in hypotheses:
-            rows = [[image, step, code] for step, code in enumerate(decoder.codes(h.tokens)[: len(h.tokens)])]
+            rows = [
+                [image, step, code]
+                for step, code in enumerate(decoder.codes(h.tokens)[: len(h.tokens)])
+            ]
             assert h.attention.tolist() == rows
 
 
@@ -353,7 +437,9 @@ def test_log_prob_is_the_decoders_own(algorithm):
     found = search(decoder, 6, algorithm=algorithm, beam_size=4, max_length=7, num_captions=4)
     for image, hypotheses in enumerate(found):
         for h in hypotheses:
-            assert h.log_prob == pytest.approx(decoder.log_prob(image, h.tokens, h.finished), abs=1e-4)
+            assert h.log_prob == pytest.approx(
+                decoder.log_prob(image, h.tokens, h.finished), abs=1e-4
+            )
             assert h.score == h.log_prob
 
 
@@ -362,7 +448,9 @@ def test_what_belongs_to_an_image_is_never_copied_for_its_hypotheses():
     search(decoder, 6, beam_size=5, max_length=8)
     for before, after in itertools.pairwise(decoder.seen):
         assert after.dim() == 1
-        assert after is before or len(after) < len(before)  # handed on as it is until an image is done
+        assert after is before or len(after) < len(
+            before
+        )  # handed on as it is until an image is done
     assert decoder.seen[0].tolist() == [0, 1, 2, 3, 4, 5]
     assert len(decoder.seen[-1]) < 6
 
@@ -379,7 +467,14 @@ def draws(seed=0, count=6000, **options):
     """Relative frequency of each first token; words 4, 5, 6 and the end have probabilities 0.5, 0.3, 0.15, 0.05."""
     decoder = Markov({1: {4: 0.5, 5: 0.3, 6: 0.15, 2: 0.05}})
     generator = torch.Generator().manual_seed(seed)
-    (found,) = search(decoder, algorithm="sample", max_length=1, num_captions=count, generator=generator, **options)
+    (found,) = search(
+        decoder,
+        algorithm="sample",
+        max_length=1,
+        num_captions=count,
+        generator=generator,
+        **options,
+    )
     assert len(found) == count
     first = [(h.tokens or [2])[0] for h in found]
     return {token: first.count(token) / count for token in sorted(set(first))}
@@ -399,8 +494,14 @@ def draws(seed=0, count=6000, **options):
         ({"top_p": 0.6}, {4: 0.625, 5: 0.375}),
         ({"top_p": 0.9}, {4: 0.5263, 5: 0.3158, 6: 0.1579}),
         ({"top_p": 0.96}, {4: 0.5, 5: 0.3, 6: 0.15, 2: 0.05}),
-        ({"top_k": 3, "top_p": 0.83}, {4: 0.625, 5: 0.375}),  # of the three left, two hold 0.8 / 0.95 = 0.842
-        ({"temperature": 0.5, "top_p": 0.65}, {4: 1.0}),  # the nucleus is taken after the temperature
+        (
+            {"top_k": 3, "top_p": 0.83},
+            {4: 0.625, 5: 0.375},
+        ),  # of the three left, two hold 0.8 / 0.95 = 0.842
+        (
+            {"temperature": 0.5, "top_p": 0.65},
+            {4: 1.0},
+        ),  # the nucleus is taken after the temperature
         ({"min_length": 1}, {4: 0.5263, 5: 0.3158, 6: 0.1579}),
     ],
 )
@@ -415,7 +516,9 @@ def test_sampling_repeats_itself_from_a_seed_and_leaves_the_global_generator_alo
 
     def sample(seed):
         generator = torch.Generator().manual_seed(seed)
-        found = search(decoder, 4, algorithm="sample", max_length=8, num_captions=3, generator=generator)
+        found = search(
+            decoder, 4, algorithm="sample", max_length=8, num_captions=3, generator=generator
+        )
         return [h.tokens for hypotheses in found for h in hypotheses]
 
     assert sample(1) == sample(1) != sample(2)
@@ -423,7 +526,9 @@ def test_sampling_repeats_itself_from_a_seed_and_leaves_the_global_generator_alo
     torch.manual_seed(5)
     first = search(decoder, 4, algorithm="sample")[0][0].tokens
     torch.manual_seed(5)
-    assert search(decoder, 4, algorithm="sample")[0][0].tokens == first  # without a generator, torch's own
+    assert (
+        search(decoder, 4, algorithm="sample")[0][0].tokens == first
+    )  # without a generator, torch's own
 
 
 def test_several_samples_are_drawn_independently_and_ordered():

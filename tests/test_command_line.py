@@ -59,7 +59,9 @@ def refused(*flags, naming=()):
     before = snapshot()
     outcome = program(*flags)
     assert outcome.status == 2, outcome
-    assert outcome.err.startswith("flickr_image_caption.py: error: ") and outcome.err.count("\n") == 1, outcome.err
+    assert (
+        outcome.err.startswith("flickr_image_caption.py: error: ") and outcome.err.count("\n") == 1
+    ), outcome.err
     for text in naming:
         assert str(text) in outcome.err
     assert snapshot() == before
@@ -69,7 +71,11 @@ def failed(*flags, naming=()):
     """Assert that the program fails at work: status 1, one line that names these texts. Returns the outcome."""
     outcome = program(*flags)
     assert outcome.status == 1, outcome
-    (line,) = [line for line in outcome.err.splitlines() if "every validation image got the same" not in line]
+    (line,) = [
+        line
+        for line in outcome.err.splitlines()
+        if "every validation image got the same" not in line
+    ]
     assert line.startswith("flickr_image_caption.py: error: ")
     for text in naming:
         assert text in line
@@ -123,7 +129,13 @@ def written(*flags, decoder="attention"):
     """Captions of the four test images, each image's a list of {caption, log_prob}, by caption mode."""
     shop = Path("data").resolve().parent
     images = [f"data/sample/Images/{name}" for name in listed("test")]
-    out = succeed("--mode caption --json --model_path", shop / decoder / "best.pt", *flags, "--images", *images)
+    out = succeed(
+        "--mode caption --json --model_path",
+        shop / decoder / "best.pt",
+        *flags,
+        "--images",
+        *images,
+    )
     return [json.loads(line)["captions"] for line in out.splitlines()]
 
 
@@ -143,7 +155,11 @@ def drawn(*flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_visualization, "save_attention_viz",
                       lambda *_, advanced, **__: seen.append(advanced))  # fmt: skip
-        succeed("--mode test --algorithm greedy --output_dir out --model_path", shop / "attention/best.pt", *flags)
+        succeed(
+            "--mode test --algorithm greedy --output_dir out --model_path",
+            shop / "attention/best.pt",
+            *flags,
+        )
     return seen
 
 
@@ -151,7 +167,9 @@ def mode_chooses_what_runs():
     path, ran = Path("data").resolve().parent / "lstm/best.pt", []
     with pytest.MonkeyPatch.context() as patch:
         for mode in fic.MODES:
-            patch.setitem(fic.MODES, mode, lambda args, checkpoint, mode=mode: ran.append(mode) or 0)
+            patch.setitem(
+                fic.MODES, mode, lambda args, checkpoint, mode=mode: ran.append(mode) or 0
+            )
         succeed("--mode test --model_path", path)
         succeed("--mode caption --images data/sample/Images --model_path", path)
         succeed("--mode train --epochs 1 --model_path", path)
@@ -185,7 +203,10 @@ def seed_fixes_everything():
     assert torch.equal(same, again) and not torch.equal(same, other)
     orders = [next(iter(run.batches.epoch(0))).image_rows.tolist() for _, run in runs]
     assert orders[0] == orders[1] != orders[2]
-    drawn_encoders = [fic.load_encoder_weights("shufflenet_v2_x0_5", "random", seed)["fc.bias"] for seed in (1, 1, 2)]
+    drawn_encoders = [
+        fic.load_encoder_weights("shufflenet_v2_x0_5", "random", seed)["fc.bias"]
+        for seed in (1, 1, 2)
+    ]
     assert torch.equal(*drawn_encoders[:2]) and not torch.equal(*drawn_encoders[1:])
 
 
@@ -204,19 +225,26 @@ def num_workers_decode():
 
 def dataset_type_names_the_folder():
     assert fic.open_dataset(arguments()).image_dir == Path("data/sample/Images")
-    refused("--dataset_type flickr8k", naming=["flickr8k", "python download_datasets.py --dataset flickr8k"])
+    refused(
+        "--dataset_type flickr8k",
+        naming=["flickr8k", "python download_datasets.py --dataset flickr8k"],
+    )
 
 
 def image_dir_and_captions_file_replace_the_default():
     dataset = fic.open_dataset(arguments(own_copy()))
-    assert dataset.image_dir == Path("data_copy/Images") and dataset.captions_file == Path("data_copy/captions.txt")
+    assert dataset.image_dir == Path("data_copy/Images") and dataset.captions_file == Path(
+        "data_copy/captions.txt"
+    )
 
 
 def split_seed_draws_the_split():
     flags = own_copy()
     for path in Path("data_copy").glob("sample.*.txt"):
         path.unlink()
-    one, same, other = (fic.open_dataset(arguments(flags, f"--split_seed {n}")).split_names() for n in (1, 1, 2))
+    one, same, other = (
+        fic.open_dataset(arguments(flags, f"--split_seed {n}")).split_names() for n in (1, 1, 2)
+    )
     assert one == same != other
 
 
@@ -225,9 +253,15 @@ def freq_threshold_leaves_rare_words_out():
     counts = dict.fromkeys(run.vocabulary.words[4:], 0)
     with Path("data/sample/captions.txt").open() as file:
         for row in csv.DictReader(file):
-            for word in caption_data.tokenize(row["caption"]) if row["image"] in listed("train") else ():
+            for word in (
+                caption_data.tokenize(row["caption"]) if row["image"] in listed("train") else ()
+            ):
                 counts[word] = counts.get(word, 0) + 1
-    assert {word for word, count in counts.items() if count >= 20} == set(run.vocabulary.words[4:]) != set(counts)
+    assert (
+        {word for word, count in counts.items() if count >= 20}
+        == set(run.vocabulary.words[4:])
+        != set(counts)
+    )
 
 
 def max_bad_fraction_bounds_what_is_skipped():
@@ -253,7 +287,9 @@ def encoder_weights_come_from_the_file(flag="--encoder_weights"):
     torch.save(state, "own.pth")
     encoder = fic.open_encoder(arguments(f"{flag} own.pth"))
     assert torch.equal(encoder.trunk.conv1[0].weight, state["conv1.0.weight"])
-    assert not torch.equal(fic.open_encoder(arguments()).trunk.conv1[0].weight, state["conv1.0.weight"])
+    assert not torch.equal(
+        fic.open_encoder(arguments()).trunk.conv1[0].weight, state["conv1.0.weight"]
+    )
 
 
 def image_size_is_what_the_encoder_sees():
@@ -266,14 +302,20 @@ def image_size_is_what_the_encoder_sees():
         succeed(mode, "--output_dir out --model_path", best)
     with np.load("out/attention_maps_sample_1.npz") as drawn:
         assert drawn["maps"].shape[1:] == (3, 3)
-    refused("--mode test --image_size 64 --model_path", best, naming=["--image_size 64 (stored: 96)"])
+    refused(
+        "--mode test --image_size 64 --model_path", best, naming=["--image_size 64 (stored: 96)"]
+    )
     own = Path("data").resolve().parent / "lstm/best.pt"
-    succeed("--mode test --image_size 224 --output_dir out --model_path", own)  # what it was trained with, unasked
+    succeed(
+        "--mode test --image_size 224 --output_dir out --model_path", own
+    )  # what it was trained with, unasked
 
 
 def coarse_size_lays_a_second_look_under_the_first():
     run = ready("--image_size 96 --coarse_size 64 --decoder attention")
-    image = torch.from_numpy(caption_data.load_image(run.features.paths[0], 96).copy()).permute(2, 0, 1)[None]
+    image = torch.from_numpy(caption_data.load_image(run.features.paths[0], 96).copy()).permute(
+        2, 0, 1
+    )[None]
     fine, coarse = run.encoder(image).unflatten(2, (2, 1024)).unbind(2)
     assert run.encoder.grid == [3, 3] and fine.shape == (1, 9, 1024)
     torch.testing.assert_close(fine, ready("--image_size 96").encoder(image))
@@ -284,9 +326,17 @@ def coarse_size_lays_a_second_look_under_the_first():
     best = train("--image_size 96 --coarse_size 64") / "best.pt"
     assert load(best)["encoder"]["channels"] == 2048
     succeed("--mode test --output_dir out --model_path", best)
-    refused(TINY, "--image_size 96 --coarse_size 96", naming=["--coarse_size 96 must be below the image size, 96"])
-    refused(TINY, "--coarse_size 256", naming=["--coarse_size 256 must be below the image size, 224"])
-    refused("--mode test --coarse_size 32 --model_path", best, naming=["--coarse_size 32 (stored: 64)"])
+    refused(
+        TINY,
+        "--image_size 96 --coarse_size 96",
+        naming=["--coarse_size 96 must be below the image size, 96"],
+    )
+    refused(
+        TINY, "--coarse_size 256", naming=["--coarse_size 256 must be below the image size, 224"]
+    )
+    refused(
+        "--mode test --coarse_size 32 --model_path", best, naming=["--coarse_size 32 (stored: 64)"]
+    )
 
 
 def cache_dir_holds_the_features():
@@ -294,11 +344,17 @@ def cache_dir_holds_the_features():
     (file,) = Path("elsewhere").glob("*/features.*")
     assert file.stat().st_size == 6 * 1024 * 4  # 2 + 4 images, float32: the LSTM's means
     ready("--cache_dir elsewhere --max_train_images 2 --decoder attention")
-    assert sorted(file.stat().st_size for file in Path("elsewhere").glob("*/features.*"))[1] == 6 * 49 * 1024 * 2
+    assert (
+        sorted(file.stat().st_size for file in Path("elsewhere").glob("*/features.*"))[1]
+        == 6 * 49 * 1024 * 2
+    )
 
 
 def cache_dtype_is_what_the_disk_holds():
-    for name, file, bytes_each in (("float8_e4m3fn", "features.f8_e4m3fn", 1), ("float32", "features.f32", 4)):
+    for name, file, bytes_each in (
+        ("float8_e4m3fn", "features.f8_e4m3fn", 1),
+        ("float32", "features.f32", 4),
+    ):
         run = ready(f"--decoder attention --cache_dir elsewhere --cache_dtype {name}")
         (file,) = Path("elsewhere").glob(f"*/{file}")
         assert file.stat().st_size == 36 * 49 * 1024 * bytes_each  # training and validation images
@@ -324,13 +380,17 @@ def horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch():
     assert not torch.equal(mirror, run.batches.mirrored(1))
     plain, seen = (next(run.features.stream([rows], coins)) for coins in (None, mirror))
     assert torch.equal((plain != seen).flatten(1).any(1), mirror)
-    image = torch.from_numpy(caption_data.load_image(run.features.paths[int(mirror.int().argmax())], 224).copy())
+    image = torch.from_numpy(
+        caption_data.load_image(run.features.paths[int(mirror.int().argmax())], 224).copy()
+    )
     torch.testing.assert_close(
         seen[mirror][0], run.encoder(image.permute(2, 0, 1)[None].flip(-1))[0], rtol=2e-2, atol=1e-3
     )
     uncached = ready("--horizontal_flip --decoder attention --no_feature_cache").features
     torch.testing.assert_close(next(uncached.stream([rows], mirror)), seen, rtol=2e-2, atol=1e-3)
-    one, other = (load(train(flags) / "best.pt")["history"][0] for flags in ("", "--horizontal_flip"))
+    one, other = (
+        load(train(flags) / "best.pt")["history"][0] for flags in ("", "--horizontal_flip")
+    )
     assert one["train_loss"] != other["train_loss"]
 
 
@@ -341,7 +401,9 @@ def decoder_is_built_by_name():
 
 def sizes_reach_the_decoders():
     for decoder in ("lstm", "attention"):
-        model = ready(f"--decoder {decoder} --embed_size 5 --hidden_size 6 --attention_dim 7").decoder
+        model = ready(
+            f"--decoder {decoder} --embed_size 5 --hidden_size 6 --attention_dim 7"
+        ).decoder
         assert model.embed.embedding_dim == 5 and model.head.in_features == 6
     assert model.project_keys.out_features == 7
 
@@ -351,7 +413,9 @@ def num_layers_are_built_by_both_decoders_defect_15():
     for decoder in ("lstm", "attention"):
         one, two = (ready(f"--decoder {decoder} --num_layers {n}") for n in (1, 2))
         extra = 4 * 16 * (16 + 16) + 4 * 16  # the second LSTM's weights and bias
-        extra += 2 * (1024 + 1) * 16 if decoder == "attention" else 4 * 16  # its first state; torch's second bias
+        extra += (
+            2 * (1024 + 1) * 16 if decoder == "attention" else 4 * 16
+        )  # its first state; torch's second bias
         assert len(weights(two)) - len(weights(one)) == extra
 
 
@@ -363,7 +427,10 @@ def drop_prob_drops_in_both_decoders_defect_15():
 
 
 def patch_dropout_leaves_cells_out_in_training_only():
-    losses = [stepped(f"--decoder attention --drop_prob 0 --patch_dropout {share}")[0] for share in (0, 0.5, 0.99)]
+    losses = [
+        stepped(f"--decoder attention --drop_prob 0 --patch_dropout {share}")[0]
+        for share in (0, 0.5, 0.99)
+    ]
     assert len(set(losses)) == 3
     decoder = ready("--decoder attention --drop_prob 0 --patch_dropout 0.5").decoder
     grids = torch.randn(2, 49, 1024)
@@ -374,7 +441,11 @@ def patch_dropout_leaves_cells_out_in_training_only():
     assert torch.equal(first[0], first[1])  # captions of one image see the same cells
     kept = decoder.some_cells(grids)
     assert all(len(own.unique(dim=0)) == 24 for own in kept)
-    assert all((cell == image).all(-1).any() for own, image in zip(kept, grids, strict=True) for cell in own)
+    assert all(
+        (cell == image).all(-1).any()
+        for own, image in zip(kept, grids, strict=True)
+        for cell in own
+    )
     assert decoder.eval()(grids, *batch)[1].shape == (4, 3, 49)
 
 
@@ -396,16 +467,26 @@ def compile_changes_how_but_not_what_is_computed():
         assert asked == [("inductor", frozen), ("inductor", {"dynamic": False})]
         assert loss == pytest.approx(plain_loss, abs=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        for ours, textbook in zip(run.decoder.parameters(), plain.decoder.parameters(), strict=True):
+        for ours, textbook in zip(
+            run.decoder.parameters(), plain.decoder.parameters(), strict=True
+        ):
             torch.testing.assert_close(ours.grad, textbook.grad, rtol=1e-4, atol=1e-6)
         with torch.inference_mode():
-            torch.testing.assert_close(run.encoder(images), plain.encoder(images), rtol=1e-4, atol=1e-5)
-        patch.setattr(torch, "compile", lambda _function: lambda _x: (_ for _ in ()).throw(RuntimeError("no C++\nx")))
+            torch.testing.assert_close(
+                run.encoder(images), plain.encoder(images), rtol=1e-4, atol=1e-5
+            )
+        patch.setattr(
+            torch,
+            "compile",
+            lambda _function: lambda _x: (_ for _ in ()).throw(RuntimeError("no C++\nx")),
+        )
         refused("--compile", naming=["--compile", "(no C++): leave the option out"])
 
 
 def alpha_c_weighs_the_attention_penalty():
-    (plain, without), (same, with_penalty) = (stepped(f"--decoder attention --alpha_c {a}") for a in (0, 9))
+    (plain, without), (same, with_penalty) = (
+        stepped(f"--decoder attention --alpha_c {a}") for a in (0, 9)
+    )
     assert plain == same and not torch.equal(weights(without), weights(with_penalty))
 
 
@@ -419,20 +500,29 @@ def batch_size_counts_captions():
 
 def learning_rate_is_adams():
     before = weights(ready())
-    for rate in (0.01, 0.0001):  # Adam's first update of a parameter is its rate, whatever the gradient
-        assert (weights(stepped(f"--learning_rate {rate}")[1]) - before).abs().max() == pytest.approx(rate, rel=0.01)
+    for rate in (
+        0.01,
+        0.0001,
+    ):  # Adam's first update of a parameter is its rate, whatever the gradient
+        assert (
+            weights(stepped(f"--learning_rate {rate}")[1]) - before
+        ).abs().max() == pytest.approx(rate, rel=0.01)
 
 
 def weight_decay_shrinks_matrices_but_not_embeddings_or_biases():
     for decoder in ("lstm", "attention"):
-        (_, plain), (_, decayed) = (stepped(f"--decoder {decoder} --weight_decay {decay}") for decay in (0, 10))
+        (_, plain), (_, decayed) = (
+            stepped(f"--decoder {decoder} --weight_decay {decay}") for decay in (0, 10)
+        )
         for name, parameter in decayed.decoder.named_parameters():
             textbook = plain.decoder.get_parameter(name)
             if parameter.ndim < 2 or name == "embed.weight":
                 assert torch.equal(parameter, textbook)
             else:
                 first = ready(f"--decoder {decoder}").decoder.get_parameter(name)
-                torch.testing.assert_close(textbook - parameter, 0.01 * 10 * first, rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(
+                    textbook - parameter, 0.01 * 10 * first, rtol=1e-3, atol=1e-6
+                )
 
 
 def label_smoothing_changes_the_update_but_not_the_plain_loss():
@@ -442,10 +532,14 @@ def label_smoothing_changes_the_update_but_not_the_plain_loss():
 
 def grad_clip_bounds_the_gradient():
     def norm(run):
-        return float(torch.cat([state["exp_avg"].flatten() for state in run.optimizer.state.values()]).norm())
+        return float(
+            torch.cat([state["exp_avg"].flatten() for state in run.optimizer.state.values()]).norm()
+        )
 
     free, clipped, loose = (norm(stepped(f"--grad_clip {limit}")[1]) for limit in (0, 0.01, 1000))
-    assert clipped == pytest.approx(0.1 * 0.01, rel=1e-3) and free == loose > 2 * clipped  # Adam keeps a tenth
+    assert (
+        clipped == pytest.approx(0.1 * 0.01, rel=1e-3) and free == loose > 2 * clipped
+    )  # Adam keeps a tenth
 
 
 def precision_is_computed_in():
@@ -471,7 +565,9 @@ def precision_is_computed_in():
 def early_stopping_patience_ends_the_run():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fic, "validate", with_cider(fic.validate, itertools.repeat(0.5)))
-        assert len(EPOCH_BLOCK.findall(succeed(TINY, "--epochs 6 --early_stopping_patience 2"))) == 3
+        assert (
+            len(EPOCH_BLOCK.findall(succeed(TINY, "--epochs 6 --early_stopping_patience 2"))) == 3
+        )
 
 
 def val_beam_size_reaches_the_search():
@@ -511,16 +607,52 @@ def scheduler_type_chooses():
 
 def plateau_options_count():
     plateau = "--scheduler_type reduce_lr_on_plateau"
-    assert rates(plateau, "--scheduler_patience 0 --scheduler_factor 0.5") == [0.01, 0.01, 0.01, 0.005, 0.0025]
-    assert rates(plateau, "--scheduler_patience 0 --scheduler_factor 0.1") == [0.01, 0.01, 0.01, 0.001, 0.0001]
-    assert rates(plateau, "--scheduler_patience 1 --scheduler_factor 0.5") == [0.01, 0.01, 0.01, 0.01, 0.005]
+    assert rates(plateau, "--scheduler_patience 0 --scheduler_factor 0.5") == [
+        0.01,
+        0.01,
+        0.01,
+        0.005,
+        0.0025,
+    ]
+    assert rates(plateau, "--scheduler_patience 0 --scheduler_factor 0.1") == [
+        0.01,
+        0.01,
+        0.01,
+        0.001,
+        0.0001,
+    ]
+    assert rates(plateau, "--scheduler_patience 1 --scheduler_factor 0.5") == [
+        0.01,
+        0.01,
+        0.01,
+        0.01,
+        0.005,
+    ]
 
 
 def step_options_count():
-    assert rates("--scheduler_type step --scheduler_step_size 2") == [0.01, 0.01, 0.001, 0.001, 0.0001]
-    assert rates("--scheduler_type step --scheduler_step_size 3") == [0.01, 0.01, 0.01, 0.001, 0.001]
+    assert rates("--scheduler_type step --scheduler_step_size 2") == [
+        0.01,
+        0.01,
+        0.001,
+        0.001,
+        0.0001,
+    ]
+    assert rates("--scheduler_type step --scheduler_step_size 3") == [
+        0.01,
+        0.01,
+        0.01,
+        0.001,
+        0.001,
+    ]
     assert rates("--scheduler_type step --scheduler_step_size 3 --scheduler_gamma 0.5")[-1] == 0.005
-    assert rates("--scheduler_type exponential --scheduler_gamma 0.5") == [0.01, 0.005, 0.0025, 0.00125, 0.000625]
+    assert rates("--scheduler_type exponential --scheduler_gamma 0.5") == [
+        0.01,
+        0.005,
+        0.0025,
+        0.00125,
+        0.000625,
+    ]
 
 
 def t_max_is_where_the_cosine_is_lowest():
@@ -536,7 +668,9 @@ def min_lr_is_the_lowest_rate():
 
 def warmup_epochs_of_rising_rate():
     for warm in (1, 2):
-        folder = train(f"--epochs 4 --use_scheduler --scheduler_type one_cycle --warmup_epochs {warm}")
+        folder = train(
+            f"--epochs 4 --use_scheduler --scheduler_type one_cycle --warmup_epochs {warm}"
+        )
         found = read_json(folder / "loss_curve.json")["learning_rates"]
         assert found.index(max(found)) == warm
 
@@ -553,9 +687,15 @@ def ensemble_writes_with_all_its_members():
     assert first["caption"] == together[0][0]["caption"]  # of float16 features, from the cache
     assert first["log_prob"] == pytest.approx(together[0][0]["log_prob"], abs=0.01)
     refused("--ensemble", members[0], naming=["--ensemble belongs to --mode test and caption"])
-    succeed(test, "--ensemble", shop / "lstm")  # a folder of runs: the file that it means now is what counts
+    succeed(
+        test, "--ensemble", shop / "lstm"
+    )  # a folder of runs: the file that it means now is what counts
     assert read_json("out/test_metrics.json")["ensemble"] == [str(members[0])]
-    for part in ({"encoder__image_size": torch.tensor([1, 2])}, {"encoder": {}}, {"config__hidden_size": 17}):
+    for part in (
+        {"encoder__image_size": torch.tensor([1, 2])},
+        {"encoder": {}},
+        {"config__hidden_size": 17},
+    ):
         changed(members[0], **part)
         refused(test, "--ensemble bad.pt", naming=["bad.pt"])
     for flags, part in (("--freq_threshold 9", "vocabulary"), ("--image_size 64", "image size"),
@@ -572,7 +712,8 @@ def algorithm_chooses_the_search():
 
 def beam_size_widens_the_search():
     narrow, wide = (
-        [captions[0]["log_prob"] for captions in written(f"--beam_size {n} --min_length 9")] for n in (1, 8)
+        [captions[0]["log_prob"] for captions in written(f"--beam_size {n} --min_length 9")]
+        for n in (1, 8)
     )
     assert sum(wide) > sum(narrow)
 
@@ -593,14 +734,19 @@ def length_penalty_favours_long_captions():
     def words(penalty):
         flags = f"--mode caption --json --beam_size 10 --max_length 40 --length_penalty {penalty} --model_path"
         out = succeed(flags, shop / "lstm/best.pt", "--images", *images)
-        return sum(len(json.loads(line)["captions"][0]["caption"].split()) for line in out.splitlines())
+        return sum(
+            len(json.loads(line)["captions"][0]["caption"].split()) for line in out.splitlines()
+        )
 
     assert words(10) > words(-10)
 
 
 def no_repeat_ngram_size_forbids_repeats():
     repeats = [len(text.split()) - len(set(text.split())) for text in texts("--min_length 10")]
-    unique = [len(text.split()) - len(set(text.split())) for text in texts("--min_length 10 --no_repeat_ngram_size 1")]
+    unique = [
+        len(text.split()) - len(set(text.split()))
+        for text in texts("--min_length 10 --no_repeat_ngram_size 1")
+    ]
     assert max(unique) == 0 < max(repeats)
 
 
@@ -609,12 +755,19 @@ def sampling_narrows_down_to_greedy():
     for flags in ("--temperature 0.001", "--top_k 1", "--top_p 0.000001"):
         assert texts("--algorithm sample --max_length 2", flags) == greedy
     assert texts("--algorithm sample --temperature 5 --max_length 2") != greedy
-    assert texts("--algorithm sample --temperature 5 --top_k 2") != texts("--algorithm sample --temperature 5")
-    assert texts("--algorithm sample --temperature 5 --top_p 0.3") != texts("--algorithm sample --temperature 5")
+    assert texts("--algorithm sample --temperature 5 --top_k 2") != texts(
+        "--algorithm sample --temperature 5"
+    )
+    assert texts("--algorithm sample --temperature 5 --top_p 0.3") != texts(
+        "--algorithm sample --temperature 5"
+    )
 
 
 def num_captions_are_printed():
-    assert [len({caption["caption"] for caption in captions}) for captions in written("--num_captions 3")] == [3] * 4
+    assert [
+        len({caption["caption"] for caption in captions})
+        for captions in written("--num_captions 3")
+    ] == [3] * 4
 
 
 def split_chooses_the_images():
@@ -626,14 +779,19 @@ def split_chooses_the_images():
 def images_are_captioned_and_json_is_json():
     path = Path("data").resolve().parent / "lstm/best.pt"
     out = succeed("--mode caption --model_path", path, "--images data/sample/Images")
-    assert [line.split("\t")[0] for line in out.splitlines()] == sorted(map(str, Path("data/sample/Images").iterdir()))
+    assert [line.split("\t")[0] for line in out.splitlines()] == sorted(
+        map(str, Path("data/sample/Images").iterdir())
+    )
     assert len(written()) == 4  # parsed from JSON lines
 
 
 def output_dir_holds_the_scores():
     path = Path("data").resolve().parent / "lstm/best.pt"
     succeed("--mode test --algorithm greedy --output_dir new/folder --model_path", path)
-    assert {path.name for path in Path("new/folder").iterdir()} == {"test_metrics.json", "test_captions.json"}
+    assert {path.name for path in Path("new/folder").iterdir()} == {
+        "test_metrics.json",
+        "test_captions.json",
+    }
 
 
 def pictures_are_drawn_as_asked():
@@ -725,7 +883,9 @@ def test_every_flag_has_an_effect_test():
 
 
 @pytest.mark.parametrize(
-    "effect", dict.fromkeys(FLAG_EFFECTS.values()), ids=lambda effect: getattr(effect, "__name__", "resnet_weights")
+    "effect",
+    dict.fromkeys(FLAG_EFFECTS.values()),
+    ids=lambda effect: getattr(effect, "__name__", "resnet_weights"),
 )
 def test_flag_effect(effect):
     torch.save(fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 0), "weights.pth")
@@ -741,7 +901,9 @@ def test_document_a_s_commands_parse_and_its_defaults_are_ours():
     if not DOCUMENT_A.is_file():
         pytest.skip("document A is not here")
     text = DOCUMENT_A.read_text()
-    commands = re.findall(r"^python flickr_image_caption\w*\.py(.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    commands = re.findall(
+        r"^python flickr_image_caption\w*\.py(.*)$", text.replace("\\\n", " "), re.MULTILINE
+    )
     assert len(commands) >= 15
     for command in commands:
         fic.parse_args(command.split())
@@ -760,7 +922,9 @@ def test_the_readme_s_table_has_every_flag_with_its_default():
     if not readme.is_file():
         pytest.skip("README.md is not written yet")
     rows = {}
-    for names, default in re.findall(r"^\| *(`--[^|]+?) *\| *([^|]*?) *\|", readme.read_text(), re.MULTILINE):
+    for names, default in re.findall(
+        r"^\| *(`--[^|]+?) *\| *([^|]*?) *\|", readme.read_text(), re.MULTILINE
+    ):
         rows |= dict.fromkeys(re.findall(r"--\w+", names), default.strip("`* "))
     own = {action.option_strings[0] for action in options()}
     assert not own - rows.keys(), "flags without a row"
@@ -782,7 +946,13 @@ def answer(*flags):
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     lines = child.stderr.splitlines()
     modules = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
-    return child.returncode, child.stdout, [x for x in lines if not x.startswith("import time:")], seconds, modules
+    return (
+        child.returncode,
+        child.stdout,
+        [x for x in lines if not x.startswith("import time:")],
+        seconds,
+        modules,
+    )
 
 
 def test_help_answers_in_under_a_second_without_torch():
@@ -850,13 +1020,20 @@ def test_flags_that_contradict_each_other(flags, named):
 def test_attention_pictures_of_a_checkpoint_without_attention(shop):
     path, picture = shop / "lstm/best.pt", f"data/sample/Images/{listed('test')[0]}"
     for mode in ("--mode test", f"--mode caption --images {picture}", "--epochs 1"):
-        refused(mode, "--save_attention_viz --model_path", path, naming=["--save_attention_viz", "lstm"])
+        refused(
+            mode, "--save_attention_viz --model_path", path, naming=["--save_attention_viz", "lstm"]
+        )
 
 
 def test_a_dataset_that_is_not_there_says_which_command_gets_it():
-    refused("--dataset_type flickr30k", naming=["flickr30k", "python download_datasets.py --dataset flickr30k"])
+    refused(
+        "--dataset_type flickr30k",
+        naming=["flickr30k", "python download_datasets.py --dataset flickr30k"],
+    )
     refused("", naming=["python download_datasets.py --dataset flickr30k"])
-    refused("--dataset_type sample --captions_file nowhere.txt", naming=["--captions_file nowhere.txt"])
+    refused(
+        "--dataset_type sample --captions_file nowhere.txt", naming=["--captions_file nowhere.txt"]
+    )
     refused("--dataset_type sample --image_dir nowhere", naming=["--image_dir nowhere"])
     refused("--dataset_type custom", naming=["--image_dir", "--captions_file"])
 
@@ -872,20 +1049,34 @@ def test_a_split_without_images(shop):
     flags = own_copy()
     Path("data_copy/sample.devImages.txt").write_text("")
     refused(TINY, flags, naming=["data_copy", "val"])
-    Path("bad.csv").write_text("image,caption,split\n" + "".join(f"{n},a dog,train\n" for n in listed("train")))
+    Path("bad.csv").write_text(
+        "image,caption,split\n" + "".join(f"{n},a dog,train\n" for n in listed("train"))
+    )
     refused(TINY, "--captions_file bad.csv", naming=["bad.csv", "val"])
-    refused("--mode test --captions_file bad.csv --model_path", shop / "lstm/best.pt", naming=["bad.csv"])
+    refused(
+        "--mode test --captions_file bad.csv --model_path",
+        shop / "lstm/best.pt",
+        naming=["bad.csv"],
+    )
 
 
 def test_weights_that_do_not_fit_or_are_none(monkeypatch):
     monkeypatch.setattr(fic.Encoder, "forward", None)  # nothing is encoded before
     refused(TINY, "--encoder_weights nowhere.pth", naming=["--encoder_weights nowhere.pth"])
     torch.save(fic.load_encoder_weights("squeezenet1_1", "random", 0), "squeezenet.pth")
-    refused(TINY, "--encoder_weights squeezenet.pth", naming=["squeezenet.pth", "shufflenet_v2_x0_5"])
+    refused(
+        TINY, "--encoder_weights squeezenet.pth", naming=["squeezenet.pth", "shufflenet_v2_x0_5"]
+    )
     torch.save(fic.load_encoder_weights("shufflenet_v2_x1_0", "random", 0), "wider.pth")
     refused(TINY, "--resnet_weights wider.pth", naming=["wider.pth", "shufflenet_v2_x0_5"])
     whole = Path("squeezenet.pth").read_bytes()
-    for content in (b"", b"no weights", whole[: len(whole) // 2], pickle.dumps({"a": 1}), pickle.dumps(Hostile())):
+    for content in (
+        b"",
+        b"no weights",
+        whole[: len(whole) // 2],
+        pickle.dumps({"a": 1}),
+        pickle.dumps(Hostile()),
+    ):
         Path("bad.pth").write_bytes(content)
         refused(TINY, "--encoder_weights bad.pth", naming=["--encoder_weights bad.pth"])
     torch.save([1, 2], "list.pth")
@@ -905,10 +1096,16 @@ def test_imagenet_weights_that_cannot_be_had_are_an_error_defect_14(monkeypatch,
     monkeypatch.setenv("TORCH_HOME", str(tmp_path.parent / "torch_home"))
     monkeypatch.setattr(fic, "WEIGHTS_DIR", Path("place"))
     for encoder, file in (("resnet50", "resnet50"), ("mobilenet_v2", "mobilenet_v2-b0353104.pth")):
-        refused(f"--dataset_type sample --encoder {encoder}", naming=[file, "https://download.pytorch.org/", "place"])
+        refused(
+            f"--dataset_type sample --encoder {encoder}",
+            naming=[file, "https://download.pytorch.org/", "place"],
+        )
     Path("place").mkdir()
     Path("place/mobilenet_v2-b0353104.pth").write_bytes(b"a page that says 404")
-    refused("--dataset_type sample --encoder mobilenet_v2", naming=["place/mobilenet_v2-b0353104.pth", "SHA-256"])
+    refused(
+        "--dataset_type sample --encoder mobilenet_v2",
+        naming=["place/mobilenet_v2-b0353104.pth", "SHA-256"],
+    )
 
 
 class Hostile:
@@ -952,13 +1149,17 @@ def changed(path, **parts):
     torch.save(state, "bad.pt")
 
 
-@pytest.mark.parametrize("name", sorted({a.dest for a in fic.build_parser()._actions} - {"help", *fic.THIS_RUN_ONLY}))
+@pytest.mark.parametrize(
+    "name", sorted({a.dest for a in fic.build_parser()._actions} - {"help", *fic.THIS_RUN_ONLY})
+)
 def test_a_wrong_configuration_inside_a_checkpoint_is_named(name, shop):
     config = load(shop / "lstm/best.pt")["config"]
     for wrong in ([1], {"a": 1}, torch.tensor([1, 2])):
         with pytest.raises(ValueError, match=name):
             fic.check_stored("bad.pt", config | {name: wrong})
-    older = {key: value for key, value in config.items() if key != name}  # from before the option was there
+    older = {
+        key: value for key, value in config.items() if key != name
+    }  # from before the option was there
     assert fic.check_stored("older.pt", older)[name] == getattr(fic.parse_args([]), name)
 
 
@@ -980,16 +1181,27 @@ WRONG_PARTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode, parts", [(mode, parts) for mode in WRONG_PARTS for parts in WRONG_PARTS[mode]], ids=str)
+@pytest.mark.parametrize(
+    "mode, parts", [(mode, parts) for mode in WRONG_PARTS for parts in WRONG_PARTS[mode]], ids=str
+)
 def test_a_checkpoint_with_a_wrong_part(mode, parts, shop):
     changed(shop / "lstm/best.pt", **parts)
     shutil.copy(shop / "lstm/best.pt", "best.pt")  # beside it, as in a run's directory
     refused(mode, "--model_path bad.pt", naming=["bad.pt"])
 
 
-@pytest.mark.parametrize("flag", ["--model_path", "--resume", "--ensemble", "--images", "--output_dir"])
+@pytest.mark.parametrize(
+    "flag", ["--model_path", "--resume", "--ensemble", "--images", "--output_dir"]
+)
 def test_a_path_that_an_unset_variable_left_empty(flag, capsys):
-    others = ["--mode", "train" if flag == "--resume" else "caption", "--model_path", "x", "--images", "x"]
+    others = [
+        "--mode",
+        "train" if flag == "--resume" else "caption",
+        "--model_path",
+        "x",
+        "--images",
+        "x",
+    ]
     others = others[:2] if flag in ("--model_path", "--resume") else others
     with pytest.raises(SystemExit) as stopped:
         fic.parse_args([*others, flag, ""])
@@ -1001,7 +1213,11 @@ def test_an_output_path_that_is_a_file(shop):
     refused(TINY, "--model_save_dir file", naming=["--model_save_dir file"])
     refused(TINY, "--cache_dir file", naming=["--cache_dir file"])
     refused(TINY, "--model_save_dir file/below", naming=["--model_save_dir file/below"])
-    refused("--mode test --output_dir file --model_path", shop / "lstm/best.pt", naming=["--output_dir file"])
+    refused(
+        "--mode test --output_dir file --model_path",
+        shop / "lstm/best.pt",
+        naming=["--output_dir file"],
+    )
     refused("--mode test --cache_dir file --output_dir new --model_path", shop / "lstm/best.pt",
             naming=["--cache_dir file"])  # fmt: skip
     refused("--mode caption --save_attention_viz --images data/sample/Images --output_dir file --model_path",
@@ -1017,18 +1233,28 @@ def test_test_and_caption_mode_make_no_folder_for_a_run_that_is_refused(shop):
 
 def test_images_that_are_not_there(shop):
     Path("empty").mkdir()
-    refused("--mode caption --images nowhere.jpg --model_path", shop / "lstm/best.pt", naming=["nowhere.jpg"])
+    refused(
+        "--mode caption --images nowhere.jpg --model_path",
+        shop / "lstm/best.pt",
+        naming=["nowhere.jpg"],
+    )
     refused("--mode caption --images empty --model_path", shop / "lstm/best.pt", naming=["empty"])
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:x", "meta", "xla", "mtia", "cuda:-1"])
+@pytest.mark.parametrize(
+    "device", ["nonsense", "cuda:99", "cpu:x", "meta", "xla", "mtia", "cuda:-1"]
+)
 def test_a_device_that_is_not_there(device):
     refused(TINY, f"--device {device}", naming=[f"--device {device}"])
 
 
 def test_a_model_larger_than_memory_is_one_line():
     outcome = program(TINY, "--hidden_size 1000000000000")
-    assert outcome.status in (1, 2) and outcome.err.count("\n") == 1 and not Path("saved_models").exists()
+    assert (
+        outcome.status in (1, 2)
+        and outcome.err.count("\n") == 1
+        and not Path("saved_models").exists()
+    )
 
 
 # ------------------------------------------------------------------------------------- warnings, failures, full disks
@@ -1081,7 +1307,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(look_every, monkeyp
     """Steps are counted over the whole run, and the loss is looked at every so many steps."""
     monkeypatch.setattr(fic, "LOOK_EVERY", look_every)
     monkeypatch.setattr(fic, "train_step", breaking(fic.train_step, STEPS + 2))
-    folder = run_dir(failed(TINY, "--epochs 3", naming=[f"step {STEPS + 2} ", "nan", "--learning_rate"]))
+    folder = run_dir(
+        failed(TINY, "--epochs 3", naming=[f"step {STEPS + 2} ", "nan", "--learning_rate"])
+    )
     assert {path.name for path in folder.glob("*.pt")} == {"best.pt", "model_epoch_1.pt"}
     assert all_finite(folder / "best.pt") and all_finite(folder / "model_epoch_1.pt")
 

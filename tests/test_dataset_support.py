@@ -36,7 +36,11 @@ def _names(count: int) -> list[str]:
 
 
 def _csv(names, captions_each=2) -> str:
-    rows = [f"{name},a picture number {name[:3]} told {k} times" for name in names for k in range(captions_each)]
+    rows = [
+        f"{name},a picture number {name[:3]} told {k} times"
+        for name in names
+        for k in range(captions_each)
+    ]
     return "\n".join(["image,caption", *rows]) + "\n"
 
 
@@ -56,8 +60,18 @@ def _rows(dataset):
 @pytest.mark.parametrize(
     ("dataset_type", "folder", "file", "text"),
     [
-        ("flickr8k", "Images", "captions.txt", "image,caption\n{0},one dog\n{1},two dogs\n{2},three dogs\n"),
-        ("flickr8k", "Flicker8k_Dataset", "Flickr8k.token.txt", "{0}#0\tone dog\n{1}#0\ttwo dogs\n{2}#0\tthree dogs\n"),
+        (
+            "flickr8k",
+            "Images",
+            "captions.txt",
+            "image,caption\n{0},one dog\n{1},two dogs\n{2},three dogs\n",
+        ),
+        (
+            "flickr8k",
+            "Flicker8k_Dataset",
+            "Flickr8k.token.txt",
+            "{0}#0\tone dog\n{1}#0\ttwo dogs\n{2}#0\tthree dogs\n",
+        ),
         (
             "flickr30k",
             "flickr30k_images",
@@ -76,7 +90,12 @@ def _rows(dataset):
             "dataset_flickr30k.json",
             '{{"{0}": ["one dog"], "{1}": "two dogs", "{2}": ["three dogs"]}}',
         ),
-        ("sample", "Images", "captions.txt", "image,caption\n{0},one dog\n{1},two dogs\n{2},three dogs\n"),
+        (
+            "sample",
+            "Images",
+            "captions.txt",
+            "image,caption\n{0},one dog\n{1},two dogs\n{2},three dogs\n",
+        ),
     ],
 )
 def test_default_folders(tmp_path, monkeypatch, dataset_type, folder, file, text):
@@ -96,10 +115,14 @@ def test_default_folders(tmp_path, monkeypatch, dataset_type, folder, file, text
 def test_a_missing_dataset_says_which_command_gets_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for dataset_type in ("flickr8k", "flickr30k", "sample"):
-        with pytest.raises(FileNotFoundError, match=f"python download_datasets.py --dataset {dataset_type}$"):
+        with pytest.raises(
+            FileNotFoundError, match=f"python download_datasets.py --dataset {dataset_type}$"
+        ):
             load_dataset(dataset_type)
     _images(Path("data/flickr8k/Images"), ["a.jpg"])
-    with pytest.raises(FileNotFoundError, match=r"data/flickr8k: no captions file .*--dataset flickr8k$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"data/flickr8k: no captions file .*--dataset flickr8k$"
+    ):
         load_dataset("flickr8k")
 
 
@@ -146,7 +169,12 @@ def test_formats_are_recognised_by_content(tmp_path, text, encoding):
 
 def test_karpathy_json(tmp_path):
     def image(name, split, *captions, **more):
-        return {"filename": name, "split": split, "sentences": [{"raw": raw} for raw in captions], **more}
+        return {
+            "filename": name,
+            "split": split,
+            "sentences": [{"raw": raw} for raw in captions],
+            **more,
+        }
 
     images = [
         image("a.jpg", "train", "a dog", "the dog", filepath="val2014"),
@@ -166,7 +194,9 @@ def test_karpathy_json(tmp_path):
 
 def test_names_and_captions_in_any_script(tmp_path):
     names = ["犬 1.jpg", "щчж.jpg", "café.jpg", "a,b.jpg"]
-    text = 'image,caption\n犬 1.jpg,两只狗。\nщчж.jpg,Две собаки.\ncafé.jpg,दो कुत्ते\n"a,b.jpg",كلبان\n'
+    text = (
+        'image,caption\n犬 1.jpg,两只狗。\nщчж.jpg,Две собаки.\ncafé.jpg,दो कुत्ते\n"a,b.jpg",كلبان\n'
+    )
     captions = _write(tmp_path / "c.csv", text)
     dataset = load_dataset("custom", _images(tmp_path, names), captions)
     assert dataset.table.image.tolist() == names
@@ -262,22 +292,32 @@ def test_a_file_without_captions_is_one_line(tmp_path, content, reason):
 
 def test_duplicates_merge_and_captions_follow_the_image_name(tmp_path):
     text = "image,caption\n" + "".join(
-        f"{prefix}{name},{prefix or 'plain'} {name[:3]}\n" for prefix in ("", "./") for name in _names(20)
+        f"{prefix}{name},{prefix or 'plain'} {name[:3]}\n"
+        for prefix in ("", "./")
+        for name in _names(20)
     )
     dataset = _dataset(tmp_path, text=text)
     assert dataset.table.image.tolist() == _names(20)
-    assert dataset.table.captions.tolist() == [[f"plain {name[:3]}", f"./ {name[:3]}"] for name in _names(20)]
+    assert dataset.table.captions.tolist() == [
+        [f"plain {name[:3]}", f"./ {name[:3]}"] for name in _names(20)
+    ]
 
 
 def test_bad_rows_and_images_are_counted_named_and_bounded(tmp_path):
     names = _names(200)
     stray = "2258277193_586949ec62.jpg.1"  # Flickr8k.token.txt names it, no such file exists
-    text = "".join(f"{name}#{k}\ta dog number {k}\n" for name in [*names, stray] for k in range(2)) + "stray row\n"
+    text = (
+        "".join(f"{name}#{k}\ta dog number {k}\n" for name in [*names, stray] for k in range(2))
+        + "stray row\n"
+    )
     dataset = _dataset(tmp_path, 200, text=text)
     assert len(dataset.table) == 200
     assert dataset.bad_images == {stray: f"not in {tmp_path / 'Images'}"}
     notes = "\n".join(dataset.notes)
-    assert "1 of 403 rows skipped: line 403 (expected 'image.jpg#0<TAB>caption', got 'stray row')" in notes
+    assert (
+        "1 of 403 rows skipped: line 403 (expected 'image.jpg#0<TAB>caption', got 'stray row')"
+        in notes
+    )
     assert f"1 of 201 images skipped: {stray} (not in " in notes
     with pytest.raises(ValueError, match=r"1 of 403 rows skipped: .* --max_bad_fraction 0.001"):
         _dataset(tmp_path, 200, text=text, max_bad_fraction=0.001)
@@ -294,7 +334,8 @@ def test_only_ten_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "C:\\x.jpg", "..\\x.jpg", "C:/x.jpg", "n" * 5000]
+    "name",
+    ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "C:\\x.jpg", "..\\x.jpg", "C:/x.jpg", "n" * 5000],
 )
 def test_a_name_that_leads_out_of_the_folder_is_a_bad_image(tmp_path, name):
     _write(tmp_path / "x.jpg", "")
@@ -305,7 +346,9 @@ def test_a_name_that_leads_out_of_the_folder_is_a_bad_image(tmp_path, name):
 
 
 def test_control_codes_of_a_hostile_file_do_not_reach_the_terminal(tmp_path):
-    dataset = _dataset(tmp_path, text=_csv(_names(20)) + "\x1b[2J.jpg,a dog\n", max_bad_fraction=0.1)
+    dataset = _dataset(
+        tmp_path, text=_csv(_names(20)) + "\x1b[2J.jpg,a dog\n", max_bad_fraction=0.1
+    )
     assert all(note.isprintable() for note in dataset.notes)
     assert "\\x1b[2J.jpg" in "\n".join(dataset.notes)
 
@@ -344,9 +387,16 @@ def test_drawn_splits_are_disjoint_by_image(tmp_path):
     """DEFECT 2: the old program split caption rows, so other captions of a validation picture were trained on."""
     dataset = _dataset(tmp_path, 60)
     names = dataset.split_names()
-    assert {split: len(listed) for split, listed in names.items()} == {"train": 48, "val": 6, "test": 6}
+    assert {split: len(listed) for split, listed in names.items()} == {
+        "train": 48,
+        "val": 6,
+        "test": 6,
+    }
     assert sorted(name for listed in names.values() for name in listed) == _names(60)
-    told = {split: {c for cs in dataset.table.captions[dataset.table.split == split] for c in cs} for split in names}
+    told = {
+        split: {c for cs in dataset.table.captions[dataset.table.split == split] for c in cs}
+        for split in names
+    }
     assert len(told["train"]) == 2 * 48
     assert not told["train"] & (told["val"] | told["test"])
     assert names == _dataset(tmp_path, 60).split_names()
@@ -359,11 +409,15 @@ def test_a_missing_image_does_not_reshuffle_the_others(tmp_path):
     _dataset(tmp_path / "b", 60)
     gone = before["train"][0]
     (tmp_path / "b" / "Images" / gone).unlink()
-    after = load_dataset("custom", tmp_path / "b" / "Images", tmp_path / "b" / "captions.txt", max_bad_fraction=0.1)
+    after = load_dataset(
+        "custom", tmp_path / "b" / "Images", tmp_path / "b" / "captions.txt", max_bad_fraction=0.1
+    )
     assert after.split_names() == before | {"train": before["train"][1:]}
 
 
-def _lists(folder: Path, names=("train_images.txt", "Flickr_8k.devImages.txt", "TEST.txt"), extra=""):
+def _lists(
+    folder: Path, names=("train_images.txt", "Flickr_8k.devImages.txt", "TEST.txt"), extra=""
+):
     images = _names(20)
     for name, listed in zip(names, (images[:10], images[10:12], images[12:15]), strict=True):
         _write(folder / name, "\r\n".join(listed) + "\r\n" + extra)
@@ -374,7 +428,11 @@ def test_lists_beside_the_captions_file(tmp_path):
     _write(tmp_path / "readme of the test.txt", "No image is named here.\n")
     _write(tmp_path / "validation results.txt", "\xff\n", "latin-1")
     dataset = _dataset(tmp_path)
-    assert {split: len(names) for split, names in dataset.split_names().items()} == {"train": 10, "val": 2, "test": 3}
+    assert {split: len(names) for split, names in dataset.split_names().items()} == {
+        "train": 10,
+        "val": 2,
+        "test": 3,
+    }
     (note,) = [note for note in dataset.notes if note.startswith("splits: ")]
     assert note == (
         "splits: from train_images.txt, Flickr_8k.devImages.txt, TEST.txt; 5 images in no split are left out"
@@ -385,7 +443,11 @@ def test_lists_without_extensions_and_with_unknown_names(tmp_path):
     for name, listed in {"train": ["000", "001", "404"], "val": ["002"], "test": ["003"]}.items():
         _write(tmp_path / f"{name}.txt", "\n".join(listed))
     dataset = _dataset(tmp_path, 4)
-    assert dataset.split_names() == {"train": ["000.jpg", "001.jpg"], "val": ["002.jpg"], "test": ["003.jpg"]}
+    assert dataset.split_names() == {
+        "train": ["000.jpg", "001.jpg"],
+        "val": ["002.jpg"],
+        "test": ["003.jpg"],
+    }
     assert "splits: from train.txt, val.txt, test.txt; 1 names are not in the data" in dataset.notes
 
 
@@ -393,8 +455,14 @@ def test_lists_without_extensions_and_with_unknown_names(tmp_path):
     ("change", "reason"),
     [
         (lambda folder: (folder / "TEST.txt").unlink(), "one test list .* found none"),
-        (lambda folder: _write(folder / "my_test.txt", "001.jpg"), "one test list .* found TEST.txt and my_test.txt"),
-        (lambda folder: _write(folder / "TEST.txt", "012.jpg\n001.jpg"), "'001.jpg' is in both train and test"),
+        (
+            lambda folder: _write(folder / "my_test.txt", "001.jpg"),
+            "one test list .* found TEST.txt and my_test.txt",
+        ),
+        (
+            lambda folder: _write(folder / "TEST.txt", "012.jpg\n001.jpg"),
+            "'001.jpg' is in both train and test",
+        ),
     ],
 )
 def test_incomplete_ambiguous_or_leaking_lists(tmp_path, change, reason):
@@ -409,17 +477,25 @@ def test_a_recorded_split_wins_over_lists(tmp_path):
     split = {0: "dev", 1: "test", 2: ""}
     rows = [f"{name},a dog,{split.get(i, 'Train')}" for i, name in enumerate(_names(20))]
     dataset = _dataset(tmp_path, text="\n".join(["image,caption,split", *rows]))
-    assert dataset.split_names() == {"train": _names(20)[3:], "val": ["000.jpg"], "test": ["001.jpg"]}
+    assert dataset.split_names() == {
+        "train": _names(20)[3:],
+        "val": ["000.jpg"],
+        "test": ["001.jpg"],
+    }
     assert "splits: as recorded in captions.txt; 1 images in no split are left out" in dataset.notes
 
 
 def test_an_image_recorded_in_two_splits_stays_in_its_first(tmp_path):
-    rows = [f"{name},a dog,{'val' if i == 0 else 'test' if i == 1 else 'train'}" for i, name in enumerate(_names(20))]
+    rows = [
+        f"{name},a dog,{'val' if i == 0 else 'test' if i == 1 else 'train'}"
+        for i, name in enumerate(_names(20))
+    ]
     text = "\n".join(["image,caption,split", *rows, "000.jpg,a leak,train"])
     dataset = _dataset(tmp_path, text=text, max_bad_fraction=0.1)
     assert dataset.table.captions[0] == ["a dog"]
-    assert "1 of 21 rows skipped: '000.jpg' 'a leak' (image is in split val already, not train)" in "\n".join(
-        dataset.notes
+    assert (
+        "1 of 21 rows skipped: '000.jpg' 'a leak' (image is in split val already, not train)"
+        in "\n".join(dataset.notes)
     )
 
 
@@ -429,12 +505,15 @@ def test_splits_of_a_checkpoint_win_over_all(tmp_path):
     dataset = _dataset(tmp_path, splits=splits)
     assert dataset.split_names() == splits | {"train": ["005.jpg"]}
     assert (
-        "splits: from the checkpoint; 16 images in no split are left out; 1 names are not in the data" in dataset.notes
+        "splits: from the checkpoint; 16 images in no split are left out; 1 names are not in the data"
+        in dataset.notes
     )
     assert _dataset(tmp_path, splits=dataset.split_names()).split_names() == dataset.split_names()
 
 
-@pytest.mark.parametrize("splits", [[], {}, {"train": [], "val": []}, {"train": [5], "val": [], "test": []}])
+@pytest.mark.parametrize(
+    "splits", [[], {}, {"train": [], "val": []}, {"train": [5], "val": [], "test": []}]
+)
 def test_damaged_splits_of_a_checkpoint(tmp_path, splits):
     with pytest.raises(ValueError, match="the checkpoint's splits are damaged"):
         _dataset(tmp_path, splits=splits)
@@ -455,8 +534,12 @@ def test_max_train_images_takes_a_random_few(tmp_path):
     assert set(few["train"]) < set(whole["train"])
     assert few["train"] != whole["train"][:8]
     assert few == _dataset(tmp_path, 100, max_train_images=8).split_names()
-    assert set(few["train"]) < set(_dataset(tmp_path, 100, max_train_images=9).split_names()["train"])
-    assert _dataset(tmp_path, 100, max_train_images=8, splits=few).split_names() == few  # as a resumed run asks
+    assert set(few["train"]) < set(
+        _dataset(tmp_path, 100, max_train_images=9).split_names()["train"]
+    )
+    assert (
+        _dataset(tmp_path, 100, max_train_images=8, splits=few).split_names() == few
+    )  # as a resumed run asks
     assert _dataset(tmp_path, 100, max_train_images=800).split_names() == whole
     with pytest.raises(ValueError, match="--max_train_images 0: expected at least 1"):
         _dataset(tmp_path, max_train_images=0)
@@ -472,9 +555,14 @@ def _training(dataset):
 def test_vocabulary_from_training_captions_only(tmp_path):
     """DEFECT 4: the old program counted words of validation captions too."""
     splits = {"train": _names(20)[:16], "val": _names(20)[16:18], "test": _names(20)[18:]}
-    rows = [f"{name},a dog seen in {'summer' if name in splits['train'] else 'winter'}" for name in _names(20)]
+    rows = [
+        f"{name},a dog seen in {'summer' if name in splits['train'] else 'winter'}"
+        for name in _names(20)
+    ]
     dataset = _dataset(tmp_path, text="\n".join(["image,caption", *rows]), splits=splits)
-    vocabulary = Vocabulary.build((caption for captions in _training(dataset).captions for caption in captions), 2)
+    vocabulary = Vocabulary.build(
+        (caption for captions in _training(dataset).captions for caption in captions), 2
+    )
     assert vocabulary.words[4:] == ["a", "dog", "in", "seen", "summer"]
     assert vocabulary.decode(vocabulary.encode("in winter")) == "in"
 
@@ -483,12 +571,18 @@ def test_references_follow_the_image_through_the_batches(tmp_path):
     """DEFECT 3: the old program looked references up by loader position, in the full set, and scored against others."""
     dataset = _dataset(tmp_path, 60)
     val = dataset.table[dataset.table.split == "val"].reset_index(drop=True)
-    words = [[int(caption.split()[3]) for caption in captions] for captions in val.captions]  # 7: of 007.jpg
-    assert [[name[:3]] * 2 for name in val.image] == [[f"{n:03}" for n in numbers] for numbers in words]
+    words = [
+        [int(caption.split()[3]) for caption in captions] for captions in val.captions
+    ]  # 7: of 007.jpg
+    assert [[name[:3]] * 2 for name in val.image] == [
+        [f"{n:03}" for n in numbers] for numbers in words
+    ]
     ids = [[[4 + number] for number in numbers] for numbers in words]
     seen = 0
     for batch in CaptionBatches(ids, batch_size=5, max_length=9, seed=0).epoch(0):
-        for row, word in zip(batch.image_rows[batch.image_index], batch.captions[:, 1], strict=True):
+        for row, word in zip(
+            batch.image_rows[batch.image_index], batch.captions[:, 1], strict=True
+        ):
             assert val.image[int(row)] == f"{int(word) - 4:03}.jpg"
             seen += 1
     assert seen == 12
@@ -496,8 +590,14 @@ def test_references_follow_the_image_through_the_batches(tmp_path):
 
 def test_flickr30k_takes_seconds(tmp_path):
     names = [f"{i:08}.jpg" for i in range(31_783)]
-    rows = (f"{name}| {k}| Two young men , {name} , are hanging out {k}" for name in names for k in range(5))
-    captions = _write(tmp_path / "results.csv", "image_name| comment_number| comment\n" + "\n".join(rows))
+    rows = (
+        f"{name}| {k}| Two young men , {name} , are hanging out {k}"
+        for name in names
+        for k in range(5)
+    )
+    captions = _write(
+        tmp_path / "results.csv", "image_name| comment_number| comment\n" + "\n".join(rows)
+    )
     start = time.perf_counter()
     rows, problems = read_captions(captions)
     assert time.perf_counter() - start < 10
@@ -510,9 +610,13 @@ def test_real_flickr8k():
     sizes = {split: len(names) for split, names in dataset.split_names().items()}
     assert sizes == {"train": 6000, "val": 500, "test": 500}
     assert dataset.table.captions.map(len).eq(5).all()
-    assert dataset.split_names()["test"] == sorted((SHARED / "Flickr_8k.testImages.txt").read_text().split())
+    assert dataset.split_names()["test"] == sorted(
+        (SHARED / "Flickr_8k.testImages.txt").read_text().split()
+    )
     assert dataset.bad_images == {}
-    vocabulary = Vocabulary.build((caption for captions in _training(dataset).captions for caption in captions), 5)
+    vocabulary = Vocabulary.build(
+        (caption for captions in _training(dataset).captions for caption in captions), 5
+    )
     assert 2400 < len(vocabulary) < 2700
 
 

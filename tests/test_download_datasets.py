@@ -85,10 +85,14 @@ def server(monkeypatch):
 
 
 def remote(content, *urls, name="file.zip", keep=("*.jpg",)):
-    return dd.Remote(name, len(content), f"sha256:{hashlib.sha256(content).hexdigest()}", urls, keep)
+    return dd.Remote(
+        name, len(content), f"sha256:{hashlib.sha256(content).hexdigest()}", urls, keep
+    )
 
 
-CONTENT = bytes(range(256)) * 1000  # 256,000 bytes, no two neighbouring blocks of which can be exchanged unnoticed
+CONTENT = (
+    bytes(range(256)) * 1000
+)  # 256,000 bytes, no two neighbouring blocks of which can be exchanged unnoticed
 
 
 def test_a_dropped_connection_goes_on_where_it_stopped(server, tmp_path):
@@ -141,20 +145,33 @@ def test_nothing_is_left_when_the_only_source_is_wrong(server, tmp_path):
     ("behaviour", "message"),
     [
         ({"status": 404}, "HTTP 404"),
-        ({"content": b"<html>Sign in</html>", "status": 200, "type": "text/html"}, "offers 20 bytes, expected 256,000"),
+        (
+            {"content": b"<html>Sign in</html>", "status": 200, "type": "text/html"},
+            "offers 20 bytes, expected 256,000",
+        ),
         ({"content": CONTENT + b"x"}, "offers 256,001 bytes, expected 256,000"),
     ],
 )
-def test_a_page_in_place_of_the_file_is_refused_before_it_is_stored(server, tmp_path, capsys, behaviour, message):
-    path = dd.download(remote(CONTENT, server.url("/page", **behaviour), server.url("/a", content=CONTENT)), tmp_path)
+def test_a_page_in_place_of_the_file_is_refused_before_it_is_stored(
+    server, tmp_path, capsys, behaviour, message
+):
+    path = dd.download(
+        remote(CONTENT, server.url("/page", **behaviour), server.url("/a", content=CONTENT)),
+        tmp_path,
+    )
     assert path.read_bytes() == CONTENT
     assert message in capsys.readouterr().err
     assert server.requests == [("/page", "bytes=0-"), ("/a", "bytes=0-")]
 
 
 def test_a_page_of_unknown_length_is_refused_by_its_content(server, tmp_path):
-    page = server.url("/page", content=b"<html>" * 100_000, no_length=True, ignores_range=True)  # longer than the file
-    assert dd.download(remote(CONTENT, page, server.url("/a", content=CONTENT)), tmp_path).read_bytes() == CONTENT
+    page = server.url(
+        "/page", content=b"<html>" * 100_000, no_length=True, ignores_range=True
+    )  # longer than the file
+    assert (
+        dd.download(remote(CONTENT, page, server.url("/a", content=CONTENT)), tmp_path).read_bytes()
+        == CONTENT
+    )
 
 
 def test_a_damaged_leftover_does_not_condemn_the_only_source(server, tmp_path):
@@ -167,8 +184,16 @@ def test_a_damaged_leftover_does_not_condemn_the_only_source(server, tmp_path):
 
 def test_certificates_are_checked():
     source = Path(dd.__file__).read_text(encoding="utf-8")
-    assert not any(word in source for word in ("_create_unverified", "CERT_NONE", "check_hostname", "context="))
-    urls = [url for parts in dd.DATASETS.values() for part in parts for file in part for url in file.urls]
+    assert not any(
+        word in source for word in ("_create_unverified", "CERT_NONE", "check_hostname", "context=")
+    )
+    urls = [
+        url
+        for parts in dd.DATASETS.values()
+        for part in parts
+        for file in part
+        for url in file.urls
+    ]
     assert all(url.startswith("https://") for url in (*urls, *dd.RESNET50.urls))
 
 
@@ -216,7 +241,12 @@ def encrypted_zip():
 @pytest.mark.parametrize(
     "archive",
     [
-        zip_of(("Flicker8k_Dataset/a.jpg", JPEG), ("__MACOSX/._a.jpg", b"mac"), ("x/notes.txt", b"1"), ("b.py", b"2")),
+        zip_of(
+            ("Flicker8k_Dataset/a.jpg", JPEG),
+            ("__MACOSX/._a.jpg", b"mac"),
+            ("x/notes.txt", b"1"),
+            ("b.py", b"2"),
+        ),
         tar_of(
             (tar_member("flickr30k-images", tarfile.DIRTYPE), b""),
             (tar_member("flickr30k-images/a.jpg"), JPEG),
@@ -261,7 +291,9 @@ def test_unpack_sorts_the_wanted_members(tmp_path, archive):
         (tar_of((tar_member("a.jpg"), bytes(range(256)) * 1000))[:-300], "not a whole"),
     ],
 )
-def test_a_hostile_archive_is_refused_and_writes_nothing_outside(tmp_path, monkeypatch, archive, message):
+def test_a_hostile_archive_is_refused_and_writes_nothing_outside(
+    tmp_path, monkeypatch, archive, message
+):
     monkeypatch.setattr(dd, "MAX_UNPACKED_BYTES", 2_000_000)
     monkeypatch.setattr(dd, "MAX_MEMBERS", 50)
     path, folder = tmp_path / "archive", tmp_path / "in" / "out"
@@ -270,7 +302,9 @@ def test_a_hostile_archive_is_refused_and_writes_nothing_outside(tmp_path, monke
     with pytest.raises(dd.DownloadError, match=message) as failure:
         dd.unpack(path, folder, ("*.jpg",))
     assert "\n" not in str(failure.value)
-    outside = {file for file in tmp_path.rglob("*") if file.is_file() and folder not in file.parents}
+    outside = {
+        file for file in tmp_path.rglob("*") if file.is_file() and folder not in file.parents
+    }
     assert outside == {path}
     assert not any(file.is_symlink() for file in folder.rglob("*"))
 
@@ -285,9 +319,15 @@ def test_a_flipped_bit_is_noticed_by_the_archive_itself(tmp_path):
 
 # ---- whole datasets ----
 
-TOKENS = "".join(f"{number}.jpg#{k}\ta dog runs .\n" for number in range(4) for k in range(5)).encode()
+TOKENS = "".join(
+    f"{number}.jpg#{k}\ta dog runs .\n" for number in range(4) for k in range(5)
+).encode()
 IMAGES_ZIP = zip_of(*((f"Flicker8k_Dataset/{number}.jpg", JPEG) for number in range(4)))
-TEXT_ZIP = zip_of(("Flickr8k.token.txt", TOKENS), ("Flickr_8k.trainImages.txt", b"0.jpg\n"), ("readme.txt", b"hello"))
+TEXT_ZIP = zip_of(
+    ("Flickr8k.token.txt", TOKENS),
+    ("Flickr_8k.trainImages.txt", b"0.jpg\n"),
+    ("readme.txt", b"hello"),
+)
 
 
 @pytest.fixture
@@ -296,7 +336,9 @@ def tiny(server, monkeypatch):
     images = remote(IMAGES_ZIP, server.url("/images", content=IMAGES_ZIP), name="images.zip")
     keep = ("Flickr8k.token.txt", "Flickr_8k.*Images.txt")
     text = remote(TEXT_ZIP, server.url("/text", content=TEXT_ZIP), name="text.zip", keep=keep)
-    monkeypatch.setattr(dd, "DATASETS", {"flickr8k": ((images,), (text,)), "flickr30k": ((images,), (text,))})
+    monkeypatch.setattr(
+        dd, "DATASETS", {"flickr8k": ((images,), (text,)), "flickr30k": ((images,), (text,))}
+    )
     monkeypatch.setattr(dd, "EXPECTED", {"flickr8k": (4, 20), "flickr30k": (5, 25)})
     return images, text
 
@@ -311,7 +353,12 @@ def test_a_dataset_is_downloaded_once(server, tiny, tmp_path, capsys):
         "Flickr_8k.trainImages.txt",
         "Images",
     ]
-    assert sorted(path.name for path in (folder / "Images").iterdir()) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert sorted(path.name for path in (folder / "Images").iterdir()) == [
+        "0.jpg",
+        "1.jpg",
+        "2.jpg",
+        "3.jpg",
+    ]
     assert list((tmp_path / "data" / ".downloads").iterdir()) == []
     assert dd.main(command) == 0 and len(server.requests) == 2
     (folder / "mine.txt").touch()
@@ -381,7 +428,9 @@ def test_resnet50_is_checked(server, tmp_path, monkeypatch, capsys):
 
 
 def test_resnet50s_checksum_begins_with_the_digits_in_its_name():
-    assert dd.RESNET50.checksum.startswith("sha256:19c8e357") and len(dd.RESNET50.checksum) == 7 + 64
+    assert (
+        dd.RESNET50.checksum.startswith("sha256:19c8e357") and len(dd.RESNET50.checksum) == 7 + 64
+    )
 
 
 # ---- --verify_only ----
@@ -409,14 +458,17 @@ def test_verify_only_accepts_each_captions_format(flickr8k, capsys):
     assert verify(flickr8k) == 0
     (flickr8k / "captions.txt").unlink()
     (flickr8k / "results.csv").write_text(
-        "image_name| comment_number| comment\n" + "".join(f"{row // 5}.jpg| {row % 5}| a dog .\n" for row in range(20))
+        "image_name| comment_number| comment\n"
+        + "".join(f"{row // 5}.jpg| {row % 5}| a dog .\n" for row in range(20))
     )
     assert verify(flickr8k) == 0
     (flickr8k / "results.csv").unlink()
     (flickr8k / "Flickr8k.token.txt").write_bytes(TOKENS)
     assert verify(flickr8k) == 0
     (flickr8k / "Flickr8k.token.txt").unlink()
-    images = [{"filename": f"{number}.jpg", "sentences": [{"raw": "a dog ."}] * 5} for number in range(4)]
+    images = [
+        {"filename": f"{number}.jpg", "sentences": [{"raw": "a dog ."}] * 5} for number in range(4)
+    ]
     (flickr8k / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     assert verify(flickr8k) == 0
     assert capsys.readouterr().out == f"flickr8k: 4 images and 20 captions in {flickr8k}\n" * 4
@@ -455,7 +507,10 @@ def remove_everything(folder):
         (cut_the_captions, "captions, expected at least 20"),
         (remove_the_captions, "no captions file"),
         (spoil_the_json, "not one of Karpathy's dataset files"),
-        (remove_everything, "not there; get it with: python download_datasets.py --dataset flickr8k"),
+        (
+            remove_everything,
+            "not there; get it with: python download_datasets.py --dataset flickr8k",
+        ),
     ],
 )
 def test_verify_only_names_what_is_damaged(flickr8k, capsys, damage, message):
@@ -477,7 +532,9 @@ def test_verify_only_names_what_is_damaged(flickr8k, capsys, damage, message):
 def test_misuse_is_one_line_and_status_2(tmp_path, arguments):
     (tmp_path / "file").touch()
     arguments = [argument.format(file=tmp_path / "file") for argument in arguments]
-    run = subprocess.run([sys.executable, dd.__file__, *arguments], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, dd.__file__, *arguments], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 2 and run.stdout == ""
     usage, error = run.stderr.splitlines()
     assert usage.startswith("usage:") and "error:" in error
@@ -502,7 +559,9 @@ def read_captions(folder):
     return captions
 
 
-def test_the_sample_dataset_is_the_same_again_and_each_picture_depends_on_its_number_alone(sample, tmp_path):
+def test_the_sample_dataset_is_the_same_again_and_each_picture_depends_on_its_number_alone(
+    sample, tmp_path
+):
     again = dd.draw_sample_dataset(tmp_path / "again", seed=3, num_images=20)
     for path in sorted((again / "Images").iterdir()):
         assert path.read_bytes() == (sample / "Images" / path.name).read_bytes()
@@ -527,7 +586,10 @@ def test_every_sample_picture_has_five_different_captions_and_a_split(sample):
     names = [path.name for path in sorted((sample / "Images").iterdir())]
     assert list(captions) == names and len(names) == 60
     assert all(len(set(five)) == 5 for five in captions.values())
-    lists = [(sample / f"sample.{split}Images.txt").read_text().split() for split in ("dev", "test", "train")]
+    lists = [
+        (sample / f"sample.{split}Images.txt").read_text().split()
+        for split in ("dev", "test", "train")
+    ]
     assert [len(members) for members in lists] == [6, 6, 48]
     assert sorted(itertools.chain(*lists)) == names
     with Image.open(sample / "Images" / names[0]) as picture:
@@ -569,7 +631,9 @@ def test_sample_captions_say_where_things_are(sample):
             ):
                 before, found, after = caption.lower().rstrip(".").partition(phrase)
                 if found:
-                    first, second = (next(w for w in half.split() if w in centre) for half in (before, after))
+                    first, second = (
+                        next(w for w in half.split() if w in centre) for half in (before, after)
+                    )
                     assert sign * (centre[second][axis] - centre[first][axis]) > 0, caption
                     told += 1
     assert told > 50
@@ -582,11 +646,18 @@ def test_sample_objects_have_the_colour_the_caption_names(sample):
             for thing in objects:
                 words = captions[name][0].lower().rstrip(".").split()
                 named = words[next(i for i, word in enumerate(words) if word in thing["names"]) - 1]
-                box = np.asarray(picture.crop([round(edge * 224) for edge in thing["box"]])).astype(int)
+                box = np.asarray(picture.crop([round(edge * 224) for edge in thing["box"]])).astype(
+                    int
+                )
                 close = {  # share of the box within 40 of a colour in every channel
-                    colour: (abs(box - rgb).max(axis=-1) < 40).mean() for colour, rgb in dd.SAMPLE_COLOURS.items()
+                    colour: (abs(box - rgb).max(axis=-1) < 40).mean()
+                    for colour, rgb in dd.SAMPLE_COLOURS.items()
                 }
-                assert close[named] > 0.15 and close[named] == max(close.values()), (name, thing, close)
+                assert close[named] > 0.15 and close[named] == max(close.values()), (
+                    name,
+                    thing,
+                    close,
+                )
 
 
 def test_a_complete_sample_is_left_alone_and_another_is_refused(sample):
@@ -613,7 +684,10 @@ def test_a_drawing_that_finishes_second_keeps_the_first(tmp_path):
         (partial / "slow").touch()
         folder.mkdir()
         (folder / "fast").touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["sample", "sample/fast"]
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "sample",
+        "sample/fast",
+    ]
 
 
 def test_too_few_images_are_refused(tmp_path):
@@ -623,12 +697,17 @@ def test_too_few_images_are_refused(tmp_path):
 
 def test_the_sample_command_draws_verifies_and_mends(tmp_path, monkeypatch, capsys):
     draw = dd.draw_sample_dataset
-    monkeypatch.setattr(dd, "draw_sample_dataset", lambda folder, force: draw(folder, num_images=10, force=force))
+    monkeypatch.setattr(
+        dd, "draw_sample_dataset", lambda folder, force: draw(folder, num_images=10, force=force)
+    )
     command = ["--dataset", "sample", "--data_dir", str(tmp_path)]
     assert dd.main([*command, "--verify_only"]) == 1
     assert dd.main(command) == 0
     assert dd.main([*command, "--verify_only"]) == 0
-    assert capsys.readouterr().out == f"sample: 10 images and 50 captions in {tmp_path / 'sample'}\n" * 2
+    assert (
+        capsys.readouterr().out
+        == f"sample: 10 images and 50 captions in {tmp_path / 'sample'}\n" * 2
+    )
     (tmp_path / "sample" / "Images" / "sample_0_0003.jpg").unlink()
     assert dd.main([*command, "--verify_only"]) == 1
     assert dd.main(command) == 1

@@ -47,7 +47,13 @@ TINY = """--dataset_type sample --encoder shufflenet_v2_x0_5 --encoder_weights r
     --precision float32 --max_length 12 --epochs 1"""
 STEPS = 4  # per epoch: 32 training images, 5 captions each, 40 captions a step
 DECODERS = ("lstm", "attention")
-RUN_FILES = {"run_config.json", "run_summary.txt", "loss_curve.json", "metrics_history.json", "metrics.csv"}
+RUN_FILES = {
+    "run_config.json",
+    "run_summary.txt",
+    "loss_curve.json",
+    "metrics_history.json",
+    "metrics.csv",
+}
 RUN_FILES |= {"training_losses.png", "learning_rate.png", "best.pt"}
 EPOCH_BLOCK = re.compile(
     r"^Epoch (\d+) completed \(\1/(\d+)\):\n"
@@ -71,9 +77,15 @@ class Outcome(NamedTuple):
 
 def program(*flags):
     """Run the program in this process. `flags`: texts that are split at spaces, and paths, which are not."""
-    words = [word for flag in flags for word in ([str(flag)] if isinstance(flag, Path) else flag.split())]
+    words = [
+        word for flag in flags for word in ([str(flag)] if isinstance(flag, Path) else flag.split())
+    ]
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", ["flickr_image_caption.py", *words])
         try:
             status = fic.main(fic.parse_args(words))
@@ -103,14 +115,18 @@ def train(*flags):
 @functools.cache
 def workshop():
     """A folder, made once, with data/sample, a feature_cache and a run of each decoder: lstm and attention."""
-    folder = tempfile.TemporaryDirectory(prefix="workshop")  # lives as long as the process: the cache holds it
+    folder = tempfile.TemporaryDirectory(
+        prefix="workshop"
+    )  # lives as long as the process: the cache holds it
     path = Path(folder.name)
     download_datasets.draw_sample_dataset(path / "data/sample", seed=3, num_images=40)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         skip_plots(patch)
         for decoder in DECODERS:
-            shutil.move(train(f"--decoder {decoder} --epochs 4 --learning_rate 0.02"), path / decoder)
+            shutil.move(
+                train(f"--decoder {decoder} --epochs 4 --learning_rate 0.02"), path / decoder
+            )
     return folder
 
 
@@ -179,20 +195,46 @@ def test_a_run_directory_has_document_a_s_files_and_keys_defect_13(decoder, tmp_
     folder = train(f"--decoder {decoder} {flags}")
     assert folder.parent == Path(f"saved_models/sample/shufflenet_v2_x0_5_{decoder}")
     assert re.fullmatch(rf"sample_{decoder}_ep2_bs40_lr1e-02_cosine_\d{{8}}_\d{{6}}", folder.name)
-    assert {path.name for path in folder.iterdir()} == RUN_FILES | {"model_epoch_1.pt", "model_epoch_2.pt"}
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | {
+        "model_epoch_1.pt",
+        "model_epoch_2.pt",
+    }
     config = read_json(folder / "run_config.json")
     assert list(config)[: len(experiment_utils.CONFIG_KEYS)] == list(experiment_utils.CONFIG_KEYS)
-    assert config["decoder_type"] == decoder and config["learning_rate"] == 0.01 and config["drop_prob"] == 0.3
+    assert (
+        config["decoder_type"] == decoder
+        and config["learning_rate"] == 0.01
+        and config["drop_prob"] == 0.3
+    )
     assert config.keys() >= {"git", "environment"} | {a.dest for a in options()} - {"decoder"}
     typed = f"{TINY} --decoder {decoder} {flags}"
     assert shlex.split(config["command"])[1:] == ["flickr_image_caption.py", *typed.split()]
     assert config["command"] in (folder / "run_summary.txt").read_text()
-    curve, metrics = read_json(folder / "loss_curve.json"), read_json(folder / "metrics_history.json")
-    assert list(curve) == ["epochs", "train_losses", "val_losses", "learning_rates"] and curve["epochs"] == [1, 2]
-    assert metrics.keys() >= {"BLEU-1", "BLEU-4", "WER", "ROUGE-L", "CIDEr", "share_unique", "share_cut"}
+    curve, metrics = (
+        read_json(folder / "loss_curve.json"),
+        read_json(folder / "metrics_history.json"),
+    )
+    assert list(curve) == ["epochs", "train_losses", "val_losses", "learning_rates"] and curve[
+        "epochs"
+    ] == [1, 2]
+    assert metrics.keys() >= {
+        "BLEU-1",
+        "BLEU-4",
+        "WER",
+        "ROUGE-L",
+        "CIDEr",
+        "share_unique",
+        "share_cut",
+    }
     assert "METEOR" not in metrics and all(len(values) == 2 for values in metrics.values())
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    assert list(rows[0])[:5] == ["epoch", "train_loss", "val_loss", "learning_rate", "epoch_time_seconds"]
+    assert list(rows[0])[:5] == [
+        "epoch",
+        "train_loss",
+        "val_loss",
+        "learning_rate",
+        "epoch_time_seconds",
+    ]
     assert [float(row["val_loss"]) for row in rows] == curve["val_losses"]
     for name in ("training_losses.png", "learning_rate.png"):
         with Image.open(folder / name) as picture:
@@ -221,13 +263,17 @@ def test_the_console_block_is_document_a_s():
 def test_nothing_but_results_on_the_streams_of_a_pipe():
     """Progress bars are for terminals."""
     outcome = program(TINY, "--learning_rate 0.01 --epochs 1")
-    assert outcome.err == "" or outcome.err.startswith("warning: every validation image got the same caption")
+    assert outcome.err == "" or outcome.err.startswith(
+        "warning: every validation image got the same caption"
+    )
     assert "\r" not in outcome.out
 
 
 def test_captions_that_all_look_alike_are_warned_of(monkeypatch):
     """Blind decoder: every feature is 0, so all images are alike."""
-    monkeypatch.setattr(fic.Encoder, "forward", lambda self, images: torch.zeros(len(images), 49, self.channels))
+    monkeypatch.setattr(
+        fic.Encoder, "forward", lambda self, images: torch.zeros(len(images), 49, self.channels)
+    )
     outcome = program(TINY, "--no_feature_cache")
     assert outcome.status == 0 and outcome.err.count("\n") == 1
     assert outcome.err.startswith("warning: every validation image got the same caption")
@@ -253,24 +299,40 @@ def test_losses_are_plain_cross_entropy_in_nats_per_token(decoder):
     for split, name in (("dev", "val_loss"), ("train", "train_loss")):
         total, tokens = 0.0, 0
         for image in listed(split):
-            features = encode(encoder, f"data/sample/Images/{image}").half().float()  # as the cache has them
+            features = (
+                encode(encoder, f"data/sample/Images/{image}").half().float()
+            )  # as the cache has them
             for text in references()[image]:
-                ids = torch.tensor([[vocabulary.sos, *vocabulary.encode(text)[:11], vocabulary.eos]])
+                ids = torch.tensor(
+                    [[vocabulary.sos, *vocabulary.encode(text)[:11], vocabulary.eos]]
+                )
                 with torch.no_grad():
-                    logits, _ = model(features, ids[:, :-1], torch.tensor([ids.size(1) - 1]), torch.tensor([0]))
+                    logits, _ = model(
+                        features, ids[:, :-1], torch.tensor([ids.size(1) - 1]), torch.tensor([0])
+                    )
                 total += float(F.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
                 tokens += ids.size(1) - 1
-        assert load(folder / "best.pt")["history"][0][name] == pytest.approx(total / tokens, rel=1e-4)
+        assert load(folder / "best.pt")["history"][0][name] == pytest.approx(
+            total / tokens, rel=1e-4
+        )
 
 
 def opened(path):
     """(decoder in eval mode, vocabulary, encoder) of a checkpoint, put together by hand."""
     state = load(path)
     vocabulary = caption_data.Vocabulary.from_plain(state["vocabulary"])
-    sizes = {name: state["config"][name] for name in fic.DECODERS[state["config"]["decoder"]].options}
-    decoder = fic.DECODERS[state["config"]["decoder"]](len(vocabulary), state["encoder"]["channels"], **sizes)
+    sizes = {
+        name: state["config"][name] for name in fic.DECODERS[state["config"]["decoder"]].options
+    }
+    decoder = fic.DECODERS[state["config"]["decoder"]](
+        len(vocabulary), state["encoder"]["channels"], **sizes
+    )
     decoder.load_state_dict(state["model"])
-    return decoder.eval(), vocabulary, fic.Encoder(state["config"]["encoder"], state["encoder"]["weights"], path)
+    return (
+        decoder.eval(),
+        vocabulary,
+        fic.Encoder(state["config"]["encoder"], state["encoder"]["weights"], path),
+    )
 
 
 def encode(encoder, path):
@@ -307,7 +369,9 @@ def test_training_reads_no_image_once_they_are_in_the_cache_and_the_encoder_rest
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_without_the_cache_features_are_the_same_up_to_float16(decoder):
     cached, fresh = train(f"--decoder {decoder}"), train(f"--decoder {decoder} --no_feature_cache")
-    for one, other in zip(load(cached / "best.pt")["history"], load(fresh / "best.pt")["history"], strict=True):
+    for one, other in zip(
+        load(cached / "best.pt")["history"], load(fresh / "best.pt")["history"], strict=True
+    ):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
         assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-3)
     rows, paths = torch.arange(4), [Path(f"data/sample/Images/{name}") for name in listed("test")]
@@ -345,7 +409,9 @@ def test_the_vocabulary_comes_from_training_captions_defect_4():
     with Path("data_copy/captions.txt").open("a") as file:
         rows = csv.writer(file)
         for image in references():
-            rows.writerow([image, "zebra zebra zebra" if image in held_out else "okapi okapi okapi"])
+            rows.writerow(
+                [image, "zebra zebra zebra" if image in held_out else "okapi okapi okapi"]
+            )
     words = load(train(flags) / "best.pt")["vocabulary"]["words"]
     assert "okapi" in words and "zebra" not in words
     assert words[:4] == ["<PAD>", "<SOS>", "<EOS>", "<UNK>"]
@@ -355,7 +421,9 @@ def test_validation_scores_go_by_image_defect_3(monkeypatch):
     """DEFECT 3: references were those of other images. Here each image's own first caption is what gets decoded."""
     flags = own_copy()
     captions = Path("data_copy/captions.txt").read_text().splitlines()
-    Path("data_copy/captions.txt").write_text("\n".join([captions[0], *reversed(captions[1:])]) + "\n")
+    Path("data_copy/captions.txt").write_text(
+        "\n".join([captions[0], *reversed(captions[1:])]) + "\n"
+    )
     names = {}
 
     def caption_images(decoder, grids, vocabulary, args, **_):
@@ -384,11 +452,21 @@ def test_a_checkpoint_is_plain_and_holds_every_hyperparameter_defects_7_11_and_1
         assert state.keys() == experiment_utils.CHECKPOINT_KEYS.keys() | {"format_version"}
         assert state["config"].keys() == {action.dest for action in options()}
         assert state["config"]["attention_dim"] == 8 and state["config"]["drop_prob"] == 0.3
-        assert state["encoder"]["name"] == "shufflenet_v2_x0_5" and state["encoder"]["image_size"] == 224
+        assert (
+            state["encoder"]["name"] == "shufflenet_v2_x0_5"
+            and state["encoder"]["image_size"] == 224
+        )
         if name == "best.pt":  # DEFECT 7: BatchNorm's statistics drifted during training
             initial = fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 0)
-            assert all(torch.equal(value, initial[key]) for key, value in state["encoder"]["weights"].items())
-        assert state["splits"] == {"train": listed("train"), "val": listed("dev"), "test": listed("test")}
+            assert all(
+                torch.equal(value, initial[key])
+                for key, value in state["encoder"]["weights"].items()
+            )
+        assert state["splits"] == {
+            "train": listed("train"),
+            "val": listed("dev"),
+            "test": listed("test"),
+        }
         assert {type(value).__module__ for value in leaves(state)} <= {"builtins", "torch"}
         assert (state["encoder"]["weights"] is not None) == (name == "best.pt")
 
@@ -409,7 +487,11 @@ def test_images_that_cannot_be_read_are_named_and_skipped_or_stop_the_run_before
         Path(f"data_copy/Images/{name}").write_bytes(b"no picture")
     for cache in ("--cache_dir own_cache", "--no_feature_cache"):
         outcome = program(TINY, flags, cache, "--max_bad_fraction 0.04")
-        assert outcome.status == 2 and outcome.err.count("\n") == 1 and not Path("saved_models").exists()
+        assert (
+            outcome.status == 2
+            and outcome.err.count("\n") == 1
+            and not Path("saved_models").exists()
+        )
         assert "2 of 40 images" in outcome.err and all(name in outcome.err for name in broken)
     outcome = program(TINY, flags, "--cache_dir own_cache --max_bad_fraction 0.05")
     assert outcome.status == 0 and "2 of 40 images skipped" in outcome.out
@@ -450,7 +532,9 @@ def differences(one, other, place=""):
         for key in one.keys() | other.keys():
             if key not in ("epoch_time_seconds", "seconds", "model_path", "resume", "epochs"):
                 yield from differences(one.get(key), other.get(key), f"{place}/{key}")
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+    elif (
+        isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other)
+    ):
         for number, pair in enumerate(zip(one, other, strict=True)):
             yield from differences(*pair, f"{place}/{number}")
     elif isinstance(one, torch.Tensor):
@@ -460,7 +544,9 @@ def differences(one, other, place=""):
         yield f"{place}: {one} != {other}"
 
 
-@pytest.mark.parametrize("decoder, scheduler", [*(("lstm", name) for name in SCHEDULERS), ("attention", "one_cycle")])
+@pytest.mark.parametrize(
+    "decoder, scheduler", [*(("lstm", name) for name in SCHEDULERS), ("attention", "one_cycle")]
+)
 def test_stop_and_go_on_equals_straight_through_defect_9(decoder, scheduler):
     """DEFECT 9: resuming forced ReduceLROnPlateau. Stopped inside epoch 2, resumed, stopped again, resumed."""
     flags = f"--decoder {decoder} --epochs 3 {SCHEDULERS[scheduler]}"
@@ -468,11 +554,17 @@ def test_stop_and_go_on_equals_straight_through_defect_9(decoder, scheduler):
     first = stopped(TINY, flags, at_step=STEPS + 2)
     assert first.status == 130
     last = run_dir(first) / "last.pt"
-    assert load(last)["epoch"] == 1 and load(last)["step"] == STEPS + 2 and load(last)["data_position"]["batch"] == 2
+    assert (
+        load(last)["epoch"] == 1
+        and load(last)["step"] == STEPS + 2
+        and load(last)["data_position"]["batch"] == 2
+    )
     second = stopped("--model_path", last, at_step=1, signum=signal.SIGTERM)
     assert second.status == 143
     third = run_dir(succeed("--model_path", run_dir(second) / "last.pt"))
-    assert not list(differences(load(straight / "model_epoch_3.pt"), load(third / "model_epoch_3.pt")))
+    assert not list(
+        differences(load(straight / "model_epoch_3.pt"), load(third / "model_epoch_3.pt"))
+    )
     assert not list(differences(load(straight / "best.pt"), load(third / "best.pt")))
     assert len(load(third / "model_epoch_3.pt")["history"]) == 3
 
@@ -489,11 +581,18 @@ def test_each_schedule_changes_the_rate_as_documented_defect_10(monkeypatch):
     for name, flags in SCHEDULERS.items():
         seen.clear()
         rates[name] = read_json(train(f"--epochs 3 {flags}") / "loss_curve.json")["learning_rates"]
-    assert rates["none"] == [0.01] * 3 and rates["exponential"] == pytest.approx([0.01, 0.007, 0.0049])
+    assert rates["none"] == [0.01] * 3 and rates["exponential"] == pytest.approx(
+        [0.01, 0.007, 0.0049]
+    )
     assert rates["step"] == pytest.approx([0.01, 0.01, 0.001])
     assert rates["cosine"] == pytest.approx([0.01, 0.0075, 0.0025], rel=1e-3)
-    assert rates["one_cycle"] == [seen[0], seen[STEPS], seen[2 * STEPS]] and len(set(seen)) == 3 * STEPS
-    assert seen[0] == pytest.approx(0.01 / 25) and max(seen) == pytest.approx(0.01) == pytest.approx(seen[3])
+    assert (
+        rates["one_cycle"] == [seen[0], seen[STEPS], seen[2 * STEPS]]
+        and len(set(seen)) == 3 * STEPS
+    )
+    assert seen[0] == pytest.approx(0.01 / 25) and max(seen) == pytest.approx(
+        0.01
+    ) == pytest.approx(seen[3])
     assert seen[-1] == pytest.approx(0.01 / 25 / 1e4)
 
 
@@ -511,7 +610,9 @@ def test_a_stop_during_validation_validates_again(monkeypatch):
     assert outcome.status == 143
     assert load(run_dir(outcome) / "last.pt")["data_position"]["batch"] == STEPS
     resumed = run_dir(succeed("--resume", run_dir(outcome) / "last.pt"))
-    assert not list(differences(load(straight / "model_epoch_2.pt"), load(resumed / "model_epoch_2.pt")))
+    assert not list(
+        differences(load(straight / "model_epoch_2.pt"), load(resumed / "model_epoch_2.pt"))
+    )
 
 
 def test_a_stopped_run_says_how_to_go_on_and_that_command_does():
@@ -525,7 +626,10 @@ def test_epochs_on_resume_are_additional_and_epoch_numbers_go_on(shop):
     out = succeed("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 2")
     assert [(epoch, of) for epoch, of, *_ in EPOCH_BLOCK.findall(out)] == [("5", "6"), ("6", "6")]
     folder = run_dir(out)
-    assert {path.name for path in folder.iterdir()} == RUN_FILES | {"model_epoch_5.pt", "model_epoch_6.pt"}
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | {
+        "model_epoch_5.pt",
+        "model_epoch_6.pt",
+    }
     assert read_json(folder / "loss_curve.json")["epochs"] == [1, 2, 3, 4, 5, 6]
 
 
@@ -541,7 +645,12 @@ def test_a_resumed_run_leaves_the_old_directory_alone_and_brings_the_best_along(
     outcome = stopped("--model_path", shop / "attention/model_epoch_4.pt", "--epochs 3", at_step=1)
     folder = run_dir(outcome)
     assert snapshot(shop / "attention") == before and folder.absolute() != shop / "attention"
-    assert {path.name for path in folder.iterdir()} == {"run_config.json", "run_summary.txt", "best.pt", "last.pt"}
+    assert {path.name for path in folder.iterdir()} == {
+        "run_config.json",
+        "run_summary.txt",
+        "best.pt",
+        "last.pt",
+    }
     assert (folder / "best.pt").read_bytes() == (shop / "attention/best.pt").read_bytes()
 
 
@@ -556,7 +665,11 @@ def test_a_best_of_a_later_epoch_is_not_the_best_so_far(monkeypatch):
 def test_resume_latest_and_a_folder_mean_the_newest_checkpoint_of_the_newest_run(shop):
     train("--epochs 2")
     newest = run_dir(stopped(TINY, "--epochs 3", at_step=STEPS + 1))
-    for flags in ("--resume latest", "--model_path saved_models", "--model_path saved_models/sample"):
+    for flags in (
+        "--resume latest",
+        "--model_path saved_models",
+        "--model_path saved_models/sample",
+    ):
         shutil.copytree("saved_models", "kept")
         out = succeed(flags)
         assert f"checkpoint: {newest / 'last.pt'}" in out
@@ -586,7 +699,10 @@ def test_document_a_s_resume_and_test_commands():
     held_out, flat = set(listed("test")), stand_in_for_flickr30k()
     out = succeed("--model_path saved_models/flickr30k/resnet_attention/model_epoch_10.pt",
                   "--epochs 5 --use_scheduler --scheduler_type cosine")  # fmt: skip
-    assert f"checkpoint: {flat / 'model_epoch_10.pt'}" in out and "--scheduler_type cosine is new to this run" in out
+    assert (
+        f"checkpoint: {flat / 'model_epoch_10.pt'}" in out
+        and "--scheduler_type cosine is new to this run" in out
+    )
     assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["2", "3", "4", "5", "6"]
     out = succeed("--model_path saved_models/flickr30k/resnet_attention/model_epoch_15.pt",
                   "--epochs 1 --save_attention_viz --attention_viz_samples 3")  # fmt: skip
@@ -594,12 +710,20 @@ def test_document_a_s_resume_and_test_commands():
     assert sorted(path.name for path in run_dir(out).glob("*viz*.png")) == [
         f"attention_viz_sample_{number}.png" for number in (1, 2, 3)
     ]
-    out = succeed("--mode test --model_path saved_models/flickr30k/resnet_attention/best.pt --dataset_type flickr30k")
+    out = succeed(
+        "--mode test --model_path saved_models/flickr30k/resnet_attention/best.pt --dataset_type flickr30k"
+    )
     assert f"checkpoint: {flat / 'best.pt'}" in out
     assert {row["file_name"] for row in read_json(flat / "test_captions.json")} == held_out
 
 
-CHANGED = {"decoder": "attention", "encoder": "resnet18", "freq_threshold": 2, "embed_size": 17, "hidden_size": 17}
+CHANGED = {
+    "decoder": "attention",
+    "encoder": "resnet18",
+    "freq_threshold": 2,
+    "embed_size": 17,
+    "hidden_size": 17,
+}
 CHANGED |= {"num_layers": 2, "attention_dim": 9, "image_size": 96, "coarse_size": 64}
 
 
@@ -617,13 +741,21 @@ def test_another_architecture_encoder_or_vocabulary_on_resume_is_an_error(name, 
 def test_the_same_architecture_typed_again_is_fine(shop):
     same = "--decoder lstm --encoder shufflenet_v2_x0_5 --encoder_weights random --freq_threshold 1 --embed_size 16"
     same += " --hidden_size 16 --num_layers 1 --attention_dim 8"
-    assert EPOCH_BLOCK.search(succeed("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 1", same))
+    assert EPOCH_BLOCK.search(
+        succeed("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 1", same)
+    )
 
 
 def test_other_encoder_weights_on_resume_are_an_error(shop):
     torch.save(fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 99), "other.pth")
-    outcome = program("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 1 --encoder_weights other.pth")
-    assert outcome.status == 2 and outcome.err.count("\n") == 1 and "--encoder_weights other.pth" in outcome.err
+    outcome = program(
+        "--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 1 --encoder_weights other.pth"
+    )
+    assert (
+        outcome.status == 2
+        and outcome.err.count("\n") == 1
+        and "--encoder_weights other.pth" in outcome.err
+    )
 
 
 def test_options_that_were_not_typed_come_from_the_checkpoint(shop):
@@ -649,40 +781,61 @@ def test_the_same_scheduler_typed_goes_on_and_another_starts_fresh_and_says_so()
     out = succeed("--model_path", path, "--epochs 3 --scheduler_type step --scheduler_step_size 2")
     assert "--scheduler_type step is new to this run" in out
     rates = read_json(run_dir(out) / "loss_curve.json")["learning_rates"]
-    assert rates == pytest.approx([0.01, 0.008, 0.01, 0.01, 0.008])  # its gamma came from the checkpoint
+    assert rates == pytest.approx(
+        [0.01, 0.008, 0.01, 0.01, 0.008]
+    )  # its gamma came from the checkpoint
 
 
 def test_a_typed_learning_rate_on_resume_counts():
     for name in ("none", "cosine", "one_cycle"):
         first = train(f"--epochs 4 {SCHEDULERS[name]}")
         path = first / "model_epoch_2.pt"
-        old = read_json(run_dir(succeed("--model_path", path)) / "loss_curve.json")["learning_rates"]
-        new = read_json(run_dir(succeed("--model_path", path, "--learning_rate 0.001")) / "loss_curve.json")
+        old = read_json(run_dir(succeed("--model_path", path)) / "loss_curve.json")[
+            "learning_rates"
+        ]
+        new = read_json(
+            run_dir(succeed("--model_path", path, "--learning_rate 0.001")) / "loss_curve.json"
+        )
         assert new["learning_rates"][:2] == old[:2]
-        assert new["learning_rates"][2:] == pytest.approx([rate / 10 for rate in old[2:]], abs=1e-7), name  # min_lr
+        assert new["learning_rates"][2:] == pytest.approx(
+            [rate / 10 for rate in old[2:]], abs=1e-7
+        ), name  # min_lr
 
 
 def test_weight_decay_on_resume_is_the_typed_one_or_the_checkpoints():
     path = train("--epochs 1 --weight_decay 0.5") / "model_epoch_1.pt"
-    for flags, decay in (("", 0.5), ("--weight_decay 0.1", 0.1), ("--use_scheduler --weight_decay 0", 0.0)):
+    for flags, decay in (
+        ("", 0.5),
+        ("--weight_decay 0.1", 0.1),
+        ("--use_scheduler --weight_decay 0", 0.0),
+    ):
         resumed = run_dir(succeed("--model_path", path, "--epochs 1", flags)) / "model_epoch_2.pt"
         groups = load(resumed)["optimizer"]["param_groups"]
         assert [group.pop("weight_decay") for group in groups] == [decay, 0.0]
-        assert [{**group, "params": None} for group in groups] == [{**groups[0], "params": None}] * 2
+        assert [{**group, "params": None} for group in groups] == [
+            {**groups[0], "params": None}
+        ] * 2
 
 
 def test_one_cycle_keeps_the_length_of_its_first_plan_and_then_its_last_rate():
     flags = f"--epochs 3 {SCHEDULERS['one_cycle']}"
     first = train(flags)
     planned = read_json(first / "loss_curve.json")["learning_rates"]
-    outcome = program("--model_path", first / "model_epoch_1.pt", "--epochs 4")  # two epochs beyond the plan
+    outcome = program(
+        "--model_path", first / "model_epoch_1.pt", "--epochs 4"
+    )  # two epochs beyond the plan
     assert outcome.status == 0
     warnings = [line for line in outcome.err.splitlines() if "one_cycle" in line]
     assert len(warnings) == 1 and f"{3 * STEPS} steps" in warnings[0]
     state = load(run_dir(outcome) / "model_epoch_5.pt")
     rates = [row["learning_rate"] for row in state["history"]]
     assert rates[:3] == planned
-    assert rates[3] == rates[4] == state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01 / 25 / 1e4)
+    assert (
+        rates[3]
+        == rates[4]
+        == state["optimizer"]["param_groups"][0]["lr"]
+        == pytest.approx(0.01 / 25 / 1e4)
+    )
     finished = program("--model_path", first / "model_epoch_1.pt", "--epochs 2")
     assert "one_cycle was planned" not in finished.err
 
@@ -702,13 +855,17 @@ def test_a_fresh_one_cycle_warms_up_for_the_epochs_it_was_told():
                   "--use_scheduler --scheduler_type one_cycle --warmup_epochs 1")  # fmt: skip
     rates = read_json(run_dir(out) / "loss_curve.json")["learning_rates"]
     assert rates[2] == pytest.approx(0.01 / 25)
-    quarter = (1 + math.cos(math.pi / 4)) / 2  # peak at the last step of the first epoch, then a cosine of four steps
+    quarter = (
+        1 + math.cos(math.pi / 4)
+    ) / 2  # peak at the last step of the first epoch, then a cosine of four steps
     assert rates[3] == pytest.approx(0.01 * quarter, rel=1e-3)
 
 
 def test_early_stopping_counts_on_over_a_resume(monkeypatch):
     monkeypatch.setattr(fic, "validate", with_cider(fic.validate, itertools.repeat(0.5)))
-    first = train("--epochs 2 --early_stopping_patience 2")  # epoch 2 is the first that is no better
+    first = train(
+        "--epochs 2 --early_stopping_patience 2"
+    )  # epoch 2 is the first that is no better
     out = succeed("--model_path", first / "model_epoch_2.pt", "--epochs 5")
     assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["3"] and "stopped early" in out
 
@@ -725,10 +882,14 @@ def test_test_mode_evaluates_the_whole_test_split_defects_8_and_17(decoder, shop
     rows, scores = read_json("found/test_captions.json"), read_json("found/test_metrics.json")
     assert [row["file_name"] for row in rows] == listed("test") and scores["images"] == 4
     assert not any("<" in row["caption"] for row in rows)
-    Path("h.json").write_text(json.dumps([{"image_id": row["file_name"], "caption": row["caption"]} for row in rows]))
+    Path("h.json").write_text(
+        json.dumps([{"image_id": row["file_name"], "caption": row["caption"]} for row in rows])
+    )
     annotations = [
         {"image_id": name, "caption": text, "id": number}
-        for number, (name, text) in enumerate((name, text) for name in listed("test") for text in references()[name])
+        for number, (name, text) in enumerate(
+            (name, text) for name in listed("test") for text in references()[name]
+        )
     ]
     Path("r.json").write_text(json.dumps({"annotations": annotations}))
     metrics_utils.main(["--references", "r.json", "--hypotheses", "h.json"])
@@ -745,9 +906,17 @@ def test_test_mode_evaluates_the_whole_test_split_defects_8_and_17(decoder, shop
 
 @pytest.mark.parametrize("split, listing", [("val", "dev"), ("train", "train")])
 def test_other_splits_have_files_of_their_own(split, listing, shop):
-    succeed(f"--mode test --split {split} --algorithm greedy --output_dir found --model_path", shop / "lstm/best.pt")
-    assert {path.name for path in Path("found").iterdir()} == {f"{split}_captions.json", f"{split}_metrics.json"}
-    assert [row["file_name"] for row in read_json(f"found/{split}_captions.json")] == listed(listing)
+    succeed(
+        f"--mode test --split {split} --algorithm greedy --output_dir found --model_path",
+        shop / "lstm/best.pt",
+    )
+    assert {path.name for path in Path("found").iterdir()} == {
+        f"{split}_captions.json",
+        f"{split}_metrics.json",
+    }
+    assert [row["file_name"] for row in read_json(f"found/{split}_captions.json")] == listed(
+        listing
+    )
 
 
 def test_test_mode_writes_beside_the_checkpoint_unless_told(shop):
@@ -761,7 +930,8 @@ def test_log_prob_is_that_of_a_teacher_forced_pass_defect_5(decoder, shop):
     """DEFECT 5: training and generation disagreed about <SOS>. A caption's log_prob, and greedy choices, must be
     those of the training pass over the caption itself."""
     succeed(
-        "--mode test --algorithm greedy --precision float32 --output_dir found --model_path", shop / decoder / "best.pt"
+        "--mode test --algorithm greedy --precision float32 --output_dir found --model_path",
+        shop / decoder / "best.pt",
     )
     model, vocabulary, encoder = opened(shop / decoder / "best.pt")
     for row in read_json("found/test_captions.json"):
@@ -769,11 +939,15 @@ def test_log_prob_is_that_of_a_teacher_forced_pass_defect_5(decoder, shop):
         finished = [vocabulary.eos] if len(words) < 12 else []
         targets = torch.tensor([*words, *finished])
         inputs = torch.tensor([[vocabulary.sos, *words]])[:, : len(targets)]
-        features = encode(encoder, f"data/sample/Images/{row['file_name']}").half().float()  # as cached
+        features = (
+            encode(encoder, f"data/sample/Images/{row['file_name']}").half().float()
+        )  # as cached
         with torch.no_grad():
             logits, _ = model(features, inputs, torch.tensor([len(targets)]), torch.tensor([0]))
         log_probs = logits[0].log_softmax(-1)
-        assert row["log_prob"] == pytest.approx(float(log_probs.gather(1, targets[:, None]).sum()), rel=1e-4)
+        assert row["log_prob"] == pytest.approx(
+            float(log_probs.gather(1, targets[:, None]).sum()), rel=1e-4
+        )
         log_probs[:, [vocabulary.pad, vocabulary.sos, vocabulary.unk]] = -math.inf  # never written
         assert log_probs.argmax(1).tolist() == targets.tolist()
 
@@ -796,12 +970,16 @@ def test_the_splits_of_the_checkpoint_are_reused(shop):
 
 def test_caption_mode_prints_path_tab_caption_and_agrees_with_test_mode(shop):
     path = shop / "attention/best.pt"
-    succeed("--mode test --no_feature_cache --output_dir found --model_path", path)  # float32 in both, then
+    succeed(
+        "--mode test --no_feature_cache --output_dir found --model_path", path
+    )  # float32 in both, then
     rows = read_json("found/test_captions.json")
     images = [f"data/sample/Images/{row['file_name']}" for row in rows]
     outcome = program("--mode caption --model_path", path, "--images", *images)
     assert outcome.status == 0 and outcome.err == ""
-    assert outcome.out == "".join(f"{i}\t{row['caption']}\n" for i, row in zip(images, rows, strict=True))
+    assert outcome.out == "".join(
+        f"{i}\t{row['caption']}\n" for i, row in zip(images, rows, strict=True)
+    )
     lines = [json.loads(line) for line in succeed("--mode caption --json --model_path", path, "--images", *images,
                                                   "--num_captions 3").splitlines()]  # fmt: skip
     assert [line["image"] for line in lines] == images
@@ -817,11 +995,20 @@ def test_caption_mode_takes_folders_and_goes_on_past_what_is_no_image(shop):
         shutil.copy(f"data/sample/Images/{name}", f"album/{number}.jpg")
     Path("album/0b.png").write_text("no picture")
     Path("album/notes.txt").write_text("not looked at: its name is no picture's")
-    outcome = program("--mode caption --model_path", shop / "lstm/best.pt", "--images album album/notes.txt")
+    outcome = program(
+        "--mode caption --model_path", shop / "lstm/best.pt", "--images album album/notes.txt"
+    )
     assert outcome.status == 1
-    assert [line.split("\t")[0] for line in outcome.out.splitlines()] == ["album/0.jpg", "album/1.jpg"]
+    assert [line.split("\t")[0] for line in outcome.out.splitlines()] == [
+        "album/0.jpg",
+        "album/1.jpg",
+    ]
     assert all(line.split("\t")[1] for line in outcome.out.splitlines())
-    assert outcome.err.count("\n") == 2 and "album/0b.png" in outcome.err and "album/notes.txt" in outcome.err
+    assert (
+        outcome.err.count("\n") == 2
+        and "album/0b.png" in outcome.err
+        and "album/notes.txt" in outcome.err
+    )
 
 
 def test_file_names_of_any_bytes_are_captioned(shop):
@@ -839,7 +1026,10 @@ def test_file_names_of_any_bytes_are_captioned(shop):
 def test_best_pt_alone_captions_pictures_where_there_is_nothing_else(shop, monkeypatch):
     """No cache, no dataset, no weights file: they are gone, and nothing is put in their place."""
     torch.save(fic.load_encoder_weights("shufflenet_v2_x0_5", "random", 1), "weights.pth")
-    path = train("--decoder attention --encoder_weights weights.pth --cache_dir cache_of_this_test") / "best.pt"
+    path = (
+        train("--decoder attention --encoder_weights weights.pth --cache_dir cache_of_this_test")
+        / "best.pt"
+    )
     picture = f"data/sample/Images/{listed('test')[0]}"
     expected = succeed("--mode caption --model_path", path, "--images", picture).split("\t")[1]
     Path("empty").mkdir()
@@ -851,7 +1041,10 @@ def test_best_pt_alone_captions_pictures_where_there_is_nothing_else(shop, monke
         Path(file).unlink()
     monkeypatch.chdir("empty")
     before = snapshot()
-    assert succeed("--mode caption --model_path best.pt --images picture.jpg") == f"picture.jpg\t{expected}"
+    assert (
+        succeed("--mode caption --model_path best.pt --images picture.jpg")
+        == f"picture.jpg\t{expected}"
+    )
     assert snapshot() == before
 
 
@@ -868,7 +1061,10 @@ def check_pictures(folder, numbers, advanced=False):
         raw = np.load(Path(folder) / f"attention_maps_sample_{number}.npz")
         assert raw["maps"].shape == (len(raw["words"]), 7, 7) and len(raw["words"]) >= 2
         assert raw["maps"].sum(axis=(1, 2)) == pytest.approx(1, abs=1e-4)
-        assert raw["maps"].std(axis=(1, 2)).min() > 0 and np.abs(raw["maps"][0] - raw["maps"][1]).max() > 0
+        assert (
+            raw["maps"].std(axis=(1, 2)).min() > 0
+            and np.abs(raw["maps"][0] - raw["maps"][1]).max() > 0
+        )
         assert not set(raw["words"]) & set(caption_data.Vocabulary.SPECIALS)
         with Image.open(Path(folder) / f"attention_viz_sample_{number}.png") as picture:
             assert picture.width > 300
@@ -879,7 +1075,9 @@ def test_training_draws_attention_pictures_without_a_display_defects_1_and_14(mo
     training loop, and here pyplot is not even imported."""
     pyplot = sys.modules.pop("matplotlib.pyplot", None)
     monkeypatch.delenv("DISPLAY", raising=False)
-    folder = train("--decoder attention --save_attention_viz --attention_viz_samples 2 --min_length 3")
+    folder = train(
+        "--decoder attention --save_attention_viz --attention_viz_samples 2 --min_length 3"
+    )
     assert "matplotlib.pyplot" not in sys.modules
     if pyplot:
         sys.modules["matplotlib.pyplot"] = pyplot
@@ -935,7 +1133,9 @@ def test_document_a_s_training_commands_run(monkeypatch):
     small = " ".join(TINY.split()[2:])
     for command in sorted(commands):
         out = succeed(command, small, "--batch_size 160")
-        name, decoder = (re.search(rf"--{flag} (\w+)", command)[1] for flag in ("dataset_type", "decoder"))
+        name, decoder = (
+            re.search(rf"--{flag} (\w+)", command)[1] for flag in ("dataset_type", "decoder")
+        )
         assert run_dir(out).parent == Path(f"saved_models/{name}/shufflenet_v2_x0_5_{decoder}")
         assert len(EPOCH_BLOCK.findall(out)) == 1
 
@@ -945,7 +1145,9 @@ def test_a_signal_to_a_real_process_ends_it_with_last_pt():
     command = [sys.executable, "-u", str(Path(fic.__file__)), *TINY.split(), "--epochs", "1000000"]
     command += ["--keep_checkpoints", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as child:
         try:
             lines = iter(child.stdout.readline, "")
             folder = run_dir(next(line for line in lines if line.startswith("run directory")))

@@ -154,8 +154,13 @@ def test_run_name_keeps_every_digit_of_the_learning_rate():
 
 
 def test_resnet50_writes_resnet_and_other_encoders_their_own_name(tmp_path):
-    assert create_run_dir(tmp_path, CONFIG, STAMP).parent == tmp_path / "flickr30k" / "resnet_attention"
-    mobile = create_run_dir(tmp_path, CONFIG | {"encoder": "mobilenet_v2", "decoder": "lstm"}, STAMP)
+    assert (
+        create_run_dir(tmp_path, CONFIG, STAMP).parent
+        == tmp_path / "flickr30k" / "resnet_attention"
+    )
+    mobile = create_run_dir(
+        tmp_path, CONFIG | {"encoder": "mobilenet_v2", "decoder": "lstm"}, STAMP
+    )
     assert mobile.parent == tmp_path / "flickr30k" / "mobilenet_v2_lstm"
 
 
@@ -163,11 +168,15 @@ def test_run_directories_of_one_second_and_two_processes_are_distinct(tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         made = pool.starmap(create_run_dir, [(tmp_path, CONFIG, STAMP)] * 40, chunksize=1)
     name = run_name(CONFIG, STAMP)
-    assert sorted(run_dir.name for run_dir in made) == sorted([name] + [f"{name}_{n}" for n in range(2, 41)])
+    assert sorted(run_dir.name for run_dir in made) == sorted(
+        [name] + [f"{name}_{n}" for n in range(2, 41)]
+    )
 
 
 def test_run_directory_carries_the_local_time_of_its_making(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment_utils.time, "strftime", lambda layout: {"%Y%m%d_%H%M%S": STAMP}[layout])
+    monkeypatch.setattr(
+        experiment_utils.time, "strftime", lambda layout: {"%Y%m%d_%H%M%S": STAMP}[layout]
+    )
     assert create_run_dir(tmp_path, CONFIG).name.endswith("_att_20241201_143022")
 
 
@@ -187,7 +196,9 @@ def test_run_config_opens_with_document_a_s_keys_and_keeps_everything_else(tmp_p
 def test_run_summary_is_document_a_s_and_the_command(tmp_path):
     run_dir = create_run_dir(tmp_path, CONFIG, STAMP)
     RunTracker(run_dir, CONFIG, COMMAND)
-    command = "\nCommand to reproduce:\n  python flickr_image_caption.py --image_dir 'my pictures'\n"
+    command = (
+        "\nCommand to reproduce:\n  python flickr_image_caption.py --image_dir 'my pictures'\n"
+    )
     assert (run_dir / "run_summary.txt").read_text() == DOCUMENT_SUMMARY + command
 
 
@@ -202,14 +213,19 @@ def test_run_summary_is_document_a_s_and_the_command(tmp_path):
     ],
 )  # fmt: skip
 def test_run_summary_shows_the_chosen_scheduler_s_own_parameters(scheduler, flags, lines):
-    text = experiment_utils.run_summary("run", CONFIG | flags | {"scheduler_type": scheduler}, COMMAND)
+    text = experiment_utils.run_summary(
+        "run", CONFIG | flags | {"scheduler_type": scheduler}, COMMAND
+    )
     assert f"Learning Rate Scheduler: {scheduler}\n" + "\n".join(lines) + "\n\nAttention" in text
 
 
 def test_run_summary_without_scheduler_and_pictures():
     changes = {"use_scheduler": False, "save_attention_viz": False}
     text = experiment_utils.run_summary("run", CONFIG | changes, COMMAND)
-    assert "Learning Rate Scheduler: none\n\nAttention Visualization: Disabled\n\nFull configuration" in text
+    assert (
+        "Learning Rate Scheduler: none\n\nAttention Visualization: Disabled\n\nFull configuration"
+        in text
+    )
 
 
 def test_git_info_in_a_repository_with_a_change_and_outside_one(tmp_path, monkeypatch):
@@ -218,7 +234,11 @@ def test_git_info_in_a_repository_with_a_change_and_outside_one(tmp_path, monkey
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # set where a git hook runs the tests
+    for name in (
+        "GIT_DIR",
+        "GIT_WORK_TREE",
+        "GIT_INDEX_FILE",
+    ):  # set where a git hook runs the tests
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(experiment_utils, "__file__", str(tmp_path / "experiment_utils.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -299,7 +319,10 @@ def test_history_of_numpy_scores_can_be_loaded_from_a_checkpoint(tmp_path):
 
 def test_best_epoch_is_the_first_with_the_highest_cider_else_the_lowest_loss():
     assert best_epoch([row(1, CIDEr=0.1), row(2, CIDEr=0.3), row(3, CIDEr=0.3)])["epoch"] == 2
-    assert best_epoch([row(1, val_loss=2.0), row(2, val_loss=1.0), row(3, val_loss=None)])["epoch"] == 2
+    assert (
+        best_epoch([row(1, val_loss=2.0), row(2, val_loss=1.0), row(3, val_loss=None)])["epoch"]
+        == 2
+    )
     assert best_epoch([row(1, val_loss=None)]) is None
 
 
@@ -338,7 +361,9 @@ def test_plots_of_one_epoch_without_validation(tmp_path, rate):
 
 
 def test_plots_need_neither_pyplot_nor_a_display(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it is now an ImportError
+    monkeypatch.setitem(
+        sys.modules, "matplotlib.pyplot", None
+    )  # importing it is now an ImportError
     monkeypatch.delenv("DISPLAY", raising=False)
     experiment_utils.plot_losses(tmp_path / "losses.png", [row(1), row(2)])
     assert colours(tmp_path / "losses.png")[0] > 500
@@ -348,11 +373,20 @@ def test_plots_need_neither_pyplot_nor_a_display(tmp_path, monkeypatch):
 
 
 def test_write_json_is_strict_and_keeps_every_script(tmp_path):
-    value = {"path": Path("a/b"), "犬": ["ein Hund", np.int64(3), torch.tensor(0.5), np.array([1, 2])], 4: -math.inf}
+    value = {
+        "path": Path("a/b"),
+        "犬": ["ein Hund", np.int64(3), torch.tensor(0.5), np.array([1, 2])],
+        4: -math.inf,
+    }
     write_json(tmp_path / "a.json", value | {"name": os.fsdecode(b"caf\xe9.jpg")})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert "犬" in text
-    expected = {"path": "a/b", "犬": ["ein Hund", 3, 0.5, [1, 2]], "4": None, "name": "caf\udce9.jpg"}
+    expected = {
+        "path": "a/b",
+        "犬": ["ein Hund", 3, 0.5, [1, 2]],
+        "4": None,
+        "name": "caf\udce9.jpg",
+    }
     assert json.loads(text) == expected
 
 
@@ -362,7 +396,9 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize("function", ["os.fsync", "os.replace", "torch.save"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Stopped()])
-def test_a_write_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch, function, error):
+def test_a_write_that_fails_leaves_the_old_checkpoint_and_nothing_else(
+    tmp_path, monkeypatch, function, error
+):
     def fail(*arguments, **options):
         raise error
 
@@ -426,12 +462,16 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    state = checkpoint(optimizer={"state": {0: {"exp_avg": torch.randn(3), "step": torch.tensor(4.0)}}})
+    state = checkpoint(
+        optimizer={"state": {0: {"exp_avg": torch.randn(3), "step": torch.tensor(4.0)}}}
+    )
     save_checkpoint(tmp_path / "best.pt", state)
     back = load_checkpoint(tmp_path / "best.pt")
     assert back.keys() == {"format_version", *state}
     assert torch.equal(back["model"]["weight"], torch.arange(6.0))
-    assert torch.equal(back["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
+    assert torch.equal(
+        back["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"]
+    )
     assert back["format_version"] == experiment_utils.FORMAT_VERSION
     assert (back["vocabulary"], back["epoch"]) == ({"words": ["hund", "犬"]}, 2)
 
@@ -467,7 +507,9 @@ def refusal(path):
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_hostile_checkpoint_is_refused_and_its_code_not_run(tmp_path, archive):
     bad, proof = tmp_path / "bad.pt", tmp_path / "proof"
-    hostile = checkpoint(format_version=experiment_utils.FORMAT_VERSION, config={"a": Attack(str(proof))})
+    hostile = checkpoint(
+        format_version=experiment_utils.FORMAT_VERSION, config={"a": Attack(str(proof))}
+    )
     if archive:
         torch.save(hostile, bad)
         assert "could run code" in refusal(bad)
@@ -534,8 +576,14 @@ def test_an_archive_that_claims_more_than_the_file_holds_is_refused(tmp_path):
         ([1, 2], "not a usable checkpoint (it has no format_version)"),
         ({"conv1.weight": torch.zeros(3)}, "not a usable checkpoint (it has no format_version)"),
         ({"format_version": torch.zeros(2)}, "not a usable checkpoint (it has no format_version)"),
-        ({"format_version": 1}, "checkpoint format version 1, expected 3: use the version of this program that wrote"),
-        ({"format_version": 3}, "not a usable checkpoint (its 'config' is missing or not of type dict)"),
+        (
+            {"format_version": 1},
+            "checkpoint format version 1, expected 3: use the version of this program that wrote",
+        ),
+        (
+            {"format_version": 3},
+            "not a usable checkpoint (its 'config' is missing or not of type dict)",
+        ),
         (
             checkpoint(format_version=3, model=[]),
             "not a usable checkpoint (its 'model' is missing or not of type dict)",
@@ -564,7 +612,10 @@ def saved_models(tmp_path):
     for name in ("best.pt", "model_epoch_11.pt"):
         touch(family / "flickr30k_attention_ep15_bs32_lr1e-04_20241201_143045" / name)
     (family / "flickr30k_attention_ep15_bs32_lr1e-04_20250101_000000").mkdir()
-    touch(tmp_path / "saved_models/flickr8k/resnet_lstm/flickr8k_lstm_ep1_bs8_lr1e-03_20231201_143045/best.pt")
+    touch(
+        tmp_path
+        / "saved_models/flickr8k/resnet_lstm/flickr8k_lstm_ep1_bs8_lr1e-03_20231201_143045/best.pt"
+    )
     return tmp_path / "saved_models"
 
 
@@ -586,7 +637,10 @@ def test_document_a_s_flat_paths_are_found_in_the_newest_run_that_has_them(saved
     family = saved_models / "flickr30k" / "resnet_attention"
     assert resolve_checkpoint(family / "best.pt").parent.name.endswith("143045")
     found = resolve_checkpoint(family / "model_epoch_10.pt", prefer="newest")
-    assert found == family / "flickr30k_attention_ep10_bs32_lr1e-04_20241201_143022" / "model_epoch_10.pt"
+    assert (
+        found
+        == family / "flickr30k_attention_ep10_bs32_lr1e-04_20241201_143022" / "model_epoch_10.pt"
+    )
 
 
 def test_the_tenth_run_of_a_second_is_newer_than_its_second(tmp_path):
@@ -596,7 +650,9 @@ def test_the_tenth_run_of_a_second_is_newer_than_its_second(tmp_path):
 
 
 def test_a_renamed_run_goes_by_the_time_of_its_file(tmp_path):
-    touch(tmp_path / f"flickr8k_lstm_{STAMP}" / "best.pt")  # December 2024, whatever its file's own time
+    touch(
+        tmp_path / f"flickr8k_lstm_{STAMP}" / "best.pt"
+    )  # December 2024, whatever its file's own time
     renamed = touch(tmp_path / "my good one" / "best.pt", written=1_600_000_000)  # September 2020
     assert resolve_checkpoint(tmp_path).parent.name == f"flickr8k_lstm_{STAMP}"
     touch(renamed, written=1_800_000_000)  # January 2027
@@ -620,28 +676,46 @@ def test_a_best_copied_into_a_resumed_run_is_not_its_newest_checkpoint(tmp_path)
     touch(tmp_path / f"lstm_{STAMP}" / "model_epoch_9.pt")
     touch(tmp_path / "lstm_20251201_143022" / "best.pt")
     assert resolve_checkpoint(tmp_path, "newest").name == "model_epoch_9.pt"
-    assert resolve_checkpoint(tmp_path / "lstm_20251201_143022", "newest").name == "best.pt"  # a released model, alone
+    assert (
+        resolve_checkpoint(tmp_path / "lstm_20251201_143022", "newest").name == "best.pt"
+    )  # a released model, alone
 
 
 def test_what_is_not_there_is_said_with_what_is(saved_models, tmp_path):
     family = saved_models / "flickr30k" / "resnet_attention"
-    with pytest.raises(FileNotFoundError, match=r"model_epoch_99\.pt: no such checkpoint: existing ones are .*143045"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"model_epoch_99\.pt: no such checkpoint: existing ones are .*143045",
+    ):
         resolve_checkpoint(family / "model_epoch_99.pt")
     with pytest.raises(FileNotFoundError, match=r"existing ones are .*flickr8k_lstm_ep1"):
         resolve_checkpoint(saved_models / "flickr8k" / "resnet_attention" / "best.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"there is none in .*empty or below it: --mode train writes them"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is none in .*empty or below it: --mode train writes them"
+    ):
         resolve_checkpoint(tmp_path / "empty", "newest")
 
 
 def test_prune_keeps_the_last_epochs_and_every_other_file(tmp_path):
-    for name in ("best.pt", "last.pt", "model_epoch_x.pt.txt", *(f"model_epoch_{n}.pt" for n in (1, 2, 9, 10, 11))):
+    for name in (
+        "best.pt",
+        "last.pt",
+        "model_epoch_x.pt.txt",
+        *(f"model_epoch_{n}.pt" for n in (1, 2, 9, 10, 11)),
+    ):
         touch(tmp_path / name)
     prune_checkpoints(tmp_path, 0)
     assert len(list(tmp_path.iterdir())) == 8
     prune_checkpoints(tmp_path, 2)
     left = sorted(file.name for file in tmp_path.iterdir())
-    assert left == ["best.pt", "last.pt", "model_epoch_10.pt", "model_epoch_11.pt", "model_epoch_x.pt.txt"]
+    assert left == [
+        "best.pt",
+        "last.pt",
+        "model_epoch_10.pt",
+        "model_epoch_11.pt",
+        "model_epoch_x.pt.txt",
+    ]
 
 
 # ------------------------------------------------------------------------------------------- random numbers, folders
@@ -699,11 +773,18 @@ def test_an_output_folder_is_checked_without_being_made(tmp_path):
     check_writable_dir(tmp_path / "new" / "folder", "--cache_dir")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=r"^--output_dir .*/file is not a folder: give a folder"):
+        with pytest.raises(
+            ValueError, match=r"^--output_dir .*/file is not a folder: give a folder"
+        ):
             check_writable_dir(path, "--output_dir")
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write in")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs a folder that nobody can write in"
+)
 def test_an_output_folder_that_cannot_be_made_is_refused():
-    with pytest.raises(ValueError, match=r"^--output_dir /proc/none: cannot write in /proc .*: give another folder$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^--output_dir /proc/none: cannot write in /proc .*: give another folder$",
+    ):
         check_writable_dir("/proc/none", "--output_dir")

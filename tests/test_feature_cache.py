@@ -34,7 +34,9 @@ class FakeEncoder:
         self.images += len(pixels)
         time.sleep(self.seconds)
         level = pixels[:, 0, 0, 0].float()
-        features = level[:, None, None] + 10.0 * torch.arange(4)[:, None] + torch.arange(3) / 8  # (n, 4, 3)
+        features = (
+            level[:, None, None] + 10.0 * torch.arange(4)[:, None] + torch.arange(3) / 8
+        )  # (n, 4, 3)
         if self.overflow is not None:
             features[level == self.overflow[0], 3, 1] = self.overflow[1]
         return features
@@ -46,8 +48,15 @@ def _expected(levels):
 
 
 def _cached(paths, encode, cache_dir, batch_size=2, **options):
-    options = {"key": {"encoder": "fake/net", "sha256": "0"}, "grid": (2, 2), "channels": 3, "image_size": 8} | options
-    return cached_features(paths, encode, cache_dir=cache_dir, batch_size=batch_size, progress=False, **options)
+    options = {
+        "key": {"encoder": "fake/net", "sha256": "0"},
+        "grid": (2, 2),
+        "channels": 3,
+        "image_size": 8,
+    } | options
+    return cached_features(
+        paths, encode, cache_dir=cache_dir, batch_size=batch_size, progress=False, **options
+    )
 
 
 def _folder(cache_dir: Path) -> Path:
@@ -82,7 +91,11 @@ def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
     for _ in range(2):
         features, _ = _cached(paths, encoder, cache, dtype=dtype)
     assert encoder.images == (0 if name == "float16" else 3)
-    assert features[[2, 0]].dtype == dtype and features[torch.tensor([], dtype=int)].shape == (0, 4, 3)
+    assert features[[2, 0]].dtype == dtype and features[torch.tensor([], dtype=int)].shape == (
+        0,
+        4,
+        3,
+    )
     assert torch.equal(features[[2, 0]].float(), _expected([2, 0]).to(dtype).float())
     (file,) = cache.glob(f"*/features.{FILES[name]}")
     assert file.stat().st_size == 3 * 12 * dtype.itemsize
@@ -101,9 +114,15 @@ def test_features_in_a_devices_memory_read_as_those_on_disk(tmp_path):
 def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
     paths, cache = [*_grey(tmp_path / "i", 3), tmp_path / "none.png"], tmp_path / "cache"
     means, unreadable = _cached(paths, FakeEncoder(), cache, dtype=dtype, pooled=True)
-    assert means[[0]].shape == (1, 1, 3) and means[[0]].dtype == torch.float32 and list(unreadable) == paths[3:]
+    assert (
+        means[[0]].shape == (1, 1, 3)
+        and means[[0]].dtype == torch.float32
+        and list(unreadable) == paths[3:]
+    )
     exact = torch.tensor([[15, 15.125, 15.25], [16, 16.125, 16.25], [17, 17.125, 17.25]])
-    torch.testing.assert_close(means[range(3)][:, 0], exact, rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=0)
+    torch.testing.assert_close(
+        means[range(3)][:, 0], exact, rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=0
+    )
     assert _folder(cache).name.endswith("_pooled")
     assert [path.stat().st_size for path in _folder(cache).glob("features.*")] == [3 * 3 * 4]
     encoder = FakeEncoder()  # the grids are another matter
@@ -116,13 +135,17 @@ def test_means_of_stored_grids_are_taken_without_encoding(tmp_path):
 
     def encode(pixels):
         encoded.extend(pixels[:, 0, 0, 0].tolist())
-        return noise[pixels[:, 0, 0, 0].long()].transpose(1, 2).contiguous().transpose(1, 2)  # as the encoder's lie
+        return (
+            noise[pixels[:, 0, 0, 0].long()].transpose(1, 2).contiguous().transpose(1, 2)
+        )  # as the encoder's lie
 
     encoded, options = [], {"grid": (7, 7), "channels": 96}
     _cached([paths[3], paths[1]], encode, cache, **options)
     taken, _ = _cached(paths, encode, cache, pooled=True, **options)
     assert encoded == [3, 1, 0, 2, 4]
-    torch.testing.assert_close(taken[range(5)].float(), noise[:5].mean(1, keepdim=True), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        taken[range(5)].float(), noise[:5].mean(1, keepdim=True), rtol=1e-3, atol=0
+    )
     fresh, _ = _cached(paths, encode, tmp_path / "other", pooled=True, **options)
     torch.testing.assert_close(taken[range(5)], fresh[range(5)], rtol=1e-3, atol=0)
     paths += _grey(tmp_path / "i", 1, start=5)
@@ -197,7 +220,11 @@ def test_nothing_readable(tmp_path):
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError("a broken disk")])
 def test_an_interrupted_cache_is_continued(tmp_path, error, pooled):
-    paths, cache, options = _grey(tmp_path / "i", 7), tmp_path / "cache", {"pooled": pooled, "dtype": torch.float32}
+    paths, cache, options = (
+        _grey(tmp_path / "i", 7),
+        tmp_path / "cache",
+        {"pooled": pooled, "dtype": torch.float32},
+    )
     with pytest.raises(type(error)):
         _cached(paths, FakeEncoder(break_after=4, error=error), cache, **options)
     encoder = FakeEncoder()
@@ -255,8 +282,15 @@ def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, enc
     ],
 )
 def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dtype, value):
-    paths, cache, options = _grey(tmp_path / "i", 6), tmp_path / "cache", {"dtype": getattr(torch, dtype)}
-    with pytest.raises(ValueError, match=rf"4\.png: the encoder's output overflows {dtype}; use a wider --cache_dtype"):
+    paths, cache, options = (
+        _grey(tmp_path / "i", 6),
+        tmp_path / "cache",
+        {"dtype": getattr(torch, dtype)},
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"4\.png: the encoder's output overflows {dtype}; use a wider --cache_dtype",
+    ):
         _cached(paths, FakeEncoder(overflow=(4, value)), cache, **options)
     encoder = FakeEncoder()
     features, _ = _cached(paths, encoder, cache, **options)
@@ -264,10 +298,14 @@ def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dt
     assert torch.equal(features[range(6)].float(), _expected(range(6)).to(options["dtype"]).float())
 
 
-@pytest.mark.parametrize("options", [{}, {"pooled": True, "dtype": torch.float32}, {"dtype": torch.float8_e4m3fn}])
+@pytest.mark.parametrize(
+    "options", [{}, {"pooled": True, "dtype": torch.float32}, {"dtype": torch.float8_e4m3fn}]
+)
 def test_free_space_is_checked_first(tmp_path, monkeypatch, options):
     usage, row = shutil.disk_usage(tmp_path), 24 if not options else 12  # bytes
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _path: usage._replace(free=3 * row - 1))
+    monkeypatch.setattr(
+        feature_cache.shutil, "disk_usage", lambda _path: usage._replace(free=3 * row - 1)
+    )
     paths, encoder = _grey(tmp_path / "i", 3), FakeEncoder()
     with pytest.raises(ValueError, match=r"--cache_dir .*--cache_dtype or --no_feature_cache"):
         _cached(paths, encoder, tmp_path / "cache", **options)
@@ -303,7 +341,9 @@ def _fill(paths, cache, seconds, queue, file_size_limit=None):
 
 def _start(*arguments):
     queue = multiprocessing.get_context("fork").Queue()
-    process = multiprocessing.get_context("fork").Process(target=_fill, args=(*arguments[:3], queue, *arguments[3:]))
+    process = multiprocessing.get_context("fork").Process(
+        target=_fill, args=(*arguments[:3], queue, *arguments[3:])
+    )
     process.start()
     return process, queue
 

@@ -83,7 +83,10 @@ def steps(decoder, features, tokens):
 
 
 def test_an_ensemble_writes_with_the_mean_of_its_members_probabilities():
-    members, (features, captions) = [make_decoder("attention", 1), make_decoder("lstm", 3, seed=1)], make_batch()
+    members, (features, captions) = (
+        [make_decoder("attention", 1), make_decoder("lstm", 3, seed=1)],
+        make_batch(),
+    )
     logits, alphas = steps(Ensemble(members), features[0], captions[0, :5])
     each = [steps(member, features[0], captions[0, :5]) for member in members]
     torch.testing.assert_close(logits.exp(), sum(own.softmax(-1) for own, _ in each) / 2)
@@ -100,7 +103,9 @@ def test_a_decoder_in_company_of_itself_writes_as_alone(kinds):
         generate(model, features, VOCABULARY, beam_size=3, num_captions=3, max_length=8)
         for model in (decoder, Ensemble([decoder] * len(kinds)))
     )
-    assert [[h.tokens for h in image] for image in found] == [[h.tokens for h in image] for image in alone]
+    assert [[h.tokens for h in image] for image in found] == [
+        [h.tokens for h in image] for image in alone
+    ]
     for ours, theirs in zip(itertools.chain(*found), itertools.chain(*alone), strict=True):
         assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
 
@@ -123,24 +128,34 @@ def check_against_teacher_forcing(decoder, features, image, hypothesis):
     written = torch.tensor([[1, *hypothesis.tokens, *[2] * hypothesis.finished]])
     length = written.size(1) - 1
     with torch.no_grad():
-        logits, alphas = run_decoder(decoder, features, written, torch.tensor([length]), torch.tensor([image]))
+        logits, alphas = run_decoder(
+            decoder, features, written, torch.tensor([length]), torch.tensor([image])
+        )
     own = logits[0].log_softmax(-1).gather(1, written[0, 1:, None]).sum()
     assert hypothesis.log_prob == pytest.approx(float(own), abs=1e-4)
     if alphas is not None:
-        torch.testing.assert_close(hypothesis.attention, alphas[0, : len(hypothesis.tokens)], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            hypothesis.attention, alphas[0, : len(hypothesis.tokens)], atol=1e-5, rtol=0
+        )
     return logits[0].argmax(-1).tolist()
 
 
 @every_decoder
-def test_defect_5_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_output(kind, num_layers):
+def test_defect_5_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_output(
+    kind, num_layers
+):
     lengths = set()
     features = torch.randn(6, CELLS, CHANNELS, generator=torch.Generator().manual_seed(2)) * 2
     for seed in range(8):
         decoder = make_decoder(kind, num_layers, seed=seed, scale=4.0)
         with torch.no_grad():
-            decoder.head.bias[[0, 1, 3]] = -50.0  # search never writes these; here teacher forcing does not, either
+            decoder.head.bias[
+                [0, 1, 3]
+            ] = -50.0  # search never writes these; here teacher forcing does not, either
             decoder.head.bias[2] += 4 * (seed % 4)  # some captions end, some are cut
-        for image, (best,) in enumerate(generate(decoder, features, VOCABULARY, algorithm="greedy", max_length=8)):
+        for image, (best,) in enumerate(
+            generate(decoder, features, VOCABULARY, algorithm="greedy", max_length=8)
+        ):
             written = best.tokens + [2] * best.finished
             assert check_against_teacher_forcing(decoder, features, image, best) == written
             lengths.add(len(written))
@@ -151,7 +166,9 @@ def test_defect_5_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_ou
 def test_beam_search_agrees_with_teacher_forcing_after_reordering(kind, num_layers):
     decoder = make_decoder(kind, num_layers)
     features = torch.randn(3, CELLS, CHANNELS, generator=torch.Generator().manual_seed(3))
-    found = generate(decoder, features, VOCABULARY, beam_size=4, num_captions=4, max_length=6, min_length=2)
+    found = generate(
+        decoder, features, VOCABULARY, beam_size=4, num_captions=4, max_length=6, min_length=2
+    )
     for image, hypotheses in enumerate(found):
         assert len(hypotheses) == 4
         for hypothesis in hypotheses:
@@ -173,15 +190,24 @@ def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_lay
     decoder, (features, _) = make_decoder("attention", num_layers), make_batch()
     grid, token = features[1], torch.tensor([[7]])
     state = decoder.start(features[1:2])
-    hidden = [torch.tanh(decoder.start_hidden(grid.mean(0)))[i * HIDDEN : (i + 1) * HIDDEN] for i in range(num_layers)]
-    cell = [torch.tanh(decoder.start_cell(grid.mean(0)))[i * HIDDEN : (i + 1) * HIDDEN] for i in range(num_layers)]
+    hidden = [
+        torch.tanh(decoder.start_hidden(grid.mean(0)))[i * HIDDEN : (i + 1) * HIDDEN]
+        for i in range(num_layers)
+    ]
+    cell = [
+        torch.tanh(decoder.start_cell(grid.mean(0)))[i * HIDDEN : (i + 1) * HIDDEN]
+        for i in range(num_layers)
+    ]
     for _ in range(2):  # from the image alone, then from a state with a word in it
         query, energies = hidden[-1], []
         for vector in grid:  # Bahdanau et al. 2015, section 3.1: v . tanh(W q + U x)
             summed = decoder.project_keys(vector) + decoder.project_query.weight @ query
             energies.append(decoder.score.weight[0] @ torch.tanh(summed))
         weights = torch.stack(energies).exp() / sum(energy.exp() for energy in energies)
-        context = sum(weight * decoder.project_features(vector) for weight, vector in zip(weights, grid, strict=True))
+        context = sum(
+            weight * decoder.project_features(vector)
+            for weight, vector in zip(weights, grid, strict=True)
+        )
         inputs = context = torch.sigmoid(decoder.gate(query)) * context
         for number, layer in enumerate(decoder.layers):
             reference = nn.LSTMCell(len(inputs) + (0 if number else EMBED), HIDDEN)
@@ -197,7 +223,9 @@ def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_lay
             inputs = hidden[number]
         logits, state, alphas = decoder.step(token, state)
         torch.testing.assert_close(alphas[0, 0], weights, atol=1e-5, rtol=0)
-        deep = inputs + decoder.deepen(torch.cat([decoder.embed.weight[7], context]))  # Xu et al. 2015, equation 7
+        deep = inputs + decoder.deepen(
+            torch.cat([decoder.embed.weight[7], context])
+        )  # Xu et al. 2015, equation 7
         torch.testing.assert_close(logits[0, 0], decoder.head(deep), atol=1e-5, rtol=0)
 
 
@@ -222,17 +250,29 @@ def test_padding_and_company_change_nothing(kind, num_layers):
     is_token = torch.arange(6) < LENGTHS.unsqueeze(1)
 
     def same(found, looked, rows=slice(None)):
-        torch.testing.assert_close(found[:, :6][is_token[rows]], logits[rows][is_token[rows]], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            found[:, :6][is_token[rows]], logits[rows][is_token[rows]], atol=1e-5, rtol=0
+        )
         if kind == "attention":
-            torch.testing.assert_close(looked[:, :6][is_token[rows]], alphas[rows][is_token[rows]], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                looked[:, :6][is_token[rows]], alphas[rows][is_token[rows]], atol=1e-5, rtol=0
+            )
 
     same(*run_decoder(decoder, *make_batch(extra_padding=4)))
-    other = captions.masked_fill(F.pad(~is_token, (1, 0)), 11)  # beyond its length, a caption may hold any id
+    other = captions.masked_fill(
+        F.pad(~is_token, (1, 0)), 11
+    )  # beyond its length, a caption may hold any id
     same(*run_decoder(decoder, features, other))
     for rows in (torch.tensor([3, 6, 0, 5, 2, 4, 1]), torch.tensor([4]), torch.tensor([3, 1])):
-        same(*run_decoder(decoder, features, captions[rows], LENGTHS[rows], IMAGE_INDEX[rows]), rows)
+        same(
+            *run_decoder(decoder, features, captions[rows], LENGTHS[rows], IMAGE_INDEX[rows]), rows
+        )
     shuffled = torch.tensor([3, 1, 0, 2])  # the images in another order
-    same(*run_decoder(decoder, features[shuffled], captions, image_index=shuffled.argsort()[IMAGE_INDEX]))
+    same(
+        *run_decoder(
+            decoder, features[shuffled], captions, image_index=shuffled.argsort()[IMAGE_INDEX]
+        )
+    )
 
 
 @every_decoder
@@ -251,8 +291,12 @@ def test_padding_changes_neither_loss_nor_penalty(kind, num_layers):
 @every_decoder
 def test_captions_of_one_image_share_its_work_without_a_trace(kind, num_layers):
     decoder, (features, captions) = make_decoder(kind, num_layers), make_batch()
-    shared = run_decoder(decoder, features[:1], captions, LENGTHS, torch.zeros(7, dtype=torch.int64))
-    copied = run_decoder(decoder, features[:1].expand(7, -1, -1), captions, LENGTHS, torch.arange(7))
+    shared = run_decoder(
+        decoder, features[:1], captions, LENGTHS, torch.zeros(7, dtype=torch.int64)
+    )
+    copied = run_decoder(
+        decoder, features[:1].expand(7, -1, -1), captions, LENGTHS, torch.arange(7)
+    )
     torch.testing.assert_close(shared[0], copied[0], atol=1e-5, rtol=0)
 
 
@@ -297,7 +341,8 @@ def test_defect_15_dropout_acts_on_every_layers_input_in_training_only(kind, num
     for _ in range(20):
         run_decoder(decoder, features, captions)
     dropped = {
-        name: float((torch.cat([t.flatten() for t in seen]) == 0).float().mean()) for name, seen in inputs.items()
+        name: float((torch.cat([t.flatten() for t in seen]) == 0).float().mean())
+        for name, seen in inputs.items()
     }
     for name in dropped:
         if name.startswith("layer"):
@@ -334,16 +379,25 @@ def test_gradients_reach_every_parameter(kind, num_layers):
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_gradients_summed_once_are_those_summed_step_by_step(num_layers, monkeypatch):
-    decoder, (features, captions) = make_decoder("attention", num_layers, scale=1.0).double(), make_batch()
+    decoder, (features, captions) = (
+        make_decoder("attention", num_layers, scale=1.0).double(),
+        make_batch(),
+    )
     gradients = []
     for plain in (False, True):
         if plain:
             monkeypatch.setattr(program, "summed_once", lambda *_layers: contextlib.nullcontext())
         decoder.zero_grad()
         logits, alphas = run_decoder(decoder, features.double(), captions)
-        (cross_entropy(logits, captions, LENGTHS)[0] + doubly_stochastic_penalty(alphas, LENGTHS)).backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in decoder.named_parameters()})
-    assert all(layer.uses is None for layer in decoder.modules() if isinstance(layer, RepeatedLinear))
+        (
+            cross_entropy(logits, captions, LENGTHS)[0] + doubly_stochastic_penalty(alphas, LENGTHS)
+        ).backward()
+        gradients.append(
+            {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+        )
+    assert all(
+        layer.uses is None for layer in decoder.modules() if isinstance(layer, RepeatedLinear)
+    )
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
 
@@ -354,7 +408,9 @@ def test_packed_logits_are_the_padded_ones(kind):
     padded, _ = run_decoder(decoder, features, captions)
     packed, _ = decoder(features, captions[:, :-1], LENGTHS, IMAGE_INDEX, packed=True)
     assert torch.equal(program.unpack(packed, 6), padded)
-    assert cross_entropy(packed, captions, LENGTHS, 0.1) == cross_entropy(padded, captions, LENGTHS, 0.1)
+    assert cross_entropy(packed, captions, LENGTHS, 0.1) == cross_entropy(
+        padded, captions, LENGTHS, 0.1
+    )
 
 
 @every_decoder
@@ -363,7 +419,11 @@ def test_dropout_leaves_the_same_units_out_at_every_step_of_a_caption(kind, num_
     owner = torch.tensor([0, 1, 2, 0, 1, 0])
     kept = decoder.drop(torch.ones(6, 200), owner, 3)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
-    assert torch.equal(kept[0], kept[3]) and torch.equal(kept[0], kept[5]) and torch.equal(kept[1], kept[4])
+    assert (
+        torch.equal(kept[0], kept[3])
+        and torch.equal(kept[0], kept[5])
+        and torch.equal(kept[1], kept[4])
+    )
     assert not torch.equal(kept[0], kept[1])
     cells = decoder.drop(torch.ones(2, CELLS, 200))
     assert torch.equal(cells[:, 0], cells[:, 1]) and not torch.equal(cells[0], cells[1])
@@ -373,7 +433,13 @@ def test_dropout_leaves_the_same_units_out_at_every_step_of_a_caption(kind, num_
 def test_five_images_are_overfitted(kind):
     torch.manual_seed(0)
     features = torch.randn(5, CELLS, CHANNELS)
-    texts = [[4, 5, 6], [4, 5, 7, 8], [9], [4, 10, 4, 11, 12], [6, 5, 4]]  # shared beginnings: the image must tell
+    texts = [
+        [4, 5, 6],
+        [4, 5, 7, 8],
+        [9],
+        [4, 10, 4, 11, 12],
+        [6, 5, 4],
+    ]  # shared beginnings: the image must tell
     lengths = torch.tensor([len(text) + 1 for text in texts])
     captions = torch.tensor([[1, *text, 2] + [0] * (5 - len(text)) for text in texts])
     args = program.parse_args(["--decoder", kind, "--embed_size", "16", "--hidden_size", "32", "--num_layers", "1",
@@ -400,12 +466,18 @@ def test_five_images_are_overfitted(kind):
 def test_cross_entropy_is_torchs_over_what_lies_within_the_lengths(smoothing):
     _, captions = make_batch()
     captions[0, 2] = VOCABULARY.pad  # a padding id within the caption is a word like any other
-    logits = torch.randn(7, 6, VOCAB_SIZE, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    logits = torch.randn(
+        7, 6, VOCAB_SIZE, generator=torch.Generator().manual_seed(4), requires_grad=True
+    )
     targets = captions[:, 1:].masked_fill(torch.arange(6) >= LENGTHS.unsqueeze(1), -100)
     smooth, plain = cross_entropy(logits, captions, LENGTHS, smoothing)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=smoothing)
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=smoothing
+    )
     torch.testing.assert_close(smooth, expected)
-    torch.testing.assert_close(plain, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100))
+    torch.testing.assert_close(
+        plain, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    )
     torch.testing.assert_close(
         *(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (smooth, expected))
     )
@@ -415,11 +487,15 @@ def test_cross_entropy_of_a_caption_worked_by_hand():
     logits = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]]).log()
     captions, lengths = torch.tensor([[1, 0, 1, 2]]), torch.tensor([2])
     _, plain = cross_entropy(logits, captions, lengths, 0.3)
-    assert float(plain) == pytest.approx(-float(torch.tensor(0.5 * 0.8).log()) / 2)  # the third word is none
+    assert float(plain) == pytest.approx(
+        -float(torch.tensor(0.5 * 0.8).log()) / 2
+    )  # the third word is none
 
 
 def test_the_penalty_of_a_caption_worked_by_hand():
-    alphas = torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.7, 0.3]], [[0.2, 0.8], [0.9, 0.1], [0.0, 1.0]]])
+    alphas = torch.tensor(
+        [[[0.5, 0.5], [1.0, 0.0], [0.7, 0.3]], [[0.2, 0.8], [0.9, 0.1], [0.0, 1.0]]]
+    )
     # two of three words of the first caption: cells get 1.5 and 0.5, so 0.25 each; one of the second: 0.2 and 0.8
     assert float(doubly_stochastic_penalty(alphas, torch.tensor([2, 1]))) == pytest.approx(
         (0.25 + 0.25 + 0.64 + 0.04) / 4
@@ -429,7 +505,9 @@ def test_the_penalty_of_a_caption_worked_by_hand():
 def test_a_caption_that_looks_at_every_cell_alike_has_no_penalty_at_its_grids_length():
     for cells in (4, 49):
         alphas = torch.full((3, cells + 5, cells), 1 / cells)
-        assert float(doubly_stochastic_penalty(alphas, torch.full((3,), cells))) == pytest.approx(0, abs=1e-10)
+        assert float(doubly_stochastic_penalty(alphas, torch.full((3,), cells))) == pytest.approx(
+            0, abs=1e-10
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the encoder
@@ -457,7 +535,9 @@ TAILS = {  # one member of each torchvision family, and what its model does with
 
 def normalize(images):
     """uint8 images as torchvision's own transforms hand them to a model."""
-    return torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(images / 255)
+    return torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(
+        images / 255
+    )
 
 
 def some_images(count, size):
@@ -482,7 +562,9 @@ def test_features_are_the_grid_that_torchvision_pools(name):
     for module in model.modules():  # untrained networks fade out: keep the signal up
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.fill_(0.1)
-    encoder = Encoder(name, model.state_dict(), "random", "float64")  # untrained networks magnify float32's rounding
+    encoder = Encoder(
+        name, model.state_dict(), "random", "float64"
+    )  # untrained networks magnify float32's rounding
     images = some_images(2, encoder.image_size)
     features = encoder(images)
     assert features.dtype == torch.float32
@@ -490,7 +572,9 @@ def test_features_are_the_grid_that_torchvision_pools(name):
     grid = features.transpose(1, 2).unflatten(2, encoder.grid)  # cells are in reading order
     expected = model.double()(normalize(images).double())
     found = TAILS[name](model, grid.double())
-    spread = float((expected[0] - expected[1]).abs().max())  # what the picture contributes, besides the biases
+    spread = float(
+        (expected[0] - expected[1]).abs().max()
+    )  # what the picture contributes, besides the biases
     assert spread > 1e-4
     torch.testing.assert_close(found, expected, atol=spread * 1e-3, rtol=0)
 
@@ -508,7 +592,9 @@ def test_every_encoder_has_imagenet_weights_made_for_our_preprocessing(name):
     preset = weights.transforms()
     assert (tuple(preset.mean), tuple(preset.std)) == (program.IMAGENET_MEAN, program.IMAGENET_STD)
     assert len(preset.crop_size) == 1  # square
-    assert re.fullmatch(r".+-[0-9a-f]{8,}\.pth", Path(weights.url).name)  # the hash that a file is checked against
+    assert re.fullmatch(
+        r".+-[0-9a-f]{8,}\.pth", Path(weights.url).name
+    )  # the hash that a file is checked against
 
 
 def test_resnet50_has_a_grid_of_7_by_7_cells_of_2048_channels():
@@ -537,10 +623,14 @@ def test_folded_batchnorm_and_bfloat16_compute_the_same_features(name):
     images = some_images(2, 224)
     exact = Encoder(name, state, "random")
     plain = exact.trunk(normalize(images)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(exact(images), plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
+    torch.testing.assert_close(
+        exact(images), plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4
+    )
     assert sum(isinstance(module, nn.BatchNorm2d) for module in exact.folded.modules()) == 0
     half = Encoder(name, state, "random", "bfloat16")
-    assert half.key() != exact.key() and half.key()["weights_sha256"] == exact.key()["weights_sha256"]
+    assert (
+        half.key() != exact.key() and half.key()["weights_sha256"] == exact.key()["weights_sha256"]
+    )
     found = half(images)
     assert found.dtype == torch.float32
     assert float((found - plain).norm() / plain.norm()) < 0.03
@@ -559,7 +649,9 @@ def test_defect_7_the_encoder_stays_in_eval_mode(small):
     assert whole["decoder"].training
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     assert any("running_mean" in name for name in before)
-    assert Encoder("mobilenet_v3_small", encoder.trunk.state_dict(), "random").key() == key  # hashed anew
+    assert (
+        Encoder("mobilenet_v3_small", encoder.trunk.state_dict(), "random").key() == key
+    )  # hashed anew
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
@@ -568,7 +660,12 @@ def test_an_encoder_outside_the_table_is_refused_by_name(capsys):
         program.parse_args(["--encoder", "vit_b_16"])
     message = capsys.readouterr().err
     assert stop.value.code == 2
-    assert message.count("\n") == 1 and "--encoder" in message and "vit_b_16" in message and "resnet50" in message
+    assert (
+        message.count("\n") == 1
+        and "--encoder" in message
+        and "vit_b_16" in message
+        and "resnet50" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -582,23 +679,31 @@ def test_an_encoder_outside_the_table_is_refused_by_name(capsys):
 )
 def test_weights_of_another_architecture_are_refused(name, other):
     state = load_encoder_weights(other, "random", 0)
-    with pytest.raises(ValueError, match=rf"--encoder_weights other\.pth.*--encoder {name}\b") as error:
+    with pytest.raises(
+        ValueError, match=rf"--encoder_weights other\.pth.*--encoder {name}\b"
+    ) as error:
         Encoder(name, state, "other.pth")
     assert "\n" not in str(error.value)
 
 
 def test_weights_saved_before_batch_norm_counted_its_batches_are_taken(small):
     """torchvision's older files, document A's resnet50-19c8e357.pth among them, have no num_batches_tracked."""
-    old = {name: tensor for name, tensor in small.items() if not name.endswith("num_batches_tracked")}
+    old = {
+        name: tensor for name, tensor in small.items() if not name.endswith("num_batches_tracked")
+    }
     assert len(old) < len(small)
     images = some_images(1, 224)
     torch.testing.assert_close(
-        Encoder("mobilenet_v3_small", old, "old.pth")(images), Encoder("mobilenet_v3_small", small, "new.pth")(images)
+        Encoder("mobilenet_v3_small", old, "old.pth")(images),
+        Encoder("mobilenet_v3_small", small, "new.pth")(images),
     )
 
 
 def test_a_state_dict_may_lack_the_classifier_and_be_of_half_precision(small):
-    halved = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in small.items()}
+    halved = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in small.items()
+    }
     trunk = {name: tensor for name, tensor in halved.items() if not name.startswith("classifier")}
     encoder = Encoder("mobilenet_v3_small", trunk, "half.pth")
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
@@ -668,7 +773,9 @@ def no_network(url, **_options):
 
 def publish(monkeypatch, folder, digest, name="squeezenet1_1"):
     """As if torchvision's weights were a file with this SHA-256, and there were no network. Returns its local place."""
-    weights = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=f"https://nowhere/{name}-{digest[:8]}.pth"))
+    weights = SimpleNamespace(
+        IMAGENET1K_V1=SimpleNamespace(url=f"https://nowhere/{name}-{digest[:8]}.pth")
+    )
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _name: weights)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     monkeypatch.setattr(program, "WEIGHTS_DIR", folder)
@@ -695,8 +802,12 @@ def test_imagenet_weights_are_looked_for_in_the_documented_folder_first(tmp_path
     assert str(placed) in message and "SHA-256" in message
 
 
-@pytest.mark.parametrize("name", ["resnet50-19c8e357.pth", "resnet50-0676ba61.pth"])  # document A's and torchvision's
-def test_resnet50_may_be_placed_under_either_name_but_not_with_other_contents(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name", ["resnet50-19c8e357.pth", "resnet50-0676ba61.pth"]
+)  # document A's and torchvision's
+def test_resnet50_may_be_placed_under_either_name_but_not_with_other_contents(
+    tmp_path, monkeypatch, name
+):
     monkeypatch.setattr(program, "WEIGHTS_DIR", tmp_path)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     (tmp_path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2))
@@ -717,7 +828,9 @@ def test_a_broken_file_in_torchs_own_download_folder_is_refused(tmp_path, monkey
     monkeypatch.setattr(program, "WEIGHTS_DIR", tmp_path / "models")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth").write_text("half a page of some proxy's error message")
+    (tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth").write_text(
+        "half a page of some proxy's error message"
+    )
     assert "squeezenet1_1-b8a52dc0.pth" in refusal((ValueError, FileNotFoundError), "imagenet")
 
 
@@ -725,7 +838,9 @@ def test_a_broken_file_in_torchs_own_download_folder_is_refused(tmp_path, monkey
     "fault", [urllib.error.URLError("no route"), TimeoutError("timed out"), ConnectionResetError("reset"),
               RuntimeError('invalid hash value (expected "b8a52dc0", got "0")')]
 )  # fmt: skip
-def test_defect_14_weights_that_cannot_be_downloaded_are_an_error_never_random(tmp_path, monkeypatch, fault):
+def test_defect_14_weights_that_cannot_be_downloaded_are_an_error_never_random(
+    tmp_path, monkeypatch, fault
+):
     asked = {}
 
     def fail(url, **options):
@@ -743,7 +858,9 @@ def test_defect_14_weights_that_cannot_be_downloaded_are_an_error_never_random(t
 def test_random_weights_are_drawn_from_the_seed_alone():
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    first, second, other = (load_encoder_weights("squeezenet1_1", "random", seed) for seed in (1, 1, 2))
+    first, second, other = (
+        load_encoder_weights("squeezenet1_1", "random", seed) for seed in (1, 1, 2)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(12)
     third = load_encoder_weights("squeezenet1_1", "random", 1)
@@ -755,29 +872,51 @@ def test_random_weights_are_drawn_from_the_seed_alone():
 def test_the_key_tells_apart_one_changed_weight(small):
     key = Encoder("mobilenet_v3_small", small, "a.pth").key()
     assert key == Encoder("mobilenet_v3_small", small, "b.pth").key()  # whatever the file is called
-    last = [name for name in small if name.startswith("features") and small[name].is_floating_point()][-1]
+    last = [
+        name for name in small if name.startswith("features") and small[name].is_floating_point()
+    ][-1]
     changed = dict(small) | {last: small[last].clone()}
     changed[last].view(-1)[-1] += 1e-3
     other = Encoder("mobilenet_v3_small", changed, "a.pth").key()
     assert {name for name in key if key[name] != other[name]} == {"weights_sha256"}
-    head = dict(small) | {"classifier.0.bias": small["classifier.0.bias"] + 1}  # what no feature depends on
+    head = dict(small) | {
+        "classifier.0.bias": small["classifier.0.bias"] + 1
+    }  # what no feature depends on
     assert Encoder("mobilenet_v3_small", head, "a.pth").key() == key
     assert len(key["weights_sha256"]) == 64
-    assert (key["name"], key["grid"], key["channels"], key["image_size"]) == ("mobilenet_v3_small", [7, 7], 576, 224)
+    assert (key["name"], key["grid"], key["channels"], key["image_size"]) == (
+        "mobilenet_v3_small",
+        [7, 7],
+        576,
+        224,
+    )
 
 
 def test_a_checkpoint_brings_its_encoder_and_refuses_another(tmp_path, small):
     def args(*typed):
         options = program.parse_args(["--encoder", "mobilenet_v3_small", *typed])
-        options.device, options.precision, options.model_path = torch.device("cpu"), "float32", "run/best.pt"
+        options.device, options.precision, options.model_path = (
+            torch.device("cpu"),
+            "float32",
+            "run/best.pt",
+        )
         return options
 
     encoder = Encoder("mobilenet_v3_small", small, "random")
     torch.save(small, tmp_path / "same.pth")
     weights = {"weights": encoder.trunk.state_dict()}
-    opened = program.open_encoder(args(), {"encoder": encoder.key() | weights})  # no file, no download
+    opened = program.open_encoder(
+        args(), {"encoder": encoder.key() | weights}
+    )  # no file, no download
     assert opened.key() == encoder.key()
     same = args("--encoder_weights", str(tmp_path / "same.pth"))
-    assert program.open_encoder(same, {"encoder": encoder.key() | {"weights": None}}).key() == encoder.key()
-    with pytest.raises(ValueError, match=r"--encoder_weights random: other weights than run/best\.pt"):
-        program.open_encoder(args("--encoder_weights", "random", "--seed", "1"), {"encoder": encoder.key() | weights})
+    assert (
+        program.open_encoder(same, {"encoder": encoder.key() | {"weights": None}}).key()
+        == encoder.key()
+    )
+    with pytest.raises(
+        ValueError, match=r"--encoder_weights random: other weights than run/best\.pt"
+    ):
+        program.open_encoder(
+            args("--encoder_weights", "random", "--seed", "1"), {"encoder": encoder.key() | weights}
+        )

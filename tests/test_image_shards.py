@@ -80,7 +80,10 @@ def test_what_means_shards(tmp_path):
     write_shard(tmp_path / "tars/a.tgz", {})
     (tmp_path / "tars/a.json").write_text("{}")
     assert [Path(url).name for url in _find(tmp_path / "tars").urls] == ["a.tgz", "b.tar"]
-    assert [Path(url).name for url in _find(f"{tmp_path}/tars/{{b.tar,a.tgz}}").urls] == ["b.tar", "a.tgz"]
+    assert [Path(url).name for url in _find(f"{tmp_path}/tars/{{b.tar,a.tgz}}").urls] == [
+        "b.tar",
+        "a.tgz",
+    ]
     assert _find("https://a.org/x-{00..02}.tar").urls[2] == "https://a.org/x-02.tar"
     assert _find("pipe:cat a.tar").urls == ("pipe:cat a.tar",)
     assert _find("pipe:" + "x" * 5000).size == 0
@@ -144,7 +147,10 @@ def test_shards_fill_the_cache_as_files_do_and_are_read_once(tmp_path, monkeypat
 
 
 def test_a_killed_run_is_continued(tmp_path):
-    images, encoder = images_in(grey_shards(tmp_path), [f"{i}.png" for i in range(6)]), FakeEncoder()
+    images, encoder = (
+        images_in(grey_shards(tmp_path), [f"{i}.png" for i in range(6)]),
+        FakeEncoder(),
+    )
     with pytest.raises(KeyboardInterrupt):
         _cached(images, FakeEncoder(break_after=4, error=KeyboardInterrupt), tmp_path / "cache")
     features, _ = _cached(images, encoder, tmp_path / "cache")
@@ -162,7 +168,12 @@ def test_changed_shards_are_encoded_again(tmp_path):
 
 def test_missing_and_broken_members_are_returned_and_remembered(tmp_path, monkeypatch):
     """A link is no picture, a name is not looked for in another folder, and the second run makes no pass."""
-    bad = {"text.jpg": b"not an image", "bomb.png": _bomb(30_000), "link.jpg": None, "folder/1.png": png(1)}
+    bad = {
+        "text.jpg": b"not an image",
+        "bomb.png": _bomb(30_000),
+        "link.jpg": None,
+        "folder/1.png": png(1),
+    }
     write_shard(tmp_path / "a.tar", {"./0.png": png(0)} | bad)
     images = images_in(tmp_path / "a.tar", ["0.png", "1.png", *bad])
     for _ in range(2):
@@ -179,10 +190,17 @@ def test_missing_and_broken_members_are_returned_and_remembered(tmp_path, monkey
 
 def test_one_pass_serves_all_splits(tmp_path, monkeypatch):
     pattern = grey_shards(tmp_path / "tars", 20, each=10)
-    rows = [f"{i}.png,a dog runs,{('val', 'test', 'train')[min(i, 2)]}\n" for i in range(21)]  # the last is in no shard
+    rows = [
+        f"{i}.png,a dog runs,{('val', 'test', 'train')[min(i, 2)]}\n" for i in range(21)
+    ]  # the last is in no shard
     (tmp_path / "captions.csv").write_text("image,caption,split\n" + "".join(rows))
-    dataset = caption_data.load_dataset("custom", pattern, tmp_path / "captions.csv", max_bad_fraction=0.05)
-    paths = {split: [dataset.image_dir / name for name in names] for split, names in dataset.split_names().items()}
+    dataset = caption_data.load_dataset(
+        "custom", pattern, tmp_path / "captions.csv", max_bad_fraction=0.05
+    )
+    paths = {
+        split: [dataset.image_dir / name for name in names]
+        for split, names in dataset.split_names().items()
+    }
     encoder = FakeEncoder()
     _, unreadable = _cached(paths["train"], encoder, tmp_path / "cache")
     assert encoder.images == 20
@@ -202,7 +220,9 @@ def test_a_name_that_two_shards_hold_is_one_image(tmp_path, monkeypatch):
         features, unreadable = _cached(
             images, FakeEncoder(), tmp_path / f"cache/{num_workers}", num_workers=num_workers
         )
-        assert len(unreadable) == (num_workers == 0)  # alone, the first one counts; in parallel, a readable one
+        assert len(unreadable) == (
+            num_workers == 0
+        )  # alone, the first one counts; in parallel, a readable one
         assert torch.equal(features[[1]], _expected([1]))
 
 
@@ -214,7 +234,13 @@ def test_processes_of_a_run_read_different_shards(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (1, 2):
         monkeypatch.setenv("RANK", str(rank))
-        sent[rank] = iter(list(feature_cache._encoded(images, encoders[rank], rounded, 8, batch_size=1, num_workers=0)))
+        sent[rank] = iter(
+            list(
+                feature_cache._encoded(
+                    images, encoders[rank], rounded, 8, batch_size=1, num_workers=0
+                )
+            )
+        )
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(process_group, "broadcast", lambda value: value)
     monkeypatch.setattr(process_group, "receive", lambda sender: next(sent[sender]))
@@ -262,7 +288,11 @@ def test_a_damaged_shard_stops_the_run_and_is_named(tmp_path, damage, num_worker
     bad = write_shard(tmp_path / "b.tar", {"1.png": png(1) + bytes(5000), "2.png": png(2)})
     whole = bad.read_bytes()
     bad.write_bytes(
-        {"text": b"a shard? " * 999, "cut": whole[:3000], "cut_gzip": gzip.compress(whole)[:-30]}.get(damage, whole)
+        {
+            "text": b"a shard? " * 999,
+            "cut": whole[:3000],
+            "cut_gzip": gzip.compress(whole)[:-30],
+        }.get(damage, whole)
     )
     source = f"pipe:cat {bad} && exit 3" if damage == "exit 3" else str(bad)
     images = images_in(f"{good}::{source}", [f"{i}.png" for i in range(4)])
@@ -328,7 +358,9 @@ def test_the_program_trains_tests_and_draws_as_from_files():
         no_streaming(patch)
         succeed("--mode test --precision float32 --model_path", from_shards / "best.pt")
     refused = program(TINY, shards, "--no_feature_cache")
-    assert refused.status == 2 and refused.err.count("\n") == 1 and "--no_feature_cache" in refused.err
+    assert (
+        refused.status == 2 and refused.err.count("\n") == 1 and "--no_feature_cache" in refused.err
+    )
     refused = program(TINY, "--image_dir shards/sample-{0..9}.tar")
     assert refused.status == 2 and refused.err.count("\n") == 1 and "--image_dir" in refused.err
 
@@ -340,12 +372,18 @@ def test_a_checkpoint_s_commands_are_not_run(shop):
     checkpoint["config"]["image_dir"] = "pipe:touch proof; cat shards/*.tar"
     torch.save(checkpoint, "theirs.pt")
     outcome = program("--mode test --model_path theirs.pt")
-    assert outcome.status == 2 and outcome.err.count("\n") == 1 and "give --image_dir yourself" in outcome.err
+    assert (
+        outcome.status == 2
+        and outcome.err.count("\n") == 1
+        and "give --image_dir yourself" in outcome.err
+    )
     assert not Path("proof").exists()
     picture = next(Path("data/sample/Images").iterdir())
     succeed("--mode caption --model_path theirs.pt --images", picture)
     sample_shards(each=40)
-    out = succeed("--mode test --model_path theirs.pt --image_dir", Path("pipe:touch proof; cat shards/*.tar"))
+    out = succeed(
+        "--mode test --model_path theirs.pt --image_dir", Path("pipe:touch proof; cat shards/*.tar")
+    )
     assert Path("proof").exists() and "sample test: 4 images" in out
 
 

@@ -20,14 +20,26 @@ from experiment_utils import load_checkpoint
 RATE, BATCHES = 0.01, 4  # --learning_rate, batches per epoch
 SCHEDULES = {
     "none": [],
-    "reduce_lr_on_plateau": ["--scheduler_patience", "1", "--scheduler_factor", "0.5", "--min_lr", "0.001"],
+    "reduce_lr_on_plateau": [
+        "--scheduler_patience",
+        "1",
+        "--scheduler_factor",
+        "0.5",
+        "--min_lr",
+        "0.001",
+    ],
     "step": ["--scheduler_step_size", "3", "--scheduler_gamma", "0.3"],
     "cosine": ["--scheduler_t_max", "5", "--min_lr", "0.0001"],
     "exponential": ["--scheduler_gamma", "0.8"],
     "one_cycle": ["--warmup_epochs", "2"],
 }
 LOSSES = [5.0, 4.0, 4.1, 4.2, 4.3, 3.9, 3.95, 3.96, 3.97, 3.98]  # validation, epoch by epoch
-BATCH = (None, torch.tensor([[1, 5, 6, 2]]), torch.tensor([3]), torch.tensor([0]))  # one caption of one image
+BATCH = (
+    None,
+    torch.tensor([[1, 5, 6, 2]]),
+    torch.tensor([3]),
+    torch.tensor([0]),
+)  # one caption of one image
 FEATURES = torch.ones(1, 2, 3)
 SAVE = program.save
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -41,7 +53,15 @@ def _no_checkpoint_per_epoch(monkeypatch):
 def options(name, *more, epochs=8):
     """Parsed options of a run with that schedule."""
     scheduled = [] if name == "none" else ["--use_scheduler", "--scheduler_type", name]
-    given = ["--epochs", str(epochs), "--learning_rate", str(RATE), *scheduled, *SCHEDULES[name], *more]
+    given = [
+        "--epochs",
+        str(epochs),
+        "--learning_rate",
+        str(RATE),
+        *scheduled,
+        *SCHEDULES[name],
+        *more,
+    ]
     args = program.parse_args(given)
     args.device, args.precision = torch.device("cpu"), "float32"
     return args
@@ -81,8 +101,18 @@ def rates(run, stop=None):
             program.train_step(run, FEATURES, BATCH)
             progress["batch"] += 1
             progress["step"] += 1
-        row = {"epoch": progress["epoch"] + 1, "val_loss": LOSSES[progress["epoch"]], "train_loss": -progress["epoch"]}
-        row |= {"learning_rate": found[-1], "CIDEr": 0.0, "BLEU-4": 0.0, "share_unique": 1.0, "share_cut": 0.0}
+        row = {
+            "epoch": progress["epoch"] + 1,
+            "val_loss": LOSSES[progress["epoch"]],
+            "train_loss": -progress["epoch"],
+        }
+        row |= {
+            "learning_rate": found[-1],
+            "CIDEr": 0.0,
+            "BLEU-4": 0.0,
+            "share_unique": 1.0,
+            "share_cut": 0.0,
+        }
         program.finish_epoch(run, row)
     return found
 
@@ -135,7 +165,10 @@ def test_without_use_scheduler_the_rate_is_constant(tmp_path):
     [
         ("step", [RATE * 0.3 ** (epoch // 3) for epoch in range(8)]),
         ("exponential", [RATE * 0.8**epoch for epoch in range(8)]),
-        ("cosine", [cosine(RATE, 1e-4, epoch / 5) for epoch in range(8)]),  # beyond T_max, 5, it climbs
+        (
+            "cosine",
+            [cosine(RATE, 1e-4, epoch / 5) for epoch in range(8)],
+        ),  # beyond T_max, 5, it climbs
         # 4.1 and 4.2 are two epochs without a better loss: half. 3.9 is better again; 3.95 is the first that is not
         ("reduce_lr_on_plateau", [RATE, RATE, RATE, RATE, RATE / 2, RATE / 2, RATE / 2, RATE / 2]),
     ],
@@ -147,10 +180,14 @@ def test_the_rate_of_every_epoch(tmp_path, name, expected):
 
 
 def test_the_plateau_watches_the_validation_loss_and_stops_at_min_lr(tmp_path):
-    args = options("reduce_lr_on_plateau", "--scheduler_patience", "0", "--min_lr", "0.003", epochs=10)
+    args = options(
+        "reduce_lr_on_plateau", "--scheduler_patience", "0", "--min_lr", "0.003", epochs=10
+    )
     found = per_epoch(rates(make_run(args, tmp_path)))  # the training loss falls in every epoch
     assert found == pytest.approx(plateau(LOSSES, patience=0, least=0.003), rel=1e-6)
-    assert found == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.003, 0.003, 0.003, 0.003, 0.003, 0.003])
+    assert found == pytest.approx(
+        [0.01, 0.01, 0.01, 0.005, 0.003, 0.003, 0.003, 0.003, 0.003, 0.003]
+    )
 
 
 @pytest.mark.parametrize("warmup", [0, 2, 7])
@@ -201,9 +238,19 @@ def test_each_epoch_says_its_rate_and_schedule(tmp_path, capsys, name, line):
 @pytest.mark.parametrize(
     ("name", "given", "epochs", "said"),
     [
-        ("cosine", ["--scheduler_t_max", "10"], 11, ["--epochs 11", "--scheduler_t_max 10", "climbs"]),
+        (
+            "cosine",
+            ["--scheduler_t_max", "10"],
+            11,
+            ["--epochs 11", "--scheduler_t_max 10", "climbs"],
+        ),
         ("cosine", ["--scheduler_t_max", "10"], 10, []),
-        ("exponential", ["--scheduler_gamma", "0.1"], 5, ["--scheduler_gamma 0.1", "3 epochs", "0.001"]),
+        (
+            "exponential",
+            ["--scheduler_gamma", "0.1"],
+            5,
+            ["--scheduler_gamma 0.1", "3 epochs", "0.001"],
+        ),
         ("exponential", ["--scheduler_gamma", "0.9"], 5, []),
         ("step", ["--scheduler_gamma", "0.1"], 20, []),
         ("none", ["--scheduler_type", "cosine"], 30, []),
@@ -231,7 +278,9 @@ def resume(folder, run, *typed):
 
 
 @every_schedule
-@pytest.mark.parametrize("done", [3 * BATCHES, 3 * BATCHES + 2])  # after an epoch; in the middle of one
+@pytest.mark.parametrize(
+    "done", [3 * BATCHES, 3 * BATCHES + 2]
+)  # after an epoch; in the middle of one
 def test_defect_9_stopped_and_resumed_is_straight_through(tmp_path, name, done):
     straight = make_run(options(name), tmp_path)
     expected = rates(straight)
@@ -281,7 +330,10 @@ def test_another_type_of_schedule_starts_fresh_and_says_so(tmp_path, name, old, 
     assert rates(run, stop=5 * BATCHES)[-1] == moved
     typed = ["--use_scheduler", "--scheduler_type", name, *SCHEDULES[name], "--epochs", "3"]
     resumed = resume(tmp_path, run, *typed)
-    assert f"--scheduler_type {name} is new to this run: its schedule starts now" in capsys.readouterr().out
+    assert (
+        f"--scheduler_type {name} is new to this run: its schedule starts now"
+        in capsys.readouterr().out
+    )
     expected = {
         "step": [RATE] * 3 * BATCHES,
         "exponential": [RATE * 0.8**epoch for epoch in range(3) for _ in range(BATCHES)],
@@ -356,7 +408,9 @@ def test_auto_takes_the_precision_that_the_hardware_has(monkeypatch, device, har
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: hardware["capability"])
     assert program.resolve_precision("auto", torch.device(device)) == expected
     for name in ("float32", "bfloat16", *(["float16"] if device != "cpu" else [])):
-        assert program.resolve_precision(name, torch.device(device)) == name  # what was asked for is kept
+        assert (
+            program.resolve_precision(name, torch.device(device)) == name
+        )  # what was asked for is kept
 
 
 if __name__ == "__main__":

@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import metrics_utils  # noqa: E402
-from metrics_utils import METRIC_NAMES, CaptionScorer, main, metrics_from_sums, peak_in_box, tokenize  # noqa: E402
+from metrics_utils import (  # noqa: E402
+    METRIC_NAMES,
+    CaptionScorer,
+    main,
+    metrics_from_sums,
+    peak_in_box,
+    tokenize,
+)
 
 ORACLE = ROOT.parent / "shared" / "data" / "metric_oracle"
 needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason=f"{ORACLE} is not here")
@@ -38,11 +45,15 @@ def random_captions(seed, images=60, shortest=4, words=5):
     def caption():
         return " ".join(f"word{draw.randrange(words)}" for _ in range(draw.randint(shortest, 12)))
 
-    return {i: [caption() for _ in range(5)] for i in range(images)}, {i: caption() for i in range(images)}
+    return {i: [caption() for _ in range(5)] for i in range(images)}, {
+        i: caption() for i in range(images)
+    }
 
 
 def as_token_lists(references, hypotheses):
-    return [[c.split() for c in captions] for captions in references.values()], [h.split() for h in hypotheses.values()]
+    return [[c.split() for c in captions] for captions in references.values()], [
+        h.split() for h in hypotheses.values()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -145,7 +156,9 @@ def test_bleu_equals_nltk_on_the_corpus_and_on_a_resample():
     rows = np.random.default_rng(0).integers(len(tokens), size=len(tokens))
     statistics = CaptionScorer(references)._statistics(tokens, meteor=False)
     resampled = metrics_from_sums(np.bincount(rows, minlength=len(tokens)) @ statistics)
-    expected = corpus_bleu([reference_tokens[i] for i in rows], [tokens[i] for i in rows], BLEU_WEIGHTS)
+    expected = corpus_bleu(
+        [reference_tokens[i] for i in rows], [tokens[i] for i in rows], BLEU_WEIGHTS
+    )
     assert [resampled[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(expected, abs=1e-12)
 
 
@@ -164,14 +177,19 @@ def test_rouge_takes_best_precision_and_best_recall():
 
 def test_cider_is_ten_for_the_only_reference_and_zero_without_shared_words():
     references = {0: ["a dog runs over grass"], 1: ["two men play with cards"]}
-    scores, per_image = CaptionScorer(references).score({0: "a dog runs over grass", 1: "some women sing"})
+    scores, per_image = CaptionScorer(references).score(
+        {0: "a dog runs over grass", 1: "some women sing"}
+    )
     assert per_image[0]["CIDEr"] == pytest.approx(10)
     assert per_image[1]["CIDEr"] == 0
     assert scores["CIDEr"] == pytest.approx(5)
 
 
 def test_wer_is_edits_over_words_of_the_nearest_reference_summed_over_images():
-    references = {0: ["a dog runs", "a cat sits on the red grass"], 1: ["two men", "two old men sit"]}
+    references = {
+        0: ["a dog runs", "a cat sits on the red grass"],
+        1: ["two men", "two old men sit"],
+    }
     scores, per_image = CaptionScorer(references).score({0: "a dog walks fast", 1: "two old men"})
     assert (per_image[0]["WER"], per_image[1]["WER"]) == (
         pytest.approx(2 / 3),
@@ -183,9 +201,13 @@ def test_wer_is_edits_over_words_of_the_nearest_reference_summed_over_images():
 def test_caption_statistics():
     references = {i: ["a dog runs"] for i in range(4)}
     hypotheses = {0: "A dog runs.", 1: "a dog runs", 2: "a cat", 3: "two men sit down"}
-    scores, _ = CaptionScorer(references, training_captions=["A cat .", "two men"]).score(hypotheses)
+    scores, _ = CaptionScorer(references, training_captions=["A cat .", "two men"]).score(
+        hypotheses
+    )
     assert scores["caption_length"] == (3 + 3 + 2 + 4) / 4
-    assert scores["vocabulary_used"] == len({"a", "dog", "runs", "cat", "two", "men", "sit", "down"})
+    assert scores["vocabulary_used"] == len(
+        {"a", "dog", "runs", "cat", "two", "men", "sit", "down"}
+    )
     assert (scores["share_unique"], scores["share_copied"]) == (3 / 4, 1 / 4)
     assert CaptionScorer(references).score(hypotheses)[0]["share_copied"] is None
 
@@ -194,7 +216,9 @@ def test_caption_statistics():
 def test_captions_without_matches_score_low_without_a_warning(caption, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores, per_image = CaptionScorer({0: ["a dog runs over grass"], 1: ["..."]}).score({0: caption, 1: caption})
+        scores, per_image = CaptionScorer({0: ["a dog runs over grass"], 1: ["..."]}).score(
+            {0: caption, 1: caption}
+        )
     assert scores["BLEU-2"] == scores["BLEU-3"] == scores["BLEU-4"] == 0
     assert (scores["BLEU-1"] > 0) == (scores["CIDEr"] > 0) == ("a" in caption.split())
     assert per_image[0]["WER"] >= 4 / 5
@@ -220,7 +244,9 @@ def test_images_must_agree():
 def test_scores_are_the_same_to_the_last_bit_in_every_process():
     """Python shuffles sets of words anew in each process; a resumed run must still find the same best CIDEr."""
     references, _ = random_captions(3, words=30)
-    hypotheses = {image: " ".join(captions[:2]) for image, captions in references.items()}  # many shared words
+    hypotheses = {
+        image: " ".join(captions[:2]) for image, captions in references.items()
+    }  # many shared words
     code = f"import metrics_utils; print(metrics_utils.CaptionScorer({references}).score({hypotheses}))"
     outputs = {
         subprocess.run(
@@ -252,7 +278,9 @@ def test_intervals_hold_the_score_and_depend_on_the_seed_alone():
 def test_intervals_have_the_width_of_the_standard_error():
     """WER of images that are all wrong or all right is a mean of coin flips, whose standard error is known."""
     references = {i: ["dog"] for i in range(400)}
-    scores, _ = CaptionScorer(references).score({i: "dog" if i % 2 else "cat" for i in range(400)}, bootstrap=2000)
+    scores, _ = CaptionScorer(references).score(
+        {i: "dog" if i % 2 else "cat" for i in range(400)}, bootstrap=2000
+    )
     low, high = scores["intervals"]["WER"]
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.1)
 
@@ -263,13 +291,19 @@ def test_intervals_have_the_width_of_the_standard_error():
 def test_meteor_is_nltks(monkeypatch):
     import nltk
 
-    monkeypatch.setattr(nltk.data, "path", [*nltk.data.path, str(ROOT.parent / "shared" / "nltk_data")])
+    monkeypatch.setattr(
+        nltk.data, "path", [*nltk.data.path, str(ROOT.parent / "shared" / "nltk_data")]
+    )
     if not metrics_utils.wordnet_is_available():
         pytest.skip("nltk finds no WordNet here")
     scorer = CaptionScorer({0: ["a dog runs fast"], 1: ["an auto"]})
     scores, per_image = scorer.score({0: "a dog runs fast", 1: "one car"}, meteor=True, bootstrap=5)
-    assert per_image[0]["METEOR"] == pytest.approx(1 - 0.5 * (1 / 4) ** 3)  # one chunk of four matches
-    assert per_image[1]["METEOR"] == pytest.approx(0.5 * (1 - 0.5))  # synonyms: one match of two words, one chunk
+    assert per_image[0]["METEOR"] == pytest.approx(
+        1 - 0.5 * (1 / 4) ** 3
+    )  # one chunk of four matches
+    assert per_image[1]["METEOR"] == pytest.approx(
+        0.5 * (1 - 0.5)
+    )  # synonyms: one match of two words, one chunk
     assert scores["METEOR"] == pytest.approx((per_image[0]["METEOR"] + per_image[1]["METEOR"]) / 2)
     assert "METEOR" in scores["intervals"]
     assert scorer.score({0: "a dog", 1: "a car"})[0]["METEOR"] is None
@@ -278,7 +312,9 @@ def test_meteor_is_nltks(monkeypatch):
 def test_meteor_without_wordnet_is_none_with_one_line(monkeypatch, capsys):
     import nltk
 
-    missing = nltk.corpus.util.LazyCorpusLoader("no_such_wordnet", nltk.corpus.WordNetCorpusReader, None)
+    missing = nltk.corpus.util.LazyCorpusLoader(
+        "no_such_wordnet", nltk.corpus.WordNetCorpusReader, None
+    )
     monkeypatch.setattr(nltk.corpus, "wordnet", missing)
     scores, _ = CaptionScorer({0: ["a dog"]}).score({0: "a dog"}, meteor=True)
     stderr = capsys.readouterr().err
@@ -320,7 +356,10 @@ def test_peak_in_box_without_nouns():
 
 # ------------------------------------------------------------------------------------------------------------ command
 
-REFERENCES = {"images": [{"id": 1}], "annotations": [{"id": 7, "image_id": 1, "caption": "A dog runs over grass ."}]}
+REFERENCES = {
+    "images": [{"id": 1}],
+    "annotations": [{"id": 7, "image_id": 1, "caption": "A dog runs over grass ."}],
+}
 HYPOTHESES = [{"image_id": 1, "caption": "a dog runs over grass"}]
 
 
@@ -328,15 +367,29 @@ def run_command(tmp_path, references, hypotheses):
     """Run the command in this process on two files with these contents (bytes as they are; None: no file)."""
     for name, content in (("references.json", references), ("hypotheses.json", hypotheses)):
         if content is not None:
-            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    main(["--references", str(tmp_path / "references.json"), "--hypotheses", str(tmp_path / "hypotheses.json")])
+            (tmp_path / name).write_bytes(
+                content if isinstance(content, bytes) else json.dumps(content).encode()
+            )
+    main(
+        [
+            "--references",
+            str(tmp_path / "references.json"),
+            "--hypotheses",
+            str(tmp_path / "hypotheses.json"),
+        ]
+    )
 
 
 def test_command_prints_one_json_object(tmp_path, capsys):
     run_command(tmp_path, REFERENCES, HYPOTHESES)
     scores = json.loads(capsys.readouterr().out)
     assert tuple(scores)[: len(METRIC_NAMES)] == METRIC_NAMES
-    assert (scores["BLEU-4"], scores["ROUGE-L"], scores["WER"], scores["caption_length"]) == (1, 1, 0, 5)
+    assert (scores["BLEU-4"], scores["ROUGE-L"], scores["WER"], scores["caption_length"]) == (
+        1,
+        1,
+        0,
+        5,
+    )
     assert scores["METEOR_variant"].startswith("nltk")
 
 
@@ -366,8 +419,12 @@ def test_command_refuses_bad_files_with_one_line(tmp_path, capsys, references, h
 
 def test_import_and_help_load_no_heavy_package():
     code = "import sys, metrics_utils; print([m for m in ('nltk', 'jiwer', 'torch', 'pandas') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
-    done = subprocess.run([sys.executable, "metrics_utils.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "metrics_utils.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "--hypotheses FILE" in done.stdout

@@ -45,13 +45,23 @@ with process_group.joined(args.device):
 
 def environment():
     """One thread per process; a torchrun above this test must not be seen by the one below it."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     return ours | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parent)}
 
 
 def torchrun(processes, script, *words, start=subprocess.run, **options):
     """Run `script` as torchrun does, in the test's folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     return start([*command, str(script), *map(str, words)], env=environment(), text=True, **options)
 
 
@@ -67,18 +77,27 @@ def test_two_processes_are_one_run(tmp_path):
     ours, theirs = load(alone / "best.pt"), load(together / "best.pt")
     for name, weight in ours["model"].items():
         torch.testing.assert_close(theirs["model"][name], weight, atol=1e-4, rtol=0, msg=name)
-    assert theirs["history"][0]["val_loss"] == pytest.approx(ours["history"][0]["val_loss"], abs=1e-4)
-    assert theirs["history"][0]["train_loss"] == pytest.approx(ours["history"][0]["train_loss"], abs=1e-4)
+    assert theirs["history"][0]["val_loss"] == pytest.approx(
+        ours["history"][0]["val_loss"], abs=1e-4
+    )
+    assert theirs["history"][0]["train_loss"] == pytest.approx(
+        ours["history"][0]["train_loss"], abs=1e-4
+    )
     assert theirs["history"][0]["CIDEr"] == pytest.approx(ours["history"][0]["CIDEr"], abs=1e-3)
     (cache,) = Path("feature_cache").iterdir()
     stored = (cache / "features.f16").stat().st_size
-    assert stored == 36 * 7 * 7 * theirs["encoder"]["channels"] * 2  # training and validation images, each once
+    assert (
+        stored == 36 * 7 * 7 * theirs["encoder"]["channels"] * 2
+    )  # training and validation images, each once
     assert np.isfinite(np.fromfile(cache / "features.f16", np.float16)).all()
     # from which two processes of an LSTM run take their means
     taken = torchrun(2, PROGRAM, *PLAIN.split(), "--decoder", "lstm", capture_output=True)
     assert taken.returncode == 0, taken.stderr
     (means,) = Path("feature_cache").glob("*_pooled/features.f32")
-    assert means.stat().st_size == 2 * stored // 49 and stored == (cache / "features.f16").stat().st_size
+    assert (
+        means.stat().st_size == 2 * stored // 49
+        and stored == (cache / "features.f16").stat().st_size
+    )
     assert np.isfinite(np.fromfile(means, np.float32)).all()
     # and one process goes on where two stopped
     resumed = program("--resume", together / "model_epoch_1.pt", "--epochs 1")
@@ -106,13 +125,21 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpo
                            stdout=subprocess.DEVNULL)  # fmt: skip
         try:
             victim = wait_for(
-                lambda: rank_1_of(running.pid) if list(Path().glob("saved_models/**/model_epoch_2.pt")) else None
+                lambda: (
+                    rank_1_of(running.pid)
+                    if list(Path().glob("saved_models/**/model_epoch_2.pt"))
+                    else None
+                )
             )
             os.kill(victim, signal.SIGKILL)
             assert running.wait(60) != 0
         finally:
             running.kill()
-    said = [line for line in Path("err.txt").read_text().splitlines() if line.startswith("flickr_image_caption.py")]
+    said = [
+        line
+        for line in Path("err.txt").read_text().splitlines()
+        if line.startswith("flickr_image_caption.py")
+    ]
     assert said == [f"flickr_image_caption.py: error: {process_group.LOST}"]
     last = experiment_utils.resolve_checkpoint("saved_models", "newest")
     assert load(last)["epoch"] >= 2
@@ -122,7 +149,12 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpo
 @pytest.mark.parametrize(
     ("error", "becomes"),
     [
-        (RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), ConnectionError),
+        (
+            RuntimeError(
+                "[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+            ),
+            ConnectionError,
+        ),
         (torch.distributed.DistNetworkError("the server socket has failed"), ConnectionError),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
@@ -211,7 +243,11 @@ def test_a_process_without_captions_takes_part_with_weight_0(monkeypatch):
 
 def test_alone_nothing_is_sent():
     assert (process_group.size(), process_group.rank()) == (1, 0)
-    assert process_group.broadcast("x") == "x" and process_group.gather(1) == [1] and process_group.highest(15) == 15
+    assert (
+        process_group.broadcast("x") == "x"
+        and process_group.gather(1) == [1]
+        and process_group.highest(15) == 15
+    )
     assert process_group.total([1.5, 2]) == [1.5, 2]
     with process_group.joined(torch.device("cpu")):
         assert not torch.distributed.is_initialized()

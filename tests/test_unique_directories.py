@@ -19,12 +19,24 @@ BASE = {
 }  # fmt: skip
 CHANGES = {  # one parameter at a time -> where the run goes
     "as it is": ({}, "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1e-04"),
-    "dataset": ({"dataset_type": "flickr30k"}, "flickr30k/resnet_lstm/flickr30k_lstm_ep10_bs128_lr1e-04"),
-    "encoder": ({"encoder": "mobilenet_v2"}, "flickr8k/mobilenet_v2_lstm/flickr8k_lstm_ep10_bs128_lr1e-04"),
-    "decoder": ({"decoder": "attention"}, "flickr8k/resnet_attention/flickr8k_attention_ep10_bs128_lr1e-04"),
+    "dataset": (
+        {"dataset_type": "flickr30k"},
+        "flickr30k/resnet_lstm/flickr30k_lstm_ep10_bs128_lr1e-04",
+    ),
+    "encoder": (
+        {"encoder": "mobilenet_v2"},
+        "flickr8k/mobilenet_v2_lstm/flickr8k_lstm_ep10_bs128_lr1e-04",
+    ),
+    "decoder": (
+        {"decoder": "attention"},
+        "flickr8k/resnet_attention/flickr8k_attention_ep10_bs128_lr1e-04",
+    ),
     "epochs": ({"epochs": 15}, "flickr8k/resnet_lstm/flickr8k_lstm_ep15_bs128_lr1e-04"),
     "batch size": ({"batch_size": 64}, "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs64_lr1e-04"),
-    "learning rate": ({"learning_rate": 0.00015}, "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1.5e-04"),
+    "learning rate": (
+        {"learning_rate": 0.00015},
+        "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1.5e-04",
+    ),
     "scheduler": (
         {"use_scheduler": True, "scheduler_type": "one_cycle"},
         "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1e-04_one_cycle",

@@ -23,7 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 AWAY = torch.device("meta")
 VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
 WORDS, CHANNELS, CELLS = 15, 6, 9
-FETCHES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::item")  # they read values
+FETCHES = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::is_nonzero",
+    "aten::item",
+)  # they read values
 
 
 class Away(torch.Tensor):
@@ -32,7 +37,12 @@ class Away(torch.Tensor):
     @staticmethod
     def __new__(cls, held):
         return torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=AWAY
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=AWAY,
         )
 
     def __init__(self, held):
@@ -56,7 +66,10 @@ class Device(TorchDispatchMode):
         return self(operation, args, kwargs or {})
 
     def __call__(self, operation, args, kwargs):
-        name, tensors = operation.name(), [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        name, tensors = (
+            operation.name(),
+            [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)],
+        )
         away = [tensor for tensor in tensors if isinstance(tensor, Away)]
         target = kwargs.get("device") and torch.device(kwargs["device"]).type
         if not away and target != AWAY.type:
@@ -69,7 +82,9 @@ class Device(TorchDispatchMode):
             self.sent.append(name)
         if target == "cpu" or name.removesuffix(".default") in FETCHES:
             self.fetched.append(name)
-        held = tree_map_only(Away, lambda tensor: tensor.held, (args, kwargs | ({"device": "cpu"} if target else {})))
+        held = tree_map_only(
+            Away, lambda tensor: tensor.held, (args, kwargs | ({"device": "cpu"} if target else {}))
+        )
         result = operation(*held[0], **held[1])
         if target == "cpu":
             return result
@@ -77,7 +92,11 @@ class Device(TorchDispatchMode):
             return args[0]
         if packs and isinstance(result, tuple):
             return Away(result[0]), *result[1:]
-        return tree_map_only(torch.Tensor, lambda tensor: tensor if isinstance(tensor, Away) else Away(tensor), result)
+        return tree_map_only(
+            torch.Tensor,
+            lambda tensor: tensor if isinstance(tensor, Away) else Away(tensor),
+            result,
+        )
 
 
 def moved(module):
@@ -93,7 +112,9 @@ def moved(module):
 
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr(program, "autocast", lambda _args: contextlib.nullcontext())  # this device has none
+    monkeypatch.setattr(
+        program, "autocast", lambda _args: contextlib.nullcontext()
+    )  # this device has none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind: False)
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr, foreach=False)
@@ -117,13 +138,23 @@ def source(args, features):
 
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
 def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeypatch):
-    captions = caption_data.CaptionBatches([[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]], 5, 9, seed=0)
+    captions = caption_data.CaptionBatches(
+        [[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]], 5, 9, seed=0
+    )
     (batch,) = captions.epoch(0)
     mirror = torch.tensor([True, False, True, False])
     features = torch.randn(4, 1 if kind == "lstm" else CELLS, CHANNELS).half()
     losses, decoders = [], []
     for place in ("cpu", AWAY):
-        args = options(kind, place, "--patch_dropout", "0.5", "--use_scheduler", "--scheduler_type", "one_cycle")
+        args = options(
+            kind,
+            place,
+            "--patch_dropout",
+            "0.5",
+            "--use_scheduler",
+            "--scheduler_type",
+            "one_cycle",
+        )
         torch.manual_seed(0)
         decoder = program.build_decoder(args, CHANNELS, WORDS, device="cpu").train()
         with device if place is AWAY else contextlib.nullcontext():
@@ -157,13 +188,20 @@ def test_a_search_finds_the_cpus_captions_and_waits_for_looks_only(kind, search,
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(4)
-    features, search = torch.randn(7, 1 if kind == "lstm" else CELLS, CHANNELS), {"max_length": 20, **search}
+    features, search = (
+        torch.randn(7, 1 if kind == "lstm" else CELLS, CHANNELS),
+        {"max_length": 20, **search},
+    )
     expected = caption_decoding.generate(decoder, features, VOCABULARY, **search)
     with device:
         away = moved(copy.deepcopy(decoder))
-        found = caption_decoding.generate(away, Away(features), VOCABULARY, fixed_shapes=True, **search)
+        found = caption_decoding.generate(
+            away, Away(features), VOCABULARY, fixed_shapes=True, **search
+        )
     for (one,), (other,) in zip(expected, found, strict=True):
-        assert one.tokens == other.tokens and one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+        assert one.tokens == other.tokens and one.log_prob == pytest.approx(
+            other.log_prob, abs=1e-4
+        )
     assert len({tuple(hypothesis.tokens) for (hypothesis,) in expected}) > 1
     assert device.sent == []
     assert len(device.fetched) < 20  # the looks, and the captions at the end; not 20 steps' worth
