@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image
 
-from experiment_utils import replace_file
+from checkpoints import replace_file
 
 DPI = 150
 LONG_SIDE = 600  # pixels; a larger photograph is reduced to this first

@@ -35,6 +35,9 @@ from types import SimpleNamespace
 
 from PIL import Image
 
+import download_datasets
+import image_loading
+
 CHANNELS, CELLS, WIDTH, VOCABULARY = (
     1280,
     49,
@@ -53,13 +56,11 @@ def plain_encoding(encoder, paths):
     """One image at a time through torchvision's own layers, float32, decoded in the same process -> [(1, F, h, w)]."""
     import torch
 
-    import caption_data
-
     features = []
     with torch.inference_mode():
         for path in paths:
             image = (
-                torch.from_numpy(caption_data.load_image(path, encoder.image_size))
+                torch.from_numpy(image_loading.load_image(path, encoder.image_size))
                 .permute(2, 0, 1)
                 .unsqueeze(0)
             )
@@ -168,20 +169,18 @@ def encode(args):
     """Pictures into an empty cache, reading, decoding and writing counted."""
     import torch
 
-    import caption_data
-    import download_datasets
-    import experiment_utils
     import feature_cache
     import flickr_image_caption as program
+    import runtime
 
     with tempfile.TemporaryDirectory() as folder:
         images = args.images
         if images is None:
             images = Path(folder, "sample", "Images")
             download_datasets.draw_sample_dataset(images.parent, num_images=args.number)
-        paths = caption_data.pictures_in(images)[: args.number]
+        paths = image_loading.pictures_in(images)[: args.number]
         weights = program.load_encoder_weights(args.encoder, args.encoder_weights, 0)
-        precision = experiment_utils.resolve_precision("auto", torch.device("cpu"))
+        precision = runtime.resolve_precision("auto", torch.device("cpu"))
         encoder = program.Encoder(args.encoder, weights, args.encoder_weights, precision)
         textbook = program.Encoder(args.encoder, weights, args.encoder_weights)
 
@@ -234,10 +233,10 @@ def train(kind, args):
     """One training step, dropout on."""
     import torch
 
-    import experiment_utils
     import flickr_image_caption as program
+    import runtime
 
-    precision = experiment_utils.resolve_precision("auto", torch.device("cpu"))
+    precision = runtime.resolve_precision("auto", torch.device("cpu"))
     ours, plain = new_run(kind, precision), new_run(kind, "float32")
     shared, small = generated(SHARED), generated(PLAIN)
     for run in (ours, plain):
@@ -266,11 +265,11 @@ def beam_search(args):
     import torch
 
     import caption_decoding
-    import experiment_utils
     import flickr_image_caption as program
+    import runtime
 
     decoder, vocabulary, options = searcher()
-    options.precision = experiment_utils.resolve_precision("auto", options.device)
+    options.precision = runtime.resolve_precision("auto", options.device)
     features = torch.rand(args.search, CELLS, CHANNELS, generator=torch.Generator().manual_seed(0))
     few = features[: max(1, len(features) // 50)]
 
@@ -312,8 +311,6 @@ def ceilings():
     """What this machine can do at best: matrix products, memory and JPEG decoding, medians of nine."""
     import torch
 
-    import caption_data
-
     def per_second(work, function):
         function()
         return work / statistics.median(seconds(function) for _ in range(9))
@@ -335,7 +332,7 @@ def ceilings():
             0, 256, (14, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
         )
         Image.fromarray(noise.numpy()).resize((500, 375)).save(picture, quality=90)
-        one = per_second(1, lambda: caption_data.load_image(picture, 224))
+        one = per_second(1, lambda: image_loading.load_image(picture, 224))
     found["JPEG 500 x 375 to 224 x 224, images/s and core"] = one
     return found
 
@@ -440,7 +437,7 @@ def start_and_step(typed, warm_up, steps, started):
     args = program.parse_args(typed)
     args.device = program.resolve_device(args.device)
     args.precision = program.resolve_precision(args.precision, args.device)
-    program.experiment_utils.keep_freed_memory()
+    program.runtime.keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):
         run = program.set_up(args, None)
     ready = time.time()
@@ -587,8 +584,9 @@ def main(argv=None):
     import torch
 
     import experiment_utils
+    import runtime
 
-    experiment_utils.keep_freed_memory()  # for both ways: the program does so on a CPU
+    runtime.keep_freed_memory()  # for both ways: the program does so on a CPU
     report = {}
     if args.scale:
         try:

@@ -16,17 +16,13 @@ Exit status: 0 all well, 1 something failed (one line each on stderr), 2 misuse,
 """
 
 import argparse
-import csv
 import errno
 import gzip
 import hashlib
 import http.client
-import itertools
 import json
 import lzma
-import math
 import os
-import random
 import shutil
 import socket
 import ssl
@@ -43,9 +39,9 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from sample_dataset import write_sample_dataset
 
 
 class DownloadError(OSError):
@@ -172,462 +168,6 @@ MAX_MEMBERS, MAX_UNPACKED_BYTES = (
     100_000,
     20_000_000_000,
 )  # beyond every archive above; a bomb's are more
-
-SAMPLE_SIDE = 224  # pixels
-TILE = 300  # pixels: an object is drawn large once, then scaled down for each picture, which smooths its edges
-SAMPLE_COLOURS = {
-    "red": (222, 44, 52),
-    "orange": (250, 140, 20),
-    "yellow": (252, 218, 52),
-    "green": (52, 166, 74),
-    "blue": (44, 104, 222),
-    "purple": (146, 62, 186),
-}
-INK, CREAM, BROWN = (48, 44, 60), (255, 250, 232), (126, 84, 52)
-
-
-def polar(centre, radius, turns):
-    """The point `turns` of a full turn clockwise from straight up, on a circle."""
-    angle = 2 * math.pi * turns
-    return centre[0] + radius * math.sin(angle), centre[1] - radius * math.cos(angle)
-
-
-# Objects are drawn in a square whose sides run from 0 to 100; `pen(shape, points, fill)` scales and outlines.
-def draw_ball(pen, colour):
-    """A ball with two highlights."""
-    pen("ellipse", [(4, 4), (96, 96)], colour)
-    pen("ellipse", [(24, 18), (44, 36)], CREAM, outline=False)
-    pen("arc", [(14, 14), (86, 86)], CREAM, start=15, end=75)
-
-
-def draw_star(pen, colour):
-    """A smiling five-pointed star."""
-    pen(
-        "polygon",
-        [polar((50, 53), 50 if corner % 2 == 0 else 23, corner / 10) for corner in range(10)],
-        colour,
-    )
-    pen("ellipse", [(38, 44), (44, 52)], INK, outline=False)
-    pen("ellipse", [(56, 44), (62, 52)], INK, outline=False)
-    pen("arc", [(40, 48), (60, 66)], INK, start=20, end=160)
-
-
-def draw_heart(pen, colour):
-    """A heart with a highlight."""
-    turns = [2 * math.pi * step / 60 for step in range(60)]
-    curve = [
-        (
-            16 * math.sin(t) ** 3,
-            13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t),
-        )
-        for t in turns
-    ]
-    pen("polygon", [(50 + 2.9 * x, 46 - 2.9 * y) for x, y in curve], colour)
-    pen("ellipse", [(20, 20), (36, 36)], CREAM, outline=False)
-
-
-def draw_house(pen, colour):
-    """A house with a chimney."""
-    pen("rectangle", [(68, 10), (80, 40)], BROWN)
-    pen("rectangle", [(12, 46), (88, 96)], colour)
-    pen("polygon", [(2, 48), (50, 6), (98, 48)], colour)
-    pen("rectangle", [(42, 62), (60, 96)], CREAM)
-    pen("rectangle", [(20, 60), (34, 76)], CREAM)
-    pen("rectangle", [(68, 60), (82, 76)], CREAM)
-
-
-def draw_tree(pen, colour):
-    """A fir tree; the colour is its needles'."""
-    pen("rectangle", [(42, 60), (58, 98)], BROWN)
-    for bottom, half in ((78, 40), (56, 33), (36, 25)):
-        pen("polygon", [(50 - half, bottom), (50, bottom - 36), (50 + half, bottom)], colour)
-
-
-def draw_car(pen, colour):
-    """A car seen from its side."""
-    pen("polygon", [(24, 46), (36, 22), (70, 22), (84, 46)], colour)
-    pen("polygon", [(33, 44), (41, 28), (52, 28), (52, 44)], CREAM)
-    pen("polygon", [(57, 44), (57, 28), (67, 28), (75, 44)], CREAM)
-    pen("rounded_rectangle", [(2, 44), (98, 74)], colour, radius=10)
-    pen("ellipse", [(90, 50), (97, 60)], CREAM)
-    for left in (14, 62):
-        pen("ellipse", [(left, 60), (left + 24, 84)], INK)
-        pen("ellipse", [(left + 8, 68), (left + 16, 76)], CREAM, outline=False)
-
-
-def draw_fish(pen, colour):
-    """A fish that swims to the left."""
-    pen("polygon", [(70, 50), (98, 24), (92, 50), (98, 76)], colour)
-    pen("polygon", [(30, 30), (48, 14), (58, 30)], colour)
-    pen("ellipse", [(2, 24), (78, 76)], colour)
-    pen("ellipse", [(14, 38), (28, 52)], CREAM)
-    pen("ellipse", [(18, 42), (24, 48)], INK, outline=False)
-    pen("arc", [(30, 36), (44, 64)], INK, start=-60, end=60)
-    pen("polygon", [(46, 50), (62, 42), (62, 60)], CREAM)
-
-
-def draw_boat(pen, colour):
-    """A boat with two sails; the colour is the hull's and one sail's."""
-    pen("rectangle", [(47, 4), (52, 70)], BROWN)
-    pen("polygon", [(55, 8), (55, 62), (94, 62)], colour)
-    pen("polygon", [(44, 18), (44, 62), (12, 62)], CREAM)
-    pen("polygon", [(3, 68), (97, 68), (80, 95), (20, 95)], colour)
-
-
-OBJECTS = {  # noun -> (plural, how to draw it)
-    "ball": ("balls", draw_ball),
-    "star": ("stars", draw_star),
-    "heart": ("hearts", draw_heart),
-    "house": ("houses", draw_house),
-    "tree": ("trees", draw_tree),
-    "car": ("cars", draw_car),
-    "fish": ("fish", draw_fish),
-    "boat": ("boats", draw_boat),
-}
-
-
-def draw_tile(noun, colour):
-    """One object on a transparent ground, cropped to its outline: an RGBA picture about TILE pixels wide."""
-    tile = Image.new("RGBA", (TILE, TILE))
-    draw = ImageDraw.Draw(tile)
-    line = TILE // 42
-
-    def pen(shape, points, fill, outline=True, **options):
-        scaled = [(x * TILE / 100, y * TILE / 100) for x, y in points]
-        if "radius" in options:
-            options["radius"] *= TILE / 100
-        if shape == "arc":
-            draw.arc(scaled, fill=fill, width=line, **options)
-        else:
-            getattr(draw, shape)(
-                scaled, fill=fill, outline=INK if outline else None, width=line, **options
-            )
-
-    OBJECTS[noun][1](pen, SAMPLE_COLOURS[colour])
-    return tile.crop(tile.getbbox()).reduce(2)
-
-
-def gradient(side, top, bottom):
-    """A square RGB picture that fades from colour `top` to colour `bottom`."""
-    column = np.linspace(top, bottom, side)[:, None].round().astype(np.uint8)  # (side, 1, 3)
-    return Image.fromarray(column).resize((side, side), Image.Resampling.NEAREST)
-
-
-def ground(picture, rng, height, top, bottom):
-    """Cover the picture below about `height` (a fraction of its side) with rolling ground."""
-    side = picture.width
-    phase, waves = rng.random(), rng.uniform(0.5, 1.1)
-    edge = [
-        (x, side * (height + 0.03 * math.sin(2 * math.pi * (phase + waves * x / side))))
-        for x in range(0, side + 4, 4)
-    ]
-    mask = Image.new("L", picture.size)
-    ImageDraw.Draw(mask).polygon([*edge, (side, side), (0, side)], fill=255)
-    picture.paste(gradient(side, top, bottom), mask=mask)
-
-
-def dots(picture, rng, count, top, colours, radius):
-    """Strew small round dots below `top` (a fraction of the side); `radius` in pixels."""
-    draw, side = ImageDraw.Draw(picture), picture.width
-    for _ in range(count):
-        x, y, size = (
-            rng.uniform(0, side),
-            rng.uniform(top * side, side),
-            rng.uniform(0.5, 1) * radius,
-        )
-        draw.ellipse([x - size, y - size, x + size, y + size], fill=rng.choice(colours))
-
-
-def draw_meadow(side, rng):
-    """Two hills with flowers below a blue sky."""
-    picture = gradient(side, (138, 200, 242), (226, 242, 250))
-    ground(picture, rng, rng.uniform(0.40, 0.50), (176, 214, 140), (176, 214, 140))
-    ground(picture, rng, rng.uniform(0.55, 0.62), (150, 200, 112), (104, 168, 84))
-    dots(picture, rng, 40, 0.68, [(255, 255, 255), (255, 240, 150), (250, 200, 215)], side / 110)
-    return picture
-
-
-def draw_sea(side, rng):
-    """Waves up to a horizon."""
-    picture = gradient(side, (196, 226, 242), (246, 244, 232))
-    horizon = rng.uniform(0.30, 0.40)
-    picture.paste(gradient(side, (60, 150, 186), (22, 92, 146)), (0, round(horizon * side)))
-    draw = ImageDraw.Draw(picture)
-    for _ in range(26):
-        x, y = rng.uniform(-0.05, 1) * side, rng.uniform(horizon + 0.05, 1) * side
-        draw.arc(
-            [x, y, x + side * 0.08, y + side * 0.03],
-            200,
-            340,
-            fill=(190, 226, 238),
-            width=side // 110,
-        )
-    return picture
-
-
-def draw_beach(side, rng):
-    """Sand, with a strip of sea at the top."""
-    picture = gradient(side, (150, 214, 238), (236, 248, 248))
-    horizon = rng.uniform(0.16, 0.22)
-    ImageDraw.Draw(picture).rectangle([0, horizon * side, side, side], fill=(92, 190, 204))
-    ground(picture, rng, horizon + 0.12, (255, 250, 240), (255, 250, 240))
-    ground(picture, rng, horizon + 0.14, (244, 222, 170), (228, 194, 132))
-    dots(picture, rng, 90, horizon + 0.25, [(206, 170, 110), (252, 238, 204)], side / 160)
-    return picture
-
-
-def draw_snow(side, rng):
-    """Hills in falling snow."""
-    picture = gradient(side, (176, 192, 216), (222, 230, 240))
-    ground(picture, rng, rng.uniform(0.40, 0.48), (226, 234, 244), (226, 234, 244))
-    ground(picture, rng, rng.uniform(0.56, 0.64), (248, 251, 255), (226, 236, 248))
-    dots(picture, rng, 90, 0.0, [(255, 255, 255)], side / 75)
-    return picture
-
-
-def draw_night(side, rng):
-    """Stars and a moon over dark hills."""
-    picture = gradient(side, (16, 20, 56), (58, 56, 112))
-    dots(picture, rng, 70, 0.0, [(255, 255, 240), (200, 210, 255)], side / 170)
-    x, y, size = rng.uniform(0.08, 0.86) * side, rng.uniform(0.04, 0.10) * side, side * 0.09
-    draw = ImageDraw.Draw(picture)
-    draw.ellipse([x, y, x + size, y + size], fill=(250, 246, 214))
-    draw.ellipse(
-        [x + size * 0.3, y - size * 0.1, x + size * 1.2, y + size * 0.8], fill=(22, 25, 62)
-    )
-    ground(picture, rng, rng.uniform(0.72, 0.80), (28, 32, 66), (18, 20, 46))
-    return picture
-
-
-def draw_room(side, rng):
-    """Striped wallpaper over a wooden floor."""
-    light, dark = rng.choice(
-        [
-            ((248, 228, 214), (240, 212, 194)),
-            ((244, 236, 214), (234, 222, 190)),
-            ((240, 226, 236), (228, 208, 224)),
-        ]
-    )
-    picture = Image.new("RGB", (side, side), light)
-    draw = ImageDraw.Draw(picture)
-    for left in range(0, side, side // 8):
-        draw.rectangle([left, 0, left + side // 16, side], fill=dark)
-    draw.rectangle([0, side * 0.86, side, side], fill=(184, 138, 96))
-    draw.rectangle([0, side * 0.84, side, side * 0.87], fill=(252, 248, 240))
-    return picture
-
-
-BACKGROUNDS = {  # where a scene is -> how to draw it
-    "in the meadow": draw_meadow,
-    "in the sea": draw_sea,
-    "on the beach": draw_beach,
-    "in the snow": draw_snow,
-    "at night": draw_night,
-    "in the room": draw_room,
-}
-
-SENTENCES = (
-    "{subject} {relation} {where}",
-    "{subject} {relation} can be seen {where}",
-    "{subject} {verb} {relation} {where}",
-    "there {verb} {subject} {relation} {where}",
-    "{where} there {verb} {subject} {relation}",
-    "the picture shows {subject} {relation} {where}",
-    "a picture of {subject} {relation} {where}",
-    "this is a picture of {subject} {relation} {where}",
-    "you can see {subject} {relation} {where}",
-    "{where} you can see {subject} {relation}",
-    "we see {subject} {relation} {where}",
-    "someone drew {subject} {relation} {where}",
-)
-# How often each layout is drawn, the centres of its objects as fractions of the side, the share of the picture that
-# each object's box covers, and its wordings. Objects with the same letter are alike.
-LAYOUTS = (
-    (6, {"a": [(0.26, 0.5)]}, (0.08, 0.12), ["{a} on the left"]),
-    (6, {"a": [(0.74, 0.5)]}, (0.08, 0.12), ["{a} on the right"]),
-    (6, {"a": [(0.5, 0.26)]}, (0.08, 0.12), ["{a} at the top"]),
-    (6, {"a": [(0.5, 0.74)]}, (0.08, 0.12), ["{a} at the bottom"]),
-    (14, {"a": [(0.26, 0.5), (0.74, 0.5)]}, (0.06, 0.10), ["{a} side by side"]),
-    (12, {"a": [(0.18, 0.5), (0.5, 0.5), (0.82, 0.5)]}, (0.05, 0.06), ["{a} in a row"]),
-    (
-        20,
-        {"a": [(0.26, 0.5)], "b": [(0.74, 0.5)]},
-        (0.06, 0.10),
-        ["{a} next to {b}", "{a} next to {b}", "{a} to the left of {b}", "{b} to the right of {a}"],
-    ),
-    (
-        20,
-        {"a": [(0.5, 0.26)], "b": [(0.5, 0.74)]},
-        (0.06, 0.09),
-        ["{a} above {b}"] * 3 + ["{b} below {a}"],
-    ),
-    (
-        10,
-        {"a": [(0.5, 0.26)], "b": [(0.26, 0.74), (0.74, 0.74)]},
-        (0.05, 0.08),
-        ["{a} above {b}"] * 3 + ["{b} below {a}"],
-    ),
-)
-
-
-def write_captions(rng, wordings, things, where):
-    """Five different captions of one scene. `things`: {"a": (noun, colour, count), ...}."""
-    phrases, verbs = {}, {}
-    for key, (noun, colour, count) in things.items():
-        article = "an" if colour[0] in "aeiou" else "a"
-        number, named = {
-            1: (article, noun),
-            2: ("two", OBJECTS[noun][0]),
-            3: ("three", OBJECTS[noun][0]),
-        }[count]
-        phrases[key] = f"{number} {colour} {named}"
-        verbs[key] = "is" if count == 1 else "are"
-    captions = []
-    for sentence in rng.sample(SENTENCES, 5):
-        subject, relation = rng.choice(wordings).split(" ", 1)
-        caption = sentence.format(
-            subject=subject, relation=relation, verb=verbs[subject[1]], where=where
-        ).format(**phrases)
-        captions.append(caption[0].upper() + caption[1:] + ".")
-    return captions
-
-
-def paste_object(picture, rng, tile, centre, area):
-    """Paste `tile` near `centre`, its box `area` of the picture large. Returns the box in 0..1: [x0, y0, x1, y1]."""
-    tile = tile.rotate(rng.uniform(-7, 7), Image.Resampling.BICUBIC, expand=True)
-    tile = tile.crop(tile.getbbox())
-    scale = math.sqrt(area * picture.width * picture.height / (tile.width * tile.height))
-    tile = tile.resize(
-        (round(tile.width * scale), round(tile.height * scale)), Image.Resampling.LANCZOS
-    )
-    left, top = (
-        min(
-            max(round((middle + rng.uniform(-0.05, 0.05)) * side - length / 2), 2),
-            side - length - 2,
-        )
-        for middle, side, length in zip(centre, picture.size, tile.size, strict=True)
-    )
-    shadow = (
-        tile.getchannel("A").filter(ImageFilter.GaussianBlur(2)).point(lambda alpha: alpha // 3)
-    )
-    picture.paste(INK, (left + 3, top + 4), shadow)
-    picture.paste(tile, (left, top), tile)
-    return [
-        round(edge / SAMPLE_SIDE, 4) for edge in (left, top, left + tile.width, top + tile.height)
-    ]
-
-
-def apart(first, second, gap=0.012):
-    """Whether two boxes leave at least `gap` between them along an axis."""
-    return any(
-        first[axis + 2] + gap <= second[axis] or second[axis + 2] + gap <= first[axis]
-        for axis in (0, 1)
-    )
-
-
-def draw_scene(rng, tiles):
-    """One random scene: an RGB picture, its five captions, and its objects' names and boxes."""
-    _, places, areas, wordings = rng.choices(LAYOUTS, weights=[weight for weight, *_ in LAYOUTS])[0]
-    where = rng.choice(list(BACKGROUNDS))
-    nouns, colours = (
-        rng.sample(list(OBJECTS), len(places)),
-        rng.sample(list(SAMPLE_COLOURS), len(places)),
-    )
-    things = {
-        key: (noun, colour, len(places[key]))
-        for key, noun, colour in zip(places, nouns, colours, strict=True)
-    }
-    captions = write_captions(rng, wordings, things, where)
-    background = BACKGROUNDS[where](2 * SAMPLE_SIDE, rng).reduce(2)
-    while True:  # until no two objects touch
-        picture, objects = background.copy(), []
-        for key, (noun, colour, _) in things.items():
-            area = rng.uniform(*areas)
-            for centre in places[key]:
-                box = paste_object(picture, rng, tiles[noun, colour], centre, area)
-                objects.append({"names": sorted({noun, OBJECTS[noun][0]}), "box": box})
-        if all(
-            apart(one["box"], other["box"]) for one, other in itertools.combinations(objects, 2)
-        ):
-            break
-    grain = np.random.default_rng(rng.getrandbits(64)).integers(
-        -4, 5, (SAMPLE_SIDE, SAMPLE_SIDE, 1), np.int16
-    )
-    picture = Image.fromarray((np.asarray(picture, np.int16) + grain).clip(0, 255).astype(np.uint8))
-    return picture, captions, objects
-
-
-def write_sample_dataset(folder, seed, names):
-    """Draw one picture per name into `folder`, with captions, boxes and split lists (0.8 / 0.1 / 0.1) beside them."""
-    tiles = {kind: draw_tile(*kind) for kind in itertools.product(OBJECTS, SAMPLE_COLOURS)}
-    boxes = {}
-    with (folder / "captions.txt").open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["image", "caption"])
-        for name in names:
-            picture, captions, boxes[name] = draw_scene(random.Random(f"{seed} {name}"), tiles)
-            picture.save(folder / "Images" / name, quality=92, subsampling=0)
-            rows.writerows([name, caption] for caption in captions)
-    (folder / "boxes.json").write_text(json.dumps(boxes, indent=1))
-    held_out = len(names) // 10
-    splits = {
-        "dev": names[:held_out],
-        "test": names[held_out : 2 * held_out],
-        "train": names[2 * held_out :],
-    }
-    for split, members in splits.items():
-        (folder / f"sample.{split}Images.txt").write_text("".join(f"{name}\n" for name in members))
-
-
-def draw_sample_dataset(folder, seed=0, num_images=900, force=False):
-    """Draw the sample dataset into `folder`, in Flickr8k's layout, or find it there and do nothing.
-
-    Scenes of one to three toy objects, 224 x 224 pixels, five captions each. Every picture depends only on `seed` and
-    its number: captions and splits are the same on every machine, pixels and boxes up to the Pillow version's rounding.
-    The folder appears complete or not at all.
-
-    Args:
-        seed: any int.   num_images: at least 10, so that no split is empty.   force: draw again over what is there.
-    Returns: `folder` as a Path. It holds Images/, captions.txt (CSV `image,caption`), sample.{train,dev,test}Images.txt
-        and boxes.json: {file name: [{"names": [noun, plural], "box": [x0, y0, x1, y1]}, ...]}, x and y in 0..1.
-    Raises: ValueError for too few images, or if `folder` holds something else.
-    """
-    folder = Path(folder)
-    if num_images < 10:
-        raise ValueError(f"num_images must be at least 10, got {num_images}")
-    names = [f"sample_{seed}_{number:04d}.jpg" for number in range(num_images)]
-    if not force and holds_something(folder):
-        verify_sample(folder, names)
-        return folder
-    with new_folder(folder, replace=force) as partial:
-        (partial / "Images").mkdir()
-        write_sample_dataset(partial, seed, names)
-    return folder
-
-
-def verify_sample(folder, names=None):
-    """(images, captions) of a sample dataset. Raises ValueError unless it is whole (and has these file names)."""
-    try:
-        boxes = json.loads((folder / "boxes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        boxes = {}
-    present = {path.name for path in images_in(folder)}
-    if (
-        not boxes
-        or not isinstance(boxes, dict)
-        or boxes.keys() != present
-        or present != set(names or boxes)
-    ):
-        raise ValueError(
-            f"{folder}: not the complete sample dataset with these settings; "
-            "draw it again with: python download_datasets.py --dataset sample --force"
-        )
-    captions = count_captions(folder)
-    if captions != 5 * len(boxes):
-        raise ValueError(
-            f"{folder}: {captions} captions, expected {5 * len(boxes)}; draw it again with --force"
-        )
-    return len(boxes), captions
 
 
 # ---- folders that appear complete or not at all ----
@@ -861,6 +401,57 @@ def count_captions(folder):
     with path.open("rb") as file:
         rows = [line[:5] for line in file if line.strip()]
     return len(rows) - (rows[:1] == [b"image"])  # without the header
+
+
+def draw_sample_dataset(folder, seed=0, num_images=900, force=False):
+    """Draw the sample dataset into `folder`, in Flickr8k's layout, or find it there and do nothing.
+
+    Scenes of one to three toy objects, 224 x 224 pixels, five captions each. Every picture depends only on `seed` and
+    its number: captions and splits are the same on every machine, pixels and boxes up to the Pillow version's rounding.
+    The folder appears complete or not at all.
+
+    Args:
+        seed: any int.   num_images: at least 10, so that no split is empty.   force: draw again over what is there.
+    Returns: `folder` as a Path. It holds Images/, captions.txt (CSV `image,caption`), sample.{train,dev,test}Images.txt
+        and boxes.json: {file name: [{"names": [noun, plural], "box": [x0, y0, x1, y1]}, ...]}, x and y in 0..1.
+    Raises: ValueError for too few images, or if `folder` holds something else.
+    """
+    folder = Path(folder)
+    if num_images < 10:
+        raise ValueError(f"num_images must be at least 10, got {num_images}")
+    names = [f"sample_{seed}_{number:04d}.jpg" for number in range(num_images)]
+    if not force and holds_something(folder):
+        verify_sample(folder, names)
+        return folder
+    with new_folder(folder, replace=force) as partial:
+        (partial / "Images").mkdir()
+        write_sample_dataset(partial, seed, names)
+    return folder
+
+
+def verify_sample(folder, names=None):
+    """(images, captions) of a sample dataset. Raises ValueError unless it is whole (and has these file names)."""
+    try:
+        boxes = json.loads((folder / "boxes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        boxes = {}
+    present = {path.name for path in images_in(folder)}
+    if (
+        not boxes
+        or not isinstance(boxes, dict)
+        or boxes.keys() != present
+        or present != set(names or boxes)
+    ):
+        raise ValueError(
+            f"{folder}: not the complete sample dataset with these settings; "
+            "draw it again with: python download_datasets.py --dataset sample --force"
+        )
+    captions = count_captions(folder)
+    if captions != 5 * len(boxes):
+        raise ValueError(
+            f"{folder}: {captions} captions, expected {5 * len(boxes)}; draw it again with --force"
+        )
+    return len(boxes), captions
 
 
 def verify_dataset(name, folder):

@@ -26,11 +26,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import caption_data
-import image_shards
+import image_loading
 import process_group
-from experiment_utils import replace_file
-from image_shards import ShardImage
+from checkpoints import replace_file
+from image_loading import ShardImage
 
 CACHE_FORMAT = 2
 COMMIT_SECONDS = 2.0  # work that a killed run may lose
@@ -142,7 +141,7 @@ def _fill(store, paths, encoded, take_means, progress):
     """Rank 0's work: add what the store lacks of these images. Returns their stamps, and {path: reason} as above."""
     folder = store.file.parent
     stamps, unreadable = _stamps(paths)
-    known = image_shards.load_faults(folder)
+    known = image_loading.load_faults(folder)
     todo = _lacking(stamps, store, known)
     if shards := next(
         (path.shards for path in todo.values() if isinstance(path, ShardImage)), None
@@ -157,7 +156,7 @@ def _fill(store, paths, encoded, take_means, progress):
         own = encoded(process_group.broadcast(list(todo.values())))
         failed = known | _store_encoded(store, list(todo), own, bar)
     if shards:
-        image_shards.save_faults(folder, failed)
+        image_loading.save_faults(folder, failed)
     return stamps, unreadable | {
         path: failed[stamp] for path, stamp in stamps.items() if stamp in failed
     }
@@ -177,7 +176,7 @@ def _encoded(paths, encode, rounded, image_size, batch_size, num_workers):
 
     None after the last one.
     """
-    for positions, pixels, reasons in caption_data.decoded(
+    for positions, pixels, reasons in image_loading.decoded(
         paths, image_size, batch_size, num_workers
     ):
         features = None

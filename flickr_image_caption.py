@@ -492,21 +492,19 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from tqdm import tqdm
 
 import attention_visualization
+import caption_batches
 import caption_data
+import checkpoints
 import download_datasets
 import experiment_utils
 import feature_cache
+import image_loading
 import metrics_utils
 import process_group
+import runtime
 from caption_decoding import follow, generate, map_tensors, select
-from experiment_utils import (
-    Stopped,
-    listen_for_stop,
-    resolve_device,
-    resolve_precision,
-    until_stopped,
-)
 from repeated_linear import RepeatedLinear, summed_once
+from runtime import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
 
 WEIGHTS_DIR = download_datasets.WEIGHTS_DIR  # document A's place for downloaded weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
@@ -672,7 +670,7 @@ def load_encoder_weights(name, source, seed):
         urllib.error.URLError,
         OSError,
         pickle.UnpicklingError,
-        *experiment_utils.UNREADABLE,
+        *checkpoints.UNREADABLE,
     ) as error:
         reason = str(error).splitlines()[0] or type(error).__name__
         raise FileNotFoundError(
@@ -691,7 +689,7 @@ def read_weights(file, trusted=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on pickles that it then refuses
             state = torch.load(file, map_location="cpu", weights_only=not trusted)
-    except (pickle.UnpicklingError, *experiment_utils.UNREADABLE) as error:
+    except (pickle.UnpicklingError, *checkpoints.UNREADABLE) as error:
         raise ValueError(
             f"--encoder_weights {file}: not a readable state dict: give a torchvision .pth file"
         ) from error
@@ -712,7 +710,7 @@ def open_encoder(args, checkpoint=None):
         (args.precision, args.image_size, args.coarse_size),
     )
     if stored.get("weights") is not None and "encoder_weights" not in args.typed:
-        with experiment_utils.taking_from(args.model_path):
+        with checkpoints.taking_from(args.model_path):
             encoder = Encoder(args.encoder, stored["weights"], args.model_path, *look)
     else:
         weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
@@ -1176,7 +1174,7 @@ class FeatureSource:
         if args.no_feature_cache:
             self.features, self.unreadable = (
                 None,
-                caption_data.find_unreadable(paths, num_workers=args.num_workers),
+                image_loading.find_unreadable(paths, num_workers=args.num_workers),
             )
             return
         self.features, self.unreadable = self.cached(encoder)
@@ -1222,7 +1220,7 @@ class FeatureSource:
     def encoded(self, batches, mirror):
         """As `stream`, without a cache."""
         batches = list(batches)
-        loader = caption_data.image_loader(
+        loader = image_loading.image_loader(
             self.paths, self.encoder.image_size, batches, self.args.num_workers
         )
         for rows, images in zip(batches, loader, strict=True):
@@ -1464,7 +1462,7 @@ def finish_epoch(run, row):
         save(run, "best.pt")
     save(run, f"model_epoch_{progress['epoch']}.pt")
     if args.keep_checkpoints:
-        experiment_utils.prune_checkpoints(run.run_dir, args.keep_checkpoints)
+        checkpoints.prune_checkpoints(run.run_dir, args.keep_checkpoints)
     print(
         f"Epoch {row['epoch']} completed ({row['epoch']}/{run.plan['epochs']}):\n"
         f"  Training Loss: {row['train_loss']:.5f}\n"
@@ -1485,7 +1483,7 @@ def save(run, name):
     """Write the whole state of the run to a file of its directory; only best.pt holds the encoder's weights."""
     progress = run.progress
     weights = run.encoder.trunk.state_dict() if name == "best.pt" else None
-    experiment_utils.save_checkpoint(run.run_dir / name, {
+    checkpoints.save_checkpoint(run.run_dir / name, {
         "config": plain_config(run.args), "vocabulary": run.vocabulary.to_plain(), "model": run.decoder.state_dict(),
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "plan": run.plan,
         "scheduler": run.scheduler and run.scheduler.state_dict(), "epoch": progress["epoch"], "step": progress["step"],
@@ -1518,7 +1516,7 @@ def set_up(args, checkpoint):
     if checkpoint:
         decoder, vocabulary = restore_decoder(args, checkpoint)
     else:
-        vocabulary = caption_data.Vocabulary.build(texts, args.freq_threshold)
+        vocabulary = caption_batches.Vocabulary.build(texts, args.freq_threshold)
         decoder = build_decoder(args, encoder.channels, len(vocabulary))
         sample = torch.linspace(0, len(table) - 1, min(len(table), SAMPLE)).long()
         decoder.fit_features(next(features.stream([sample])))
@@ -1538,7 +1536,7 @@ def set_up(args, checkpoint):
         backend = "cudagraphs" if args.device.type == "cuda" else "inductor"
         decoder.compiled = torch.compile(decoder.teach, dynamic=False, backend=backend)
     if checkpoint:
-        with experiment_utils.taking_from(args.model_path):
+        with checkpoints.taking_from(args.model_path):
             restore_progress(run, checkpoint)
     else:
         run.plan = {"epochs": args.epochs, "steps": args.epochs * run.batches.num_batches}
@@ -1556,16 +1554,16 @@ def set_up(args, checkpoint):
 def token_batches(captions, vocabulary, args):
     """Captions (per image a list of texts) as batches of word ids."""
     ids = ([vocabulary.encode(text) for text in image] for image in captions)
-    return caption_data.CaptionBatches(ids, args.batch_size, args.max_length, args.seed)
+    return caption_batches.CaptionBatches(ids, args.batch_size, args.max_length, args.seed)
 
 
 def restore_decoder(args, checkpoint):
     """The checkpoint's decoder, on its device, and vocabulary. Raises: ValueError when they do not fit each other."""
     with (
-        experiment_utils.taking_from(args.model_path),
+        checkpoints.taking_from(args.model_path),
         torch.device("meta"),
     ):  # shapes first, before memory is taken
-        vocabulary = caption_data.Vocabulary.from_plain(checkpoint["vocabulary"])
+        vocabulary = caption_batches.Vocabulary.from_plain(checkpoint["vocabulary"])
         sizes = checkpoint["encoder"]["channels"], len(vocabulary)
         expected = build_decoder(args, *sizes, device="meta").state_dict()
     shapes = {name: getattr(tensor, "shape", None) for name, tensor in checkpoint["model"].items()}
@@ -1595,14 +1593,14 @@ def open_decoder(args, checkpoint):
     decoder, vocabulary = restore_decoder(args, checkpoint)
     members = [decoder]
     args.ensemble = [str(found_checkpoint(args, path)) for path in args.ensemble]
-    with experiment_utils.taking_from(args.model_path):
+    with checkpoints.taking_from(args.model_path):
         own = family(checkpoint)
     for path in args.ensemble:
-        other = experiment_utils.load_checkpoint(path)
+        other = checkpoints.load_checkpoint(path)
         stored = SimpleNamespace(
             **check_stored(path, other["config"]) | {"device": args.device, "model_path": path}
         )
-        with experiment_utils.taking_from(path):
+        with checkpoints.taking_from(path):
             others = family(other)
             differing = [name for name in own if own[name] != others[name]]
         if differing:
@@ -1701,9 +1699,9 @@ def open_run_dir(run):
           f"of {kept} epochs, and best.pt with the encoder")  # fmt: skip
     if progress["best_score"] is not None:
         best = Path(args.model_path).with_name("best.pt")
-        if best.is_file() and experiment_utils.load_checkpoint(best)["epoch"] <= progress["epoch"]:
+        if best.is_file() and checkpoints.load_checkpoint(best)["epoch"] <= progress["epoch"]:
             with (
-                experiment_utils.replace_file(run.run_dir / "best.pt") as copy,
+                checkpoints.replace_file(run.run_dir / "best.pt") as copy,
                 best.open("rb") as original,
             ):
                 shutil.copyfileobj(original, copy)
@@ -1717,7 +1715,7 @@ def open_run_dir(run):
 def train(args, checkpoint):
     """Train until the plan's last epoch, early stopping or a signal. Returns the exit status."""
     for flag in ("model_save_dir", "cache_dir"):
-        experiment_utils.check_writable_dir(getattr(args, flag), f"--{flag}")
+        checkpoints.check_writable_dir(getattr(args, flag), f"--{flag}")
     run = set_up(args, checkpoint)
     progress = run.progress
     if process_group.rank() == 0:
@@ -1761,7 +1759,7 @@ def train(args, checkpoint):
         return 0
     best = run.run_dir / "best.pt"
     if args.save_attention_viz:
-        run.decoder.load_state_dict(experiment_utils.load_checkpoint(best)["model"])
+        run.decoder.load_state_dict(checkpoints.load_checkpoint(best)["model"])
         positions = torch.arange(min(args.attention_viz_samples, len(run.val_table)))
         found = caption_images(
             run.decoder, run.val_features.stream([positions]), run.vocabulary, args
@@ -1778,7 +1776,7 @@ def train(args, checkpoint):
 
 def draw_attention(folder, args, grid, vocabulary, paths, found, first=1):
     """One picture per path, numbered from `first`: where the decoder looked for each word of its best hypothesis."""
-    pictures = caption_data.open_images(paths)
+    pictures = image_loading.open_images(paths)
     for number, (picture, hypotheses) in enumerate(zip(pictures, found, strict=False), start=first):
         best = hypotheses[0]
         attention_visualization.save_attention_viz(
@@ -1790,14 +1788,14 @@ def draw_attention(folder, args, grid, vocabulary, paths, found, first=1):
 def output_folder(args):
     """Where test and caption mode write: --output_dir, not yet made, or the checkpoint's folder. Raises: ValueError."""
     folder = Path(args.output_dir or Path(args.model_path).parent)
-    experiment_utils.check_writable_dir(folder, "--output_dir")
+    checkpoints.check_writable_dir(folder, "--output_dir")
     return folder
 
 
 def test(args, checkpoint):
     """Caption a whole split without reference tokens, score it, write what was found. Returns the exit status."""
     folder, started = output_folder(args), time.perf_counter()
-    experiment_utils.check_writable_dir(args.cache_dir, "--cache_dir")
+    checkpoints.check_writable_dir(args.cache_dir, "--cache_dir")
     dataset = open_dataset(args, checkpoint)
     encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), open_decoder(args, checkpoint)
     print(*dataset.notes, sep="\n")
@@ -1850,8 +1848,8 @@ def test(args, checkpoint):
     scores |= {"dataset_type": args.dataset_type, "split": args.split, "images": len(table), "decoding": decoding,
                "checkpoint": str(args.model_path), "ensemble": args.ensemble,
                "wall_time_seconds": time.perf_counter() - started}  # fmt: skip
-    experiment_utils.write_json(folder / f"{args.split}_captions.json", rows)
-    experiment_utils.write_json(folder / f"{args.split}_metrics.json", scores)
+    checkpoints.write_json(folder / f"{args.split}_captions.json", rows)
+    checkpoints.write_json(folder / f"{args.split}_metrics.json", scores)
     how = f"beam {args.beam_size}" if args.algorithm == "beam" else args.algorithm
     print(f"{args.dataset_type} {args.split}: {len(table)} images, {how}")
     print(metrics_utils.scores_table(scores))
@@ -1861,7 +1859,7 @@ def test(args, checkpoint):
 
 def caption(args, checkpoint):
     """Print a caption per picture; goes on past files that are no pictures. Returns the status, 1 if there were any."""
-    paths = [path for given in args.images for path in caption_data.pictures_in(Path(given))]
+    paths = [path for given in args.images for path in image_loading.pictures_in(Path(given))]
     folder = output_folder(args) if args.save_attention_viz else None
     encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), open_decoder(args, checkpoint)
     if hasattr(sys.stdout, "reconfigure"):
@@ -1871,7 +1869,7 @@ def caption(args, checkpoint):
         images, readable = [], []
         for path in paths[start : start + CHUNK]:
             try:
-                images.append(torch.from_numpy(caption_data.load_image(path, encoder.image_size)))
+                images.append(torch.from_numpy(image_loading.load_image(path, encoder.image_size)))
                 readable.append(path)
             except ValueError as error:
                 print(f"flickr_image_caption.py: {error}", file=sys.stderr)
@@ -1906,7 +1904,7 @@ MODES = {"train": train, "test": test, "caption": caption}
 
 def found_checkpoint(args, path):
     """The file that `path`, a file or a folder of runs, means; said where it is another. Raises: FileNotFoundError."""
-    found = experiment_utils.resolve_checkpoint(path, "newest" if args.mode == "train" else "best")
+    found = checkpoints.resolve_checkpoint(path, "newest" if args.mode == "train" else "best")
     if str(found) != str(path):
         print(f"checkpoint: {found}", file=sys.stderr if args.mode == "caption" else sys.stdout)
     return found
@@ -1922,14 +1920,14 @@ def open_checkpoint(args):
     if args.resume == "latest":
         args.model_path = args.model_save_dir
     path = args.model_path = str(found_checkpoint(args, args.model_path))
-    checkpoint = experiment_utils.load_checkpoint(path)
+    checkpoint = checkpoints.load_checkpoint(path)
     keep = THIS_RUN_ONLY + (
         ()
         if args.mode == "train"
         else ("precision", "save_attention_viz", "advanced_attention_viz")
     )
     stored = check_stored(path, checkpoint["config"])
-    with experiment_utils.taking_from(path):
+    with checkpoints.taking_from(path):
         checkpoint["splits"] = {
             split: list(checkpoint["splits"][split]) for split in caption_data.SPLITS
         }
@@ -1985,11 +1983,11 @@ def main(args):
         args.device = resolve_device(args.device)
         args.precision = resolve_precision(args.precision, args.device)
         if args.compile:
-            experiment_utils.check_compiler(args.device)
+            runtime.check_compiler(args.device)
         if args.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32
         if args.device.type == "cpu":
-            experiment_utils.keep_freed_memory()
+            runtime.keep_freed_memory()
         if process_group.size() > 1 and args.mode != "train":
             raise ValueError(f"--mode {args.mode} runs in one process: start it without torchrun")
         with process_group.joined(args.device):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import benchmark
-import caption_data
 import caption_decoding
 import download_datasets
-import experiment_utils
 import feature_cache
 import flickr_image_caption as program
+import image_loading
+import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,7 +66,7 @@ def test_beam_search_finds_the_textbooks_captions():
 
 def test_the_cache_holds_the_textbooks_features(tmp_path):
     images = download_datasets.draw_sample_dataset(tmp_path / "sample", num_images=10) / "Images"
-    paths = caption_data.pictures_in(images)
+    paths = image_loading.pictures_in(images)
     encoder = program.Encoder(
         "mobilenet_v2", program.load_encoder_weights("mobilenet_v2", "random", 0), "random"
     )
@@ -95,7 +95,7 @@ def test_the_report_is_one_json_object_and_a_chart(tmp_path):
 
 
 def test_the_share_of_captions_that_differ_is_counted(monkeypatch):
-    monkeypatch.setattr(experiment_utils, "resolve_precision", lambda *_: "float32")
+    monkeypatch.setattr(runtime, "resolve_precision", lambda *_: "float32")
     args = SimpleNamespace(search=100, rounds=1)
     assert benchmark.beam_search(args)["differing"] == 0
     monkeypatch.setattr(benchmark, "plain_beam_search", lambda *_args, **_options: ([], 0.0))

@@ -13,16 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import caption_data
-from caption_data import (
-    CaptionBatches,
-    Vocabulary,
-    find_unreadable,
-    image_loader,
-    load_image,
-    open_image,
-    tokenize,
-)
+import caption_batches
+from caption_batches import CaptionBatches, Vocabulary, tokenize
+from image_loading import find_unreadable, image_loader, load_image, open_image
 
 UNIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and FIFOs")
 
@@ -60,7 +53,7 @@ def test_words_are_stable_under_a_second_tokenisation():
 
 def test_splitting_at_spaces_first_changes_no_word():
     """A text's words are those that spaCy finds in the whole of it, whichever of its special cases meet."""
-    draw, tokenizer = random.Random(0), caption_data._spacy_tokenizer()
+    draw, tokenizer = random.Random(0), caption_batches._spacy_tokenizer()
     pieces = [
         *tokenizer.rules,
         *"()[].,;:!?'\"-/&%$8DPxO",
@@ -78,7 +71,7 @@ def test_splitting_at_spaces_first_changes_no_word():
             draw.choice(pieces) + draw.choice(["", " ", " ", "  "])
             for _ in range(draw.randint(1, 9))
         )
-        whole = caption_data.UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFC", text))
+        whole = caption_batches.UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFC", text))
         words = [word for token in tokenizer(whole) if any(map(str.isalnum, word := token.lower_))]
         assert tokenize(text) == words, text
 

@@ -13,7 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the run without pytest
 
-from caption_data import CaptionBatches, Vocabulary, load_dataset, read_captions
+from caption_batches import CaptionBatches, Vocabulary
+from caption_data import load_dataset, read_captions
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickr8k"
 

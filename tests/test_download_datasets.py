@@ -27,6 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import download_datasets as dd
+import sample_dataset
 
 JPEG = b"\xff\xd8\xff\xe0 a picture"
 
@@ -651,7 +652,7 @@ def test_sample_objects_have_the_colour_the_caption_names(sample):
                 )
                 close = {  # share of the box within 40 of a colour in every channel
                     colour: (abs(box - rgb).max(axis=-1) < 40).mean()
-                    for colour, rgb in dd.SAMPLE_COLOURS.items()
+                    for colour, rgb in sample_dataset.SAMPLE_COLOURS.items()
                 }
                 assert close[named] > 0.15 and close[named] == max(close.values()), (
                     name,
@@ -672,7 +673,7 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(rng, tiles):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dd, "draw_scene", interrupt)
+    monkeypatch.setattr(sample_dataset, "draw_scene", interrupt)
     with pytest.raises(KeyboardInterrupt):
         dd.draw_sample_dataset(tmp_path / "sample", num_images=10)
     assert list(tmp_path.iterdir()) == []

@@ -30,10 +30,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import caption_data
+import caption_batches
+import checkpoints
 import download_datasets
 import experiment_utils
 import flickr_image_caption as fic
+import image_loading
 import metrics_utils
 from caption_decoding import Hypothesis
 
@@ -320,7 +322,7 @@ def test_losses_are_plain_cross_entropy_in_nats_per_token(decoder):
 def opened(path):
     """(decoder in eval mode, vocabulary, encoder) of a checkpoint, put together by hand."""
     state = load(path)
-    vocabulary = caption_data.Vocabulary.from_plain(state["vocabulary"])
+    vocabulary = caption_batches.Vocabulary.from_plain(state["vocabulary"])
     sizes = {
         name: state["config"][name] for name in fic.DECODERS[state["config"]["decoder"]].options
     }
@@ -337,7 +339,7 @@ def opened(path):
 
 def encode(encoder, path):
     """A picture file -> features (1, P, F)."""
-    pixels = torch.from_numpy(caption_data.load_image(path, encoder.image_size)).permute(2, 0, 1)
+    pixels = torch.from_numpy(image_loading.load_image(path, encoder.image_size)).permute(2, 0, 1)
     return encoder(pixels.unsqueeze(0))
 
 
@@ -361,7 +363,7 @@ def test_training_reads_no_image_once_they_are_in_the_cache_and_the_encoder_rest
         raise AssertionError("an image was read or encoded a second time")
 
     monkeypatch.setattr(fic.Encoder, "forward", never)
-    monkeypatch.setattr(caption_data, "load_image", never)
+    monkeypatch.setattr(image_loading, "load_image", never)
     train()
     train("--decoder attention")
 
@@ -449,7 +451,7 @@ def test_a_checkpoint_is_plain_and_holds_every_hyperparameter_defects_7_11_and_1
     """DEFECT 11: attention_dim and drop_prob were missing. DEFECT 12: a pickled class of __main__ was inside."""
     for name in ("best.pt", "model_epoch_4.pt"):
         state = torch.load(shop / "attention" / name, weights_only=True)
-        assert state.keys() == experiment_utils.CHECKPOINT_KEYS.keys() | {"format_version"}
+        assert state.keys() == checkpoints.CHECKPOINT_KEYS.keys() | {"format_version"}
         assert state["config"].keys() == {action.dest for action in options()}
         assert state["config"]["attention_dim"] == 8 and state["config"]["drop_prob"] == 0.3
         assert (
@@ -1065,7 +1067,7 @@ def check_pictures(folder, numbers, advanced=False):
             raw["maps"].std(axis=(1, 2)).min() > 0
             and np.abs(raw["maps"][0] - raw["maps"][1]).max() > 0
         )
-        assert not set(raw["words"]) & set(caption_data.Vocabulary.SPECIALS)
+        assert not set(raw["words"]) & set(caption_batches.Vocabulary.SPECIALS)
         with Image.open(Path(folder) / f"attention_viz_sample_{number}.png") as picture:
             assert picture.width > 300
 

@@ -19,25 +19,28 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import experiment_utils
+from checkpoints import (
+    check_writable_dir,
+    load_checkpoint,
+    prune_checkpoints,
+    replace_file,
+    resolve_checkpoint,
+    save_checkpoint,
+    write_json,
+    write_text,
+)
 from experiment_utils import (
     RunTracker,
     best_epoch,
-    check_writable_dir,
     create_run_dir,
     environment,
     git_info,
-    load_checkpoint,
-    prune_checkpoints,
     random_state,
-    replace_file,
-    resolve_checkpoint,
     run_name,
-    save_checkpoint,
     set_random_state,
     set_seed,
-    write_json,
-    write_text,
 )
 
 STAMP = "20241201_143022"
@@ -472,7 +475,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert torch.equal(
         back["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"]
     )
-    assert back["format_version"] == experiment_utils.FORMAT_VERSION
+    assert back["format_version"] == checkpoints.FORMAT_VERSION
     assert (back["vocabulary"], back["epoch"]) == ({"words": ["hund", "犬"]}, 2)
 
 
@@ -508,7 +511,7 @@ def refusal(path):
 def test_a_hostile_checkpoint_is_refused_and_its_code_not_run(tmp_path, archive):
     bad, proof = tmp_path / "bad.pt", tmp_path / "proof"
     hostile = checkpoint(
-        format_version=experiment_utils.FORMAT_VERSION, config={"a": Attack(str(proof))}
+        format_version=checkpoints.FORMAT_VERSION, config={"a": Attack(str(proof))}
     )
     if archive:
         torch.save(hostile, bad)
@@ -746,9 +749,9 @@ def test_the_state_of_a_gpu_goes_on_too():
 
 
 FAULTS = """
-import resource, sys, torch, experiment_utils
+import resource, sys, torch, runtime
 if sys.argv[1] == "keep":
-    experiment_utils.keep_freed_memory()
+    runtime.keep_freed_memory()
 for _ in range(20):
     torch.ones(2**24)  # 64 MiB, given back at once
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import flickr_image_caption as program
-from experiment_utils import load_checkpoint
+from checkpoints import load_checkpoint
 
 RATE, BATCHES = 0.01, 4  # --learning_rate, batches per epoch
 SCHEDULES = {

@@ -19,6 +19,8 @@ import process_group
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_end_to_end import TINY, load, program, run_dir, train
 
+import checkpoints
+
 PROGRAM = Path(experiment_utils.__file__).with_name("flickr_image_caption.py")
 pytestmark = pytest.mark.usefixtures("shop")
 PLAIN = f"{TINY} --decoder attention --drop_prob 0 --label_smoothing 0.1"
@@ -141,7 +143,7 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpo
         if line.startswith("flickr_image_caption.py")
     ]
     assert said == [f"flickr_image_caption.py: error: {process_group.LOST}"]
-    last = experiment_utils.resolve_checkpoint("saved_models", "newest")
+    last = checkpoints.resolve_checkpoint("saved_models", "newest")
     assert load(last)["epoch"] >= 2
     assert not list(last.parent.glob("*.partial"))
 
@@ -226,7 +228,7 @@ def test_shares_cover_everything_once(count, processes, monkeypatch):
 
 def test_a_process_without_captions_takes_part_with_weight_0(monkeypatch):
     import flickr_image_caption as fic
-    from caption_data import CaptionBatches
+    from caption_batches import CaptionBatches
 
     monkeypatch.setenv("WORLD_SIZE", "3")
     batch = next(CaptionBatches([[[4, 5]], [[6]]], 2, 9, seed=0).epoch(0))

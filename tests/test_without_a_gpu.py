@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import caption_data
+import caption_batches
 import caption_decoding
 import flickr_image_caption as program
 
@@ -138,7 +138,7 @@ def source(args, features):
 
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
 def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeypatch):
-    captions = caption_data.CaptionBatches(
+    captions = caption_batches.CaptionBatches(
         [[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]], 5, 9, seed=0
     )
     (batch,) = captions.epoch(0)

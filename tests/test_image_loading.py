@@ -1,4 +1,4 @@
-"""image_shards.py and what caption_data makes of it: pictures in shards fill the same feature cache as files."""
+"""Shards in image_loading.py: pictures in shards fill the same feature cache as files."""
 
 import functools
 import gzip
@@ -21,9 +21,9 @@ from test_feature_cache import FakeEncoder, _cached, _expected, _folder
 
 import caption_data
 import feature_cache
-import image_shards
+import image_loading
 import process_group
-from image_shards import find_shards
+from image_loading import find_shards
 
 
 def png(level):
@@ -69,7 +69,7 @@ def no_streaming(patch):
     def read(urls, wanted):
         raise AssertionError("the shards are streamed")
 
-    patch.setattr(image_shards, "read", read)
+    patch.setattr(image_loading, "read", read)
 
 
 # Which shards
@@ -265,7 +265,7 @@ def test_hostile_names_write_nothing_anywhere(tmp_path, monkeypatch):
     write_shard(tmp_path / "deep/tars/a.tar", dict.fromkeys(names, png(7)))
     before = snapshot(tmp_path)
     images = images_in(tmp_path / "deep/tars", names)
-    assert len(list(caption_data.open_images(images))) == len(names)
+    assert len(list(image_loading.open_images(images))) == len(names)
     assert snapshot(tmp_path) == before
     _cached(images, FakeEncoder(), tmp_path / "cache")
     new = {Path(path).relative_to(tmp_path) for path in snapshot(tmp_path).keys() - before.keys()}
@@ -274,9 +274,9 @@ def test_hostile_names_write_nothing_anywhere(tmp_path, monkeypatch):
 
 
 def test_a_huge_member_is_not_taken_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_shards, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(image_loading, "MAX_IMAGE_BYTES", 1000)
     write_shard(tmp_path / "a.tar.gz", {"0.png": png(0) + bytes(2**20)})
-    ((name, content),) = image_shards.read([str(tmp_path / "a.tar.gz")], ["0.png"])
+    ((name, content),) = image_loading.read([str(tmp_path / "a.tar.gz")], ["0.png"])
     assert (name, len(content)) == ("0.png", 1000)
 
 
@@ -320,12 +320,12 @@ def test_urls_and_pipes(tmp_path):
         features, unreadable = _cached(images, FakeEncoder(), tmp_path / "cache")
         assert unreadable == {} and torch.equal(features[range(4)], _expected(range(4)))
         with pytest.raises(OSError, match=r"nothing\.tar: a shard that cannot be read: .*exit 22"):
-            list(image_shards.read([address + "nothing.tar"], ["0.png"]))
+            list(image_loading.read([address + "nothing.tar"], ["0.png"]))
         server.shutdown()
     endless = f"pipe:cat {tmp_path}/tars/grey-0.tar /dev/zero"
-    assert [name for name, _ in image_shards.read([endless], ["0.png"])] == ["0.png"]
+    assert [name for name, _ in image_loading.read([endless], ["0.png"])] == ["0.png"]
     touchy = f"pipe:trap '' PIPE; cat {tmp_path}/tars/grey-0.tar && head -c 1000000 /dev/zero 2>&1"
-    assert [name for name, _ in image_shards.read([touchy], ["0.png", "9.png"])] == ["0.png"]
+    assert [name for name, _ in image_loading.read([touchy], ["0.png", "9.png"])] == ["0.png"]
 
 
 # The program

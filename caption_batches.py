@@ -1,0 +1,190 @@
+"""Captions as the model wants them: words and their ids, and batches of them.
+
+    vocabulary = Vocabulary.build(training_captions, 5)       # words seen at least five times
+    for batch in CaptionBatches(word_ids, 128, 50, seed=0).epoch(0): ...
+
+Nothing here knows a model: ids mean words only. Axes: N images, B captions, T steps (words and <EOS>).
+"""
+
+import array
+import functools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import regex
+import torch
+
+UNSPACED = regex.compile(  # a character of a script that puts no spaces between words, with its combining marks
+    r"(?V1)[[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}]&&[\p{L}\p{N}]]\p{M}*"
+)
+INVISIBLE = regex.compile(
+    r"(?V1)[\p{Cf}--[\u200c\u200d]]"
+)  # direction marks and the like; joiners belong to words
+WORD = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # what a stored vocabulary may hold
+
+
+@functools.cache
+def _spacy_tokenizer():
+    """spaCy's English tokenizer, which splits other scripts well too; a hyphen inside a word no longer splits it."""
+    import spacy  # takes seconds, and captioning a picture needs none of it
+    from spacy.lang.char_classes import HYPHENS
+
+    language = spacy.blank("en")
+    infixes = [rule.replace(HYPHENS, "--+|–|—+|~") for rule in language.Defaults.infixes]  # noqa: RUF001
+    language.tokenizer.infix_finditer = spacy.util.compile_infix_regex(infixes).finditer
+    return language.tokenizer
+
+
+def tokenize(text: str) -> list[str]:
+    """Words of a caption: lower case, NFC, without punctuation and symbols; "A t-shirt!" -> ["a", "t-shirt"].
+
+    In scripts without spaces (Han, Kana, Thai, Lao, Khmer, Burmese) every character with its marks is a word.
+    """
+    return [word for chunk in text.split() for word in _words(chunk)]
+
+
+@functools.lru_cache(
+    2**15
+)  # captions repeat few chunks: spaCy would take ten times as long for all of them
+def _words(chunk: str) -> tuple[str, ...]:
+    """Words of what stands between two spaces, which is how spaCy splits a text first."""
+    chunk = INVISIBLE.sub("", unicodedata.normalize("NFC", chunk))
+    chunk = UNSPACED.sub(r" \g<0> ", chunk)
+    return tuple(
+        word for token in _spacy_tokenizer()(chunk) if any(map(str.isalnum, word := token.lower_))
+    )
+
+
+class Vocabulary:
+    """Words and their ids, the four specials first; a caption's words are lower case, so never one of these."""
+
+    pad, sos, eos, unk = range(4)
+    SPECIALS = ("<PAD>", "<SOS>", "<EOS>", "<UNK>")
+
+    def __init__(self, words: Sequence[str]):
+        """words: all of them in the order of their ids, specials included."""
+        self.words = list(words)
+        self.ids = {word: index for index, word in enumerate(self.words)}
+
+    @classmethod
+    def build(cls, captions: Iterable[str], freq_threshold: int = 5) -> "Vocabulary":
+        """Words seen at least `freq_threshold` times in these (training) captions, the most frequent first."""
+        counts = Counter(word for caption in captions for word in tokenize(caption))
+        kept = [word for word, count in counts.items() if count >= freq_threshold]
+        return cls([*cls.SPECIALS, *sorted(kept, key=lambda word: (-counts[word], word))])
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        """Word ids of a caption, without <SOS> and <EOS>; unknown words are `unk`."""
+        return [self.ids.get(word, self.unk) for word in tokenize(text)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The caption up to <EOS>, other specials dropped; no spaces beside characters of unspaced scripts."""
+        words = []
+        for index in map(int, ids):
+            if index == self.eos:
+                break
+            if index >= len(self.SPECIALS):
+                words.append(self.words[index])
+        unspaced = [bool(UNSPACED.match(word)) for word in words]
+        gaps = ["" if i == 0 or unspaced[i - 1] or unspaced[i] else " " for i in range(len(words))]
+        return "".join(gap + word for gap, word in zip(gaps, words, strict=True))
+
+    def to_plain(self) -> dict:
+        """What a checkpoint stores."""
+        return {"words": self.words}
+
+    @classmethod
+    def from_plain(cls, plain: dict) -> "Vocabulary":
+        """The vocabulary a checkpoint stored. Raises: ValueError when it is damaged."""
+        words = plain.get("words") if isinstance(plain, dict) else None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("vocabulary: expected {'words': [...]}, a list of words")
+        if tuple(words[:4]) != cls.SPECIALS or len(set(words)) != len(words):
+            raise ValueError(
+                f"vocabulary: expected different words that begin with {' '.join(cls.SPECIALS)}"
+            )
+        if bad := [word for word in words if not WORD.fullmatch(word)]:
+            raise ValueError(f"vocabulary: {bad[0][:40]!r} is not a word")
+        return cls(words)
+
+
+class Batch(NamedTuple):
+    """B captions of N images, padded to the longest caption."""
+
+    image_rows: (
+        torch.Tensor
+    )  # (N,) int64, which images: positions in the list that CaptionBatches was given
+    captions: torch.Tensor  # (B, T + 1) int64, <SOS> words <EOS> <PAD>...
+    lengths: torch.Tensor  # (B,) int64, targets per caption: its words and <EOS>
+    image_index: torch.Tensor  # (B,) int64, 0..N-1: whose caption it is
+
+
+class CaptionBatches:
+    """Every caption once per epoch, `batch_size` captions at a time; captions of one image stay together.
+
+    Args:
+        captions: per image a list of captions, each a list of word ids without specials.
+        max_length: steps a caption may have, <EOS> among them; longer ones lose their last words.
+        seed: with the epoch it alone decides the order of the images.
+    """
+
+    def __init__(
+        self,
+        captions: Iterable[Sequence[Sequence[int]]],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+    ):
+        tokens, lengths, counts = array.array("i"), array.array("i"), array.array("i")
+        for image in captions:
+            counts.append(len(image))
+            for words in image:
+                tokens.extend((Vocabulary.sos, *words[: max_length - 1], Vocabulary.eos))
+                lengths.append(min(len(words), max_length - 1) + 1)
+        if not lengths:
+            raise ValueError("no captions to make batches of")
+        self.batch_size, self.seed = batch_size, seed
+        self.tokens = torch.from_numpy(np.array(tokens))  # of all captions, one after the other
+        self.lengths, self.counts = (
+            torch.tensor(numbers) for numbers in (lengths, counts)
+        )  # counts: per image
+        self.start = (self.lengths + 1).cumsum(0) - (
+            self.lengths + 1
+        )  # where each caption's tokens begin
+        self.first = self.counts.cumsum(0) - self.counts  # row of each image's first caption
+        self.num_batches = -(-len(lengths) // batch_size)
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+
+    def mirrored(self, epoch: int) -> torch.Tensor:
+        """(images,) bool: which images are seen mirrored in an epoch, each with probability 1/2."""
+        return torch.rand(len(self.counts), generator=self._generator(epoch)) < 0.5
+
+    def epoch(self, epoch: int, start: int = 0, shuffle: bool = True) -> Iterator[Batch]:
+        """Batches of an epoch from number `start` on: the same ones whatever `start`."""
+        images = torch.arange(len(self.counts))
+        if shuffle:
+            images = torch.randperm(len(images), generator=self._generator(epoch))
+        counts = self.counts[images]
+        owner = images.repeat_interleave(
+            counts
+        )  # (captions,) image of each caption, in the order of this epoch
+        within = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        rows = self.first[owner] + within
+        for begin in range(start * self.batch_size, len(rows), self.batch_size):
+            batch = slice(begin, begin + self.batch_size)
+            lengths = self.lengths[rows[batch]]
+            image_rows, image_index = owner[batch].unique_consecutive(return_inverse=True)
+            steps = torch.arange(int(lengths.max()) + 1)
+            places = (self.start[rows[batch]].unsqueeze(1) + steps).clamp_max(len(self.tokens) - 1)
+            captions = self.tokens[places].long()
+            captions[steps > lengths.unsqueeze(1)] = Vocabulary.pad
+            yield Batch(image_rows, captions, lengths, image_index)

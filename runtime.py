@@ -1,0 +1,109 @@
+"""What the machine gives and the system says: device, precision, memory, and signals to stop.
+
+    device = resolve_device("auto")
+    with listen_for_stop() as received:
+        for batch in until_stopped(received, batches): ...  # raises Stopped between two batches
+
+Nothing here knows captions.
+"""
+
+import contextlib
+import ctypes
+import signal
+
+import torch
+
+import process_group
+
+
+def resolve_device(name):
+    """--device -> torch.device; auto takes CUDA, then MPS, then the CPU. Raises: ValueError when it is not there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("another kind of device")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name}: not to be had here ({reason}): give auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    return device
+
+
+def keep_freed_memory():
+    """Have the allocator keep what tensors give back; the kernel would hand it out again page by page, zeroed.
+
+    For computing on the CPU: a training step faults in 40,000 pages otherwise. Where malloc is not glibc's, nothing
+    happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the heap's end that are kept
+
+
+def check_compiler(device):
+    """Compile a little for --compile. Raises: ValueError when torch.compile does not work for this device."""
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--compile: torch.compile does not work here ({reason}): leave the option out"
+        ) from error
+
+
+def resolve_precision(name, device):
+    """--precision -> float32, bfloat16 or float16; auto takes the fastest that the hardware computes itself.
+
+    Raises: ValueError for float16 on a CPU, where torch lacks parts of it.
+    """
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("--precision float16 is for GPUs: give bfloat16 or float32 on a CPU")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    native = device.type == "cpu" and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
+    return "bfloat16" if native else "float32"
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived. `args[0]` is its number."""
+
+
+@contextlib.contextmanager
+def listen_for_stop():
+    """Yield a list that SIGINT and SIGTERM are appended to; a second one acts at once, as without us."""
+    received = []
+
+    def note(signum, _frame):
+        received.append(signum)
+        signal.signal(signum, before[signum])
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def until_stopped(received, items, apart=False):
+    """Yield from `items`; raise Stopped between two of them once a signal has arrived, in any process of the run.
+
+    `apart`: each process has its own number of items, so signals to several of them wait for a step taken together.
+    """
+    for item in items:
+        yield item
+        if apart and process_group.size() > 1:
+            continue
+        signum = process_group.highest(received[0] if received else 0)
+        if signum:
+            raise Stopped(signum)
