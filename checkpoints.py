@@ -163,7 +163,7 @@ def load_checkpoint(path):
 
 
 @contextlib.contextmanager
-def taking_from(path):
+def checkpoint_errors(path):
     """While parts of a checkpoint are put to use, whatever they make fail becomes one ValueError that names the file.
 
     A ValueError that names a file or a flag of its own accord passes as it is.

@@ -233,7 +233,7 @@ def _take_means(store, todo: dict[tuple, Path], bar, *, file: Path, shape, dtype
 def _store_encoded(store, stamps, own, bar) -> dict[tuple, str]:
     """Append what this process and the others encode, in turn; returns {stamp: reason} of those that did not come."""
     failed = dict.fromkeys(stamps, "no shard holds it by this name")
-    senders = [*range(process_group.size())]
+    senders = [*range(process_group.world_size())]
     while senders:
         for sender in [*senders]:
             found = process_group.receive(sender) if sender else next(own)

@@ -710,7 +710,7 @@ def open_encoder(args, checkpoint=None):
         (args.precision, args.image_size, args.coarse_size),
     )
     if stored.get("weights") is not None and "encoder_weights" not in args.typed:
-        with checkpoints.taking_from(args.model_path):
+        with checkpoints.checkpoint_errors(args.model_path):
             encoder = Encoder(args.encoder, stored["weights"], args.model_path, *look)
     else:
         weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
@@ -1359,7 +1359,7 @@ def share_of(batch):
     DistributedDataParallel takes the mean of the processes' gradients, so the weights are times their number. A process
     for which no caption is left computes one with weight 0, because all must take part.
     """
-    rows, processes = process_group.share(len(batch.lengths)), process_group.size()
+    rows, processes = process_group.shard(len(batch.lengths)), process_group.world_size()
     if processes == 1:
         return batch, (1.0, 1.0)
     none = rows.start == rows.stop
@@ -1379,8 +1379,8 @@ def read_losses(progress, unread):
     losses = torch.stack([loss for loss, _ in unread]).tolist() if unread else []
     tokens = [tokens for _, tokens in unread]
     unread.clear()
-    if process_group.size() > 1 and losses:
-        sums = process_group.total(
+    if process_group.world_size() > 1 and losses:
+        sums = process_group.all_reduce_sum(
             [loss * count for loss, count in zip(losses, tokens, strict=True)] + tokens
         )
         tokens = [int(count) for count in sums[len(losses) :]]
@@ -1400,7 +1400,7 @@ def validate(run, received):
     """Plain validation loss in nats per token, then scores of captions decoded without reference tokens, one row."""
     losses, tokens = 0.0, 0
     batches = list(run.val_batches.epoch(0, shuffle=False))
-    batches = batches[process_group.share(len(batches))]
+    batches = batches[process_group.shard(len(batches))]
     run.decoder.eval()
     stream = zip(
         batches, run.val_features.stream([batch.image_rows for batch in batches]), strict=True
@@ -1418,17 +1418,17 @@ def validate(run, received):
                 batch.lengths.sum()
             )
         tokens += int(batch.lengths.sum())
-    losses, tokens = process_group.total([losses, tokens])
+    losses, tokens = process_group.all_reduce_sum([losses, tokens])
     if not math.isfinite(losses):
         raise FloatingPointError(
             f"the validation loss of epoch {run.progress['epoch'] + 1} is {losses}: lower --learning_rate"
         )
-    own = torch.arange(len(run.val_table))[process_group.share(len(run.val_table))]
+    own = torch.arange(len(run.val_table))[process_group.shard(len(run.val_table))]
     grids = run.val_features.stream(own.split(CHUNK) if len(own) else [])
     greedy = {"algorithm": "beam", "beam_size": run.args.val_beam_size, "num_captions": 1}
     found = caption_images(run.decoder, grids, run.vocabulary, run.args, **greedy)
     best = [hypotheses[0] for hypotheses in until_stopped(received, found, apart=True)]
-    shares = process_group.gather([hypothesis._replace(attention=None) for hypothesis in best])
+    shares = process_group.all_gather([hypothesis._replace(attention=None) for hypothesis in best])
     best = [hypothesis for share in shares for hypothesis in share]
     captions = dict(
         zip(run.val_table.image, (run.vocabulary.decode(h.tokens) for h in best), strict=True)
@@ -1536,12 +1536,12 @@ def set_up(args, checkpoint):
         backend = "cudagraphs" if args.device.type == "cuda" else "inductor"
         decoder.compiled = torch.compile(decoder.teach, dynamic=False, backend=backend)
     if checkpoint:
-        with checkpoints.taking_from(args.model_path):
+        with checkpoints.checkpoint_errors(args.model_path):
             restore_progress(run, checkpoint)
     else:
         run.plan = {"epochs": args.epochs, "steps": args.epochs * run.batches.num_batches}
         run.scheduler = build_scheduler(run.optimizer, args, run.plan)
-    if process_group.size() > 1:
+    if process_group.world_size() > 1:
         run.model = nn.parallel.DistributedDataParallel(
             decoder, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
@@ -1560,7 +1560,7 @@ def token_batches(captions, vocabulary, args):
 def restore_decoder(args, checkpoint):
     """The checkpoint's decoder, on its device, and vocabulary. Raises: ValueError when they do not fit each other."""
     with (
-        checkpoints.taking_from(args.model_path),
+        checkpoints.checkpoint_errors(args.model_path),
         torch.device("meta"),
     ):  # shapes first, before memory is taken
         vocabulary = caption_batches.Vocabulary.from_plain(checkpoint["vocabulary"])
@@ -1593,14 +1593,14 @@ def open_decoder(args, checkpoint):
     decoder, vocabulary = restore_decoder(args, checkpoint)
     members = [decoder]
     args.ensemble = [str(found_checkpoint(args, path)) for path in args.ensemble]
-    with checkpoints.taking_from(args.model_path):
+    with checkpoints.checkpoint_errors(args.model_path):
         own = family(checkpoint)
     for path in args.ensemble:
         other = checkpoints.load_checkpoint(path)
         stored = SimpleNamespace(
             **check_stored(path, other["config"]) | {"device": args.device, "model_path": path}
         )
-        with checkpoints.taking_from(path):
+        with checkpoints.checkpoint_errors(path):
             others = family(other)
             differing = [name for name in own if own[name] != others[name]]
         if differing:
@@ -1927,7 +1927,7 @@ def open_checkpoint(args):
         else ("precision", "save_attention_viz", "advanced_attention_viz")
     )
     stored = check_stored(path, checkpoint["config"])
-    with checkpoints.taking_from(path):
+    with checkpoints.checkpoint_errors(path):
         checkpoint["splits"] = {
             split: list(checkpoint["splits"][split]) for split in caption_data.SPLITS
         }
@@ -1988,7 +1988,7 @@ def main(args):
             torch.set_float32_matmul_precision("high")  # TF32
         if args.device.type == "cpu":
             runtime.keep_freed_memory()
-        if process_group.size() > 1 and args.mode != "train":
+        if process_group.world_size() > 1 and args.mode != "train":
             raise ValueError(f"--mode {args.mode} runs in one process: start it without torchrun")
         with process_group.joined(args.device):
             return MODES[args.mode](args, checkpoint)

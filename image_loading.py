@@ -351,7 +351,7 @@ class ShardImages(torch.utils.data.IterableDataset):
 
     def __init__(self, images: Sequence[ShardImage], size: int):
         self.images, self.size = images, size
-        self.urls = images[0].shards.urls[process_group.rank() :: process_group.size()]
+        self.urls = images[0].shards.urls[process_group.rank() :: process_group.world_size()]
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -408,7 +408,7 @@ def decoded(
         batches = _loader(dataset, min(num_workers, len(dataset.urls)), batch_size=batch_size)
     else:
         own = [range(i, min(i + batch_size, len(paths))) for i in range(0, len(paths), batch_size)]
-        own = own[process_group.rank() :: process_group.size()]
+        own = own[process_group.rank() :: process_group.world_size()]
         batches = _decoded(paths, image_size, own, num_workers) if own else ()
     for positions, pixels, reasons in batches:
         if None in reasons:

@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node=2 flickr_image_caption.py ...
 
-Every function also works in a process that is alone, where it costs nothing. Collective ones (`broadcast`, `gather`,
-`total`, `highest`) must be called by all processes, in the same order; they speak gloo on the CPU, while gradients
-speak nccl on GPUs. Rank 0 writes files and speaks; the others compute.
+Every function also works in a process that is alone, where it costs nothing. Collective ones
+(`broadcast`, `all_gather`, `all_reduce_sum`, `all_reduce_max`) must be called by all processes, in
+the same order; they use gloo on the CPU, while gradients use nccl on GPUs. Rank 0 writes files and
+prints; the others compute.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ LOST = (
 )
 
 
-def size():
+def world_size():
     """How many processes share the run."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -35,7 +36,7 @@ def rank():
 @contextlib.contextmanager
 def joined(device):
     """While the block runs, the processes that torchrun started are one group; all but rank 0 are silent on stdout."""
-    if size() == 1:
+    if world_size() == 1:
         yield
         return
     if device.type == "cuda":
@@ -65,7 +66,7 @@ def lost_peers():
 
 def broadcast(value):
     """Rank 0's value, on every rank."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     with lost_peers():
@@ -73,24 +74,24 @@ def broadcast(value):
     return box[0]
 
 
-def gather(value):
+def all_gather(value):
     """The values of all ranks, in their order, on every rank."""
-    if size() == 1:
+    if world_size() == 1:
         return [value]
-    found = [None] * size()
+    found = [None] * world_size()
     with lost_peers():
         distributed.all_gather_object(found, value)
     return found
 
 
-def total(values):
+def all_reduce_sum(values):
     """Sums over the ranks of a list of numbers."""
-    return [math.fsum(column) for column in zip(*gather(values), strict=True)]
+    return [math.fsum(column) for column in zip(*all_gather(values), strict=True)]
 
 
-def highest(number):
+def all_reduce_max(number):
     """The largest of the ranks' whole numbers: cheap enough for every step."""
-    if size() == 1:
+    if world_size() == 1:
         return number
     found = torch.tensor(number)
     with lost_peers():
@@ -112,6 +113,6 @@ def receive(sender):
     return box[0]
 
 
-def share(count):
+def shard(count):
     """This rank's slice of `count` things in order: the ranks' slices cover all, and differ by one at most."""
-    return slice(count * rank() // size(), count * (rank() + 1) // size())
+    return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())

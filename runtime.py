@@ -102,8 +102,8 @@ def until_stopped(received, items, apart=False):
     """
     for item in items:
         yield item
-        if apart and process_group.size() > 1:
+        if apart and process_group.world_size() > 1:
             continue
-        signum = process_group.highest(received[0] if received else 0)
+        signum = process_group.all_reduce_max(received[0] if received else 0)
         if signum:
             raise Stopped(signum)

@@ -181,8 +181,8 @@ def test_what_one_process_raises_ends_it_without_waiting_for_the_others(monkeypa
 
     monkeypatch.setattr(program_module, "train_step", failing)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(process_group, "highest", lambda number: number)
-    monkeypatch.setattr(process_group, "gather", lambda value: asked.append(value) or [value])
+    monkeypatch.setattr(process_group, "all_reduce_max", lambda number: number)
+    monkeypatch.setattr(process_group, "all_gather", lambda value: asked.append(value) or [value])
     with pytest.raises(ValueError, match="of this process alone"):
         program_module.train_epoch(run, [])
     assert run.progress["step"] == 1 and not asked
@@ -222,7 +222,7 @@ def test_shares_cover_everything_once(count, processes, monkeypatch):
     found = []
     for rank in range(processes):
         monkeypatch.setenv("RANK", str(rank))
-        found += range(count)[process_group.share(count)]
+        found += range(count)[process_group.shard(count)]
     assert found == list(range(count))
 
 
@@ -244,13 +244,13 @@ def test_a_process_without_captions_takes_part_with_weight_0(monkeypatch):
 
 
 def test_alone_nothing_is_sent():
-    assert (process_group.size(), process_group.rank()) == (1, 0)
+    assert (process_group.world_size(), process_group.rank()) == (1, 0)
     assert (
         process_group.broadcast("x") == "x"
-        and process_group.gather(1) == [1]
-        and process_group.highest(15) == 15
+        and process_group.all_gather(1) == [1]
+        and process_group.all_reduce_max(15) == 15
     )
-    assert process_group.total([1.5, 2]) == [1.5, 2]
+    assert process_group.all_reduce_sum([1.5, 2]) == [1.5, 2]
     with process_group.joined(torch.device("cpu")):
         assert not torch.distributed.is_initialized()
 
