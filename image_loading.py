@@ -199,40 +199,43 @@ def _webdataset(module):
 
 
 def read(urls: Iterable[str], wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the members whose names are wanted, each once, shard after shard, until there are no more.
+    """(name, content) of the members named in `wanted`, each once, shard after shard.
 
+    A content ends after MAX_IMAGE_BYTES. Reading stops once every wanted member was found.
     Raises: OSError naming the shard that cannot be read to its end.
     """
-    wanted = set(wanted)
+    missing = set(wanted)
     for url in urls:
+        if not missing:
+            return
         try:
-            for name, content in _members(url, wanted) if wanted else ():
-                wanted.remove(name)
-                yield name, content
+            yield from _read_shard(url, missing)
         except FAULTS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OSError(f"{url}: a shard that cannot be read: {reason}") from None
 
 
-def _members(url, wanted):
-    opener = _webdataset("gopen")
-    stream = opener.gopen(url)
-    try:
-        opener.set_options(stream, ignore_status=CUT_SHORT)
+def _read_shard(url: str, missing: set[str]) -> Iterator[tuple[str, bytes]]:
+    """As `read`, of one shard; what it finds leaves `missing`.
+
+    This loop is ours because webdataset.tariterators reads every member whole and keeps the header
+    of every member it skips: measured with 1.0.2, a shard of 9 KB whose sparse member claims 1 GiB
+    took 2 GiB of memory, and a stream of 300,000 other members took 140 MB.
+    """
+    gopen = _webdataset("gopen")
+    with gopen.gopen(url) as stream:  # its end raises OSError if the command behind it failed
+        gopen.set_options(stream, ignore_status=CUT_SHORT)
         with tarfile.open(fileobj=stream, mode="r|*") as archive:
             for member in archive:
-                archive.members.clear()  # it would keep them all
+                archive.members.clear()  # tarfile keeps all headers, for random access
                 name = str(PurePosixPath(member.name))
-                if member.isreg() and name in wanted:
+                if member.isreg() and name in missing:
+                    missing.remove(name)
                     yield name, archive.extractfile(member).read(MAX_IMAGE_BYTES)
-                if not wanted:
+                if not missing:
                     return
-        while stream.read(
-            2**20
-        ):  # the padding too: a command may fail when its reader leaves before its end
+        while stream.read(2**20):  # the padding: a command may fail if its reader leaves early
             pass
-    finally:
-        stream.close()  # raises OSError when its command failed
 
 
 def load_faults(folder: Path) -> dict[tuple[str, int, int], str]:

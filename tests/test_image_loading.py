@@ -8,6 +8,7 @@ import os
 import sys
 import tarfile
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,39 @@ def test_a_huge_member_is_not_taken_into_memory(tmp_path, monkeypatch):
     write_shard(tmp_path / "a.tar.gz", {"0.png": png(0) + bytes(2**20)})
     ((name, content),) = image_loading.read([str(tmp_path / "a.tar.gz")], ["0.png"])
     assert (name, len(content)) == ("0.png", 1000)
+
+
+def test_a_small_shard_that_claims_a_huge_member_takes_little_memory(tmp_path, monkeypatch):
+    """Of a sparse file a tar stores only the parts that are not zero; this one's claim is 4 GiB of zeros."""
+    monkeypatch.setattr(image_loading, "MAX_IMAGE_BYTES", 1000)
+    member = tarfile.TarInfo("0.png")
+    member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**32)}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(member)
+    contents, peak = peak_memory(
+        lambda: dict(image_loading.read([str(tmp_path / "a.tar")], ["0.png"]))
+    )
+    assert contents == {"0.png": bytes(1000)}
+    assert peak < 2**20
+
+
+def test_memory_does_not_grow_with_the_number_of_members(tmp_path):
+    write_shard(tmp_path / "a.tar", {f"{i}.txt": b"" for i in range(5000)})
+    members, peak = peak_memory(
+        lambda: list(image_loading.read([str(tmp_path / "a.tar")], ["0.png"]))
+    )
+    assert members == []
+    assert peak < 2**21  # of which half is the buffer; 5000 headers take as much again
+
+
+def peak_memory(call):
+    """What the call returns, and the most bytes that Python held meanwhile."""
+    call()  # imports what it needs
+    tracemalloc.start()
+    try:
+        return call(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
