@@ -176,7 +176,7 @@ def _encoded(paths, encode, rounded, image_size, batch_size, num_workers):
 
     None after the last one.
     """
-    for positions, pixels, reasons in image_loading.decoded(
+    for positions, pixels, reasons in image_loading.decode_images(
         paths, image_size, batch_size, num_workers
     ):
         features = None

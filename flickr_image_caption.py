@@ -1220,7 +1220,7 @@ class FeatureSource:
     def encoded(self, batches, mirror):
         """As `stream`, without a cache."""
         batches = list(batches)
-        loader = image_loading.image_loader(
+        loader = image_loading.load_batches(
             self.paths, self.encoder.image_size, batches, self.args.num_workers
         )
         for rows, images in zip(batches, loader, strict=True):

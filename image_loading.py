@@ -1,12 +1,13 @@
-"""Pictures as pixels: files or WebDataset shards, decoded in worker processes.
+"""Images as pixels: files or WebDataset shards, decoded in worker processes.
 
     pixels = load_image("dog.jpg", 224)  # (224, 224, 3) uint8
-    for positions, pixels, reasons in decoded(paths, 224, batch_size=8, num_workers=2): ...
-    shards = find_shards("coco-{000..059}.tar", PICTURE_NAME)  # or "https://...", "pipe:COMMAND", a folder of shards
-    for name, content in read(shards.urls, {"val2014/a.jpg"}): ...  # the members of these names, as bytes
+    for positions, pixels, reasons in decode_images(paths, 224, batch_size=8, num_workers=2): ...
+    shards = find_shards("coco-{000..059}.tar", PICTURE_NAME)  # or a folder, a URL, "pipe:COMMAND"
+    for name, content in read(shards.urls, {"val2014/a.jpg"}): ...  # members' names and bytes
 
-Shards are read as streams and never unpacked. A stream has no random access: what is wanted of it must be known before,
-and one pass brings all. Names of members are only compared, so that none can name a place to write to.
+Shards are read as streams and never unpacked to disk. A stream has no random access, so the caller
+names every image it wants, and one pass brings them all. Members' names are only compared with
+those names: none can choose a place to write to.
 """
 
 import hashlib
@@ -34,66 +35,22 @@ from tqdm import tqdm
 import process_group
 from checkpoints import replace_file
 
-PICTURE_SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".ppm",
-}
-IMAGE_FORMATS = (
-    "JPEG",
-    "PNG",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "WEBP",
-    "PPM",
-    "AVIF",
-)  # none that starts a program
-BROKEN_IMAGE = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    SyntaxError,
-    EOFError,
-)
-BROKEN_IMAGE += (
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+PICTURE_SUFFIXES |= {".ppm"}
+# Pillow opens other formats too, some by starting a program (EPS: Ghostscript)
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
+MAX_IMAGE_BYTES = 2**28  # of a shard's member; bytes beyond it are not read
 
-SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)}*$", re.IGNORECASE)
-SCHEME = re.compile(r"(^|::)[a-z][a-z0-9+.-]+:(?!:)")
-MAX_IMAGE_BYTES = 2**28  # a member's later bytes are not read
-CUT_SHORT = [
-    0,
-    23,
-    141,
-    -13,
-]  # curl's, a shell's and a command's status when its reader needs no more
-FAULTS = (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    ImportError,
-)
-FAULTS += (tarfile.TarError, zlib.error)
+# what damaged files raise, beside OSError
+DAMAGE = (EOFError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError, zlib.error)
+IMAGE_ERRORS = (OSError, *DAMAGE, TypeError, SyntaxError, struct.error)
+IMAGE_ERRORS += (Image.DecompressionBombError, Image.DecompressionBombWarning)
+SHARD_ERRORS = (OSError, *DAMAGE, tarfile.TarError, ImportError)  # hf: needs another package
+
+SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)}*$", re.IGNORECASE)  # or a pattern: "{a.tar,b.tar}"
+SCHEME = re.compile(r"(^|::)[a-z][a-z0-9+.-]+:(?!:)")  # "::" stands between shards
+# exit statuses of a command that was stopped early: curl's, a shell's, and death by SIGPIPE
+STOPPED_EARLY = [0, 23, 141, -13]
 
 
 # ----------------------------------------------------------------------------------------- shards
@@ -101,15 +58,20 @@ FAULTS += (tarfile.TarError, zlib.error)
 
 @dataclass(frozen=True)
 class Shards:
-    """What an image folder is elsewhere: `shards / name` is an image."""
+    """Stands where an image folder stands elsewhere: `shards / name` is an image.
 
-    source: str  # what the user typed, made absolute
-    size: int  # of the local shards together, in bytes; 0 for remote ones
-    digest: int  # of the local shards' sizes and modification times; 0 for remote ones
-    urls: tuple[str, ...] = field(compare=False)  # one per shard
-    names: tuple[str, ...] = field(
-        compare=False, default=()
-    )  # images of all splits, which one pass encodes together
+    source: what the user typed; made absolute when it is local.
+    size, digest: of the local shards together, in bytes, and of their sizes and modification
+        times; 0 for remote ones.
+    urls: one per shard.
+    names: images of all splits, which one pass encodes together.
+    """
+
+    source: str
+    size: int
+    digest: int
+    urls: tuple[str, ...] = field(compare=False)
+    names: tuple[str, ...] = field(compare=False, default=())
 
     def __str__(self) -> str:
         return self.source
@@ -128,56 +90,72 @@ class ShardImage(NamedTuple):
         return f"{self.shards}!{self.name}"
 
     def stamp(self) -> tuple[str, int, int]:
-        """What the feature cache knows it by; as `feature_cache._stamps` for files."""
+        """The feature cache's key for it, like `feature_cache._stamps` for files."""
         return str(self), self.shards.size, self.shards.digest
 
 
 def find_shards(source: str | Path, picture_name: re.Pattern) -> Shards | None:
-    """The shards that `source` means; None when it is an ordinary folder, or nothing that looks like shards.
+    """The shards that `source` means; None when it is an ordinary folder or does not name shards.
 
-    Shards are: a name or URL that ends in .tar, .tar.gz or .tgz, with braces (`{000..059}`) if there are several;
-    "pipe:COMMAND"; and a folder of such files in which nothing matches `picture_name` and no folder lies.
-    Raises: FileNotFoundError when a local shard is missing, ValueError for a pattern that cannot be expanded.
+    Shards are: a name or URL that ends in .tar, .tar.gz or .tgz, with braces (`{000..059}`) if
+    there are several; "pipe:COMMAND"; and a folder of such files without subfolders and without
+    files that match `picture_name`.
+    Raises: FileNotFoundError when a local shard is missing, ValueError for a malformed pattern.
     """
-    source, remote = str(source), is_remote(str(source))
-    if os.path.isdir(source):  # noqa: PTH112 - takes over-long names
-        others = {path for path in Path(source).iterdir() if not path.name.startswith(".")}
-        urls = sorted(str(path) for path in others if SHARD_NAME.search(path.name))
-        others -= {*map(Path, urls)}
-        if not urls or any(picture_name.search(path.name) or path.is_dir() for path in others):
-            return None
-    elif remote or SHARD_NAME.search(source):
-        urls = _expanded(source)
-    else:
-        return None
-    if remote:
-        return Shards(source, 0, 0, tuple(urls))
-    urls = [str(Path(url).absolute()) for url in urls]  # so that none can be taken for a command
-    if missing := [url for url in urls if not os.path.isfile(url)]:  # noqa: PTH113 - as above
-        raise FileNotFoundError(
-            f"--image_dir {source}: {len(missing)} of {len(urls)} shards are missing, the first is {missing[0]}; "
-            "expected tar files that hold the images"
-        )
-    stats = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, urls)]
-    digest = int.from_bytes(hashlib.sha256(json.dumps(stats).encode()).digest()[:8])
-    return Shards(str(Path(source).resolve()), sum(size for size, _ in stats), digest, tuple(urls))
+    source = str(source)
+    if os.path.isdir(source):  # noqa: PTH112 - accepts names that are too long for a file
+        paths = _shards_in(Path(source), picture_name)
+        return _local_shards(source, paths) if paths else None
+    if is_remote(source):
+        return Shards(source, 0, 0, tuple(_expand(source)))
+    if SHARD_NAME.search(source):
+        return _local_shards(source, _expand(source))
+    return None
 
 
 def is_remote(source: str) -> bool:
-    """Whether shards are fetched by a command: curl, gsutil, a pipe's own."""
+    """Whether a command fetches these shards: curl, gsutil, or the one after "pipe:"."""
     return bool(SCHEME.search(source)) and not os.path.isdir(source)  # noqa: PTH112 - as above
 
 
 def refuse_remote(source: str):
-    """For what a checkpoint names, which may come from anyone. Raises: ValueError when opening it runs a command."""
+    """Guards against a checkpoint, which may come from anyone and must not run a command.
+
+    Raises: ValueError when opening these shards would run one.
+    """
     if is_remote(source):
         raise ValueError(
-            f"--image_dir {source}: shards that a command fetches are not opened on a checkpoint's word; "
-            "give --image_dir yourself"
+            f"--image_dir {source}: shards that a command fetches are not opened on a "
+            "checkpoint's word; give --image_dir yourself"
         )
 
 
-def _expanded(source: str) -> list[str]:
+def _shards_in(folder: Path, picture_name: re.Pattern) -> list[Path]:
+    """A folder's shards in the order of their names; [] when it is an ordinary image folder."""
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    shards = [path for path in visible if SHARD_NAME.search(path.name)]
+    others = set(visible) - set(shards)
+    if any(picture_name.search(path.name) or path.is_dir() for path in others):
+        return []
+    return sorted(shards)
+
+
+def _local_shards(source: str, paths: Iterable[str | Path]) -> Shards:
+    # absolute, so that webdataset takes none of them for a URL or a command
+    paths = [str(Path(path).absolute()) for path in paths]
+    if missing := [path for path in paths if not os.path.isfile(path)]:  # noqa: PTH113 - as above
+        raise FileNotFoundError(
+            f"--image_dir {source}: {len(missing)} of {len(paths)} shards are missing, "
+            f"the first is {missing[0]}; expected tar files that hold the images"
+        )
+    stats = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, paths)]
+    digest = int.from_bytes(hashlib.sha256(json.dumps(stats).encode()).digest()[:8])
+    size = sum(size for size, _ in stats)
+    return Shards(str(Path(source).resolve()), size, digest, tuple(paths))
+
+
+def _expand(source: str) -> list[str]:
+    """One URL or path per shard of a pattern."""
     if "{" not in source and "::" not in source:
         return [source]
     shardlists = _webdataset("shardlists")
@@ -187,11 +165,10 @@ def _expanded(source: str) -> list[str]:
         raise ValueError(f"--image_dir {source}: not a pattern of shards ({error})") from None
 
 
-def _webdataset(module):
+def _webdataset(module: str):
+    """A module of webdataset, which only shards need."""
     try:
-        return importlib.import_module(
-            f"webdataset.{module}"
-        )  # takes a while, and only shards need it
+        return importlib.import_module(f"webdataset.{module}")
     except ImportError:
         raise ValueError(
             "shards need webdataset, which is not installed: pip install webdataset"
@@ -201,7 +178,7 @@ def _webdataset(module):
 def read(urls: Iterable[str], wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the members named in `wanted`, each once, shard after shard.
 
-    A content ends after MAX_IMAGE_BYTES. Reading stops once every wanted member was found.
+    At most MAX_IMAGE_BYTES are read of each. Reading stops once every wanted member was found.
     Raises: OSError naming the shard that cannot be read to its end.
     """
     missing = set(wanted)
@@ -210,9 +187,8 @@ def read(urls: Iterable[str], wanted: Iterable[str]) -> Iterator[tuple[str, byte
             return
         try:
             yield from _read_shard(url, missing)
-        except FAULTS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(f"{url}: a shard that cannot be read: {reason}") from None
+        except SHARD_ERRORS as error:
+            raise OSError(f"{url}: a shard that cannot be read: {_one_line(error)}") from None
 
 
 def _read_shard(url: str, missing: set[str]) -> Iterator[tuple[str, bytes]]:
@@ -224,7 +200,7 @@ def _read_shard(url: str, missing: set[str]) -> Iterator[tuple[str, bytes]]:
     """
     gopen = _webdataset("gopen")
     with gopen.gopen(url) as stream:  # its end raises OSError if the command behind it failed
-        gopen.set_options(stream, ignore_status=CUT_SHORT)
+        gopen.set_options(stream, ignore_status=STOPPED_EARLY)
         with tarfile.open(fileobj=stream, mode="r|*") as archive:
             for member in archive:
                 archive.members.clear()  # tarfile keeps all headers, for random access
@@ -236,6 +212,10 @@ def _read_shard(url: str, missing: set[str]) -> Iterator[tuple[str, bytes]]:
                     return
         while stream.read(2**20):  # the padding: a command may fail if its reader leaves early
             pass
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_faults(folder: Path) -> dict[tuple[str, int, int], str]:
@@ -255,57 +235,43 @@ def save_faults(folder: Path, faults: dict[tuple[str, int, int], str]):
         file.write(json.dumps([*faults.items()], indent=0).encode())
 
 
-# --------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- images
 
 
 def open_image(
     path: str | Path | ShardImage, content: bytes | None = None, size: int | None = None
 ) -> Image.Image:
-    """The picture in its own size, turned as EXIF says, RGB. `content`: its bytes, where `path` is no file.
+    """The image in its own size, RGB, turned as EXIF says.
 
-    `size`: a JPEG comes at a half, a quarter or an eighth of its size where both sides keep twice `size` pixels, which
-    takes a fraction of the time.
-    Transparent pictures lie on white; 16-bit grey is scaled to 8 bits; of an animation the first frame is taken.
+    Transparency becomes white; 16-bit grey is scaled to 8 bits; an animation gives its first frame.
+
+    Args:
+        content: the file's bytes, where `path` is only a name.
+        size: allows a JPEG to come at a half, a quarter or an eighth of its size, where both sides
+            keep twice `size` pixels: that takes a fraction of the time.
     Raises: ValueError naming the file when it is not a readable image.
     """
     path = Path(path) if content is None else path
     try:
-        if content is None and not path.is_file():
-            raise ValueError("it is a folder" if path.is_dir() else "there is no such file")
+        file = _regular_file(path) if content is None else io.BytesIO(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(
-                path if content is None else io.BytesIO(content), formats=IMAGE_FORMATS
-            ) as image:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
                 if size:
                     image.draft(None, (2 * size, 2 * size))
                 return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise ValueError(
-            f"{path}: not a readable image (none of {', '.join(IMAGE_FORMATS)})"
-        ) from None
-    except BROKEN_IMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: not a readable image ({reason})") from None
+        formats = ", ".join(IMAGE_FORMATS)
+        raise ValueError(f"{path}: not a readable image (none of {formats})") from None
+    except IMAGE_ERRORS as error:
+        raise ValueError(f"{path}: not a readable image ({_one_line(error)})") from None
 
 
-def open_images(paths: Sequence[Path] | Sequence[ShardImage]) -> Iterator[Image.Image]:
-    """`open_image` of each in turn; all of them from the same shards, of which one pass is made first."""
-    if paths and isinstance(paths[0], ShardImage):
-        contents = dict(read(paths[0].shards.urls, [path.name for path in paths]))
-        return (open_image(path, contents.get(path.name, b"")) for path in paths)
-    return map(open_image, paths)
-
-
-def load_image(
-    path: str | Path | ShardImage, size: int, content: bytes | None = None
-) -> np.ndarray:
-    """`open_image`, squashed whole to a square as encoders see it: (size, size, 3) uint8. Raises: as `open_image`."""
-    image = open_image(path, content, size)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.array(image)
+def _regular_file(path: Path) -> Path:
+    if not path.is_file():  # a FIFO, too: opening it would wait for a writer
+        raise ValueError("it is a folder" if path.is_dir() else "there is no such file")
+    return path
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -319,22 +285,51 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pictures_in(path):
-    """A file as it is, a folder's pictures in the order of their names. Raises: FileNotFoundError, ValueError."""
+def open_images(paths: Sequence[Path] | Sequence[ShardImage]) -> Iterator[Image.Image]:
+    """`open_image` of each in turn.
+
+    ShardImages must come from the same shards, which are read once, before the first image.
+    """
+    if _in_shards(paths):
+        contents = dict(read(paths[0].shards.urls, [path.name for path in paths]))
+        return (open_image(path, contents.get(path.name, b"")) for path in paths)
+    return map(open_image, paths)
+
+
+def load_image(
+    path: str | Path | ShardImage, size: int, content: bytes | None = None
+) -> np.ndarray:
+    """The whole image, squashed to the square that encoders take: (size, size, 3) uint8.
+
+    Raises: as `open_image`.
+    """
+    image = open_image(path, content, size)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+def pictures_in(path: Path) -> list[Path]:
+    """A file as it is; of a folder its pictures in the order of their names.
+
+    Raises: FileNotFoundError, and ValueError when a folder has no pictures.
+    """
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"--images {path}: no such file or folder")
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-    if not found:
-        raise ValueError(
-            f"--images {path}: no pictures in this folder ({' '.join(sorted(PICTURE_SUFFIXES))})"
-        )
-    return found
+    pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not pictures:
+        suffixes = " ".join(sorted(PICTURE_SUFFIXES))
+        raise ValueError(f"--images {path}: no pictures in this folder ({suffixes})")
+    return pictures
+
+
+# ---------------------------------------------------------------------------------------- batches
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Position -> (position, (3, size, size) uint8 pixels), or (position, reason) where the image cannot be read."""
+    """Position -> (position, (3, size, size) uint8 pixels), or (position, why it is unreadable)."""
 
     def __init__(self, paths: Sequence[Path], size: int):
         self.paths, self.size = paths, size
@@ -347,9 +342,10 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 class ShardImages(torch.utils.data.IterableDataset):
-    """The items of `ImageFiles`, in the order of the shards; (None, reason) where a shard cannot be read.
+    """The items of `ImageFiles`, in the order of the shards; (None, reason) for a broken shard.
 
-    Processes of a run, and their workers, read different shards. Images that no shard holds do not come.
+    Processes of a run, and their workers, read different shards. Images that no shard holds are
+    left out.
     """
 
     def __init__(self, images: Sequence[ShardImage], size: int):
@@ -364,73 +360,34 @@ class ShardImages(torch.utils.data.IterableDataset):
             for name, content in read(urls, position_of):
                 position = position_of[name]
                 yield position, _pixels_or_reason(self.images[position], self.size, content)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # raised here, a worker's traceback would come with it
+        except (OSError, ValueError) as error:
+            # an item, because torch would add the worker's traceback to an exception
             yield None, str(error)
 
 
-def _pixels_or_reason(path, size, content=None):
-    try:
-        return load_image(path, size, content).transpose(2, 0, 1)
-    except ValueError as error:
-        return str(error).removeprefix(f"{path}: ")
-
-
-def _collate(items):
-    """(positions of the readable ones, their pixels (n, 3, H, W) uint8 array, {position: reason} of the others).
-
-    Arrays travel through a pipe: tensors would fill /dev/shm, which is small inside a container.
-    """
-    good = [(position, pixels) for position, pixels in items if isinstance(pixels, np.ndarray)]
-    reasons = {position: reason for position, reason in items if isinstance(reason, str)}
-    pixels = np.stack([pixels for _, pixels in good]) if good else np.empty((0, 3, 0, 0), np.uint8)
-    return [position for position, _ in good], pixels, reasons
-
-
-def _worker_signals(_worker_id):
-    """Ctrl-C and SIGTERM are the main process's business; it stops its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _decoded(paths, size, batches: Sequence[Sequence[int]], num_workers: int) -> DataLoader:
-    return _loader(ImageFiles(paths, size), min(num_workers, len(batches)), batch_sampler=batches)
-
-
-def decoded(
+def decode_images(
     paths: Sequence[Path] | Sequence[ShardImage], image_size: int, batch_size: int, num_workers: int
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
-    """This process's share of the images, batch by batch: as `_collate` puts them together.
+    """This process's share of the images, batch by batch.
 
+    Yields: positions of the readable images, their pixels (n, 3, image_size, image_size) uint8,
+        and {position: reason} of the unreadable ones.
     Raises: OSError when a shard cannot be read.
     """
-    if paths and isinstance(paths[0], ShardImage):
+    if _in_shards(paths):
         dataset = ShardImages(paths, image_size)
-        batches = _loader(dataset, min(num_workers, len(dataset.urls)), batch_size=batch_size)
+        batches = _data_loader(dataset, min(num_workers, len(dataset.urls)), batch_size=batch_size)
     else:
-        own = [range(i, min(i + batch_size, len(paths))) for i in range(0, len(paths), batch_size)]
-        own = own[process_group.rank() :: process_group.world_size()]
-        batches = _decoded(paths, image_size, own, num_workers) if own else ()
+        ranges = _split(len(paths), batch_size)
+        local_ranges = ranges[process_group.rank() :: process_group.world_size()]
+        batches = _file_loader(paths, image_size, local_ranges, num_workers)
     for positions, pixels, reasons in batches:
         if None in reasons:
             raise OSError(reasons[None])
         yield positions, pixels, reasons
 
 
-def _loader(dataset, num_workers: int, **batches) -> DataLoader:
-    return DataLoader(
-        dataset,
-        collate_fn=_collate,
-        num_workers=min(num_workers, os.cpu_count() or 1),
-        worker_init_fn=_worker_signals,
-        generator=torch.Generator(),  # its own: a loader must not advance the global random state
-        **batches,
-    )
-
-
-def image_loader(
+def load_batches(
     paths: Sequence[Path],
     image_size: int,
     batches_of_rows: Sequence[Sequence[int]],
@@ -441,7 +398,7 @@ def image_loader(
     Raises: ValueError naming the first image that cannot be read.
     """
     batches = [torch.as_tensor(rows).tolist() for rows in batches_of_rows]
-    for _, pixels, reasons in _decoded(paths, image_size, batches, num_workers):
+    for _, pixels, reasons in _file_loader(paths, image_size, batches, num_workers):
         for position, reason in reasons.items():
             raise ValueError(f"{paths[position]}: {reason}")
         yield torch.from_numpy(pixels)
@@ -450,17 +407,75 @@ def image_loader(
 def find_unreadable(
     paths: Sequence[Path], *, num_workers: int = 0, progress: bool = True
 ) -> dict[Path, str]:
-    """{path: reason} of the images that cannot be read: decodes each once, for runs without a feature cache."""
-    if paths and isinstance(paths[0], ShardImage):
+    """{path: reason} of the images that cannot be read: decodes each once.
+
+    For runs without a feature cache, which would meet them while it is filled.
+    """
+    if _in_shards(paths):
         raise ValueError(
-            f"--no_feature_cache: {paths[0].shards} are shards, which are read in order only: leave it out"
+            f"--no_feature_cache: {paths[0].shards} are shards, which are read in order only: "
+            "leave it out"
         )
-    batches = [list(range(i, min(i + 32, len(paths)))) for i in range(0, len(paths), 32)]
+    # at 8 pixels a JPEG is decoded fastest
+    batches = _file_loader(paths, 8, _split(len(paths), 32), num_workers)
     unreadable = {}
     with tqdm(
         total=len(paths), desc="checking", unit="image", disable=None if progress else True
     ) as bar:
-        for positions, _, reasons in _decoded(paths, 8, batches, num_workers):
+        for positions, _, reasons in batches:
             unreadable |= {paths[position]: reason for position, reason in reasons.items()}
             bar.update(len(positions) + len(reasons))
     return unreadable
+
+
+def _in_shards(paths: Sequence) -> bool:
+    return bool(paths) and isinstance(paths[0], ShardImage)
+
+
+def _split(count: int, batch_size: int) -> list[range]:
+    """Positions 0..count-1 as batches; the last may be smaller."""
+    return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+
+
+def _pixels_or_reason(path, size, content=None):
+    try:
+        return load_image(path, size, content).transpose(2, 0, 1)
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def _file_loader(
+    paths: Sequence[Path], size: int, batches: Sequence[Sequence[int]], num_workers: int
+) -> DataLoader:
+    dataset = ImageFiles(paths, size)
+    return _data_loader(dataset, min(num_workers, len(batches)), batch_sampler=batches)
+
+
+def _data_loader(dataset, num_workers: int, **batches) -> DataLoader:
+    return DataLoader(
+        dataset,
+        collate_fn=_collate,
+        num_workers=min(num_workers, os.cpu_count() or 1),
+        worker_init_fn=_set_worker_signals,
+        generator=torch.Generator(),  # its own: a loader must not advance the global random state
+        **batches,
+    )
+
+
+def _collate(items):
+    """A batch as `decode_images` yields it.
+
+    Pixels stay an array, which travels to the main process through a pipe: tensors would fill
+    /dev/shm, which is small inside a container.
+    """
+    readable = [(position, pixels) for position, pixels in items if isinstance(pixels, np.ndarray)]
+    reasons = {position: reason for position, reason in items if isinstance(reason, str)}
+    pixels = [pixels for _, pixels in readable]
+    stacked = np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
+    return [position for position, _ in readable], stacked, reasons
+
+
+def _set_worker_signals(_worker_id):
+    """Leaves Ctrl-C, which reaches workers too, to the main process; it stops them by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

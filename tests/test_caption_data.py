@@ -15,7 +15,7 @@ from PIL import Image
 
 import caption_batches
 from caption_batches import CaptionBatches, Vocabulary, tokenize
-from image_loading import find_unreadable, image_loader, load_image, open_image
+from image_loading import find_unreadable, load_batches, load_image, open_image
 
 UNIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and FIFOs")
 
@@ -369,7 +369,7 @@ def test_the_loader_keeps_order_and_leaves_the_random_state_alone(tmp_path, num_
     paths = _grey(tmp_path, 6)
     batches = [torch.tensor([5, 0]), [3], range(1, 3)]
     state = torch.get_rng_state()
-    pixels = list(image_loader(paths, 4, batches, num_workers))
+    pixels = list(load_batches(paths, 4, batches, num_workers))
     assert [batch[:, 0, 0, 0].tolist() for batch in pixels] == [[5, 0], [3], [1, 2]]
     assert pixels[0].shape == (2, 3, 4, 4)
     assert pixels[0].dtype == torch.uint8
@@ -380,4 +380,4 @@ def test_unreadable_images_are_found_without_a_cache(tmp_path):
     paths = [*_grey(tmp_path, 2), tmp_path / "none.png"]
     assert find_unreadable(paths) == {paths[2]: "not a readable image (there is no such file)"}
     with pytest.raises(ValueError, match=r"none\.png: not a readable image"):
-        list(image_loader(paths, 4, [[0, 2]], 0))
+        list(load_batches(paths, 4, [[0, 2]], 0))
