@@ -4,15 +4,17 @@
     dataset.table                       # one row per image
     rows, problems = read_captions(Path("captions.csv"))
 
-Nothing here knows a model.
+Captions files come from anywhere, so that a bad row or image is counted, named and skipped; only
+too many of them are an error.
 """
 
 import csv
+import functools
 import json
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -22,44 +24,38 @@ import image_loading
 from image_loading import Shards
 
 IMAGE_FOLDERS = ("Images", "images", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset")
-CAPTIONS_FILES = (
-    "captions.txt",
-    "captions.csv",
-    "results.csv",
-    "Flickr8k.token.txt",
-    "results_20130124.token",
-    "dataset_{}.json",
-    "captions.json",
-)
+CAPTIONS_FILES = ("captions.txt", "captions.csv", "results.csv", "Flickr8k.token.txt")
+CAPTIONS_FILES += ("results_20130124.token", "dataset_{}.json", "captions.json")  # {}: the dataset
+
 SPLITS = ("train", "val", "test")
-LIST_WORDS = {"train": "train", "val": "val|dev", "test": "test"}  # in the names of split lists
-SPLIT_WORDS = {
-    "train": "train",
-    "restval": "train",
-    "val": "val",
-    "dev": "val",
-    "valid": "val",
-    "validation": "val",
-}
-SPLIT_WORDS |= {"test": "test", "": None}
+SPLIT_OF_WORD = {"train": "train", "restval": "train", "test": "test", "": None}
+SPLIT_OF_WORD |= dict.fromkeys(("val", "dev", "valid", "validation"), "val")
+LIST_NAMES = {"train": "train", "val": "val|dev", "test": "test"}  # in the file names of lists
+
 IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "comment", "text")
 MAX_FILE_BYTES = 2**31  # the largest public captions file (COCO, all splits) has 0.1 GB
 MAX_CAPTION_CHARACTERS = 2_000  # spaCy takes quadratic time for a run of quotes
-SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON allows and no file can hold
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, but no file can hold it
 TOKEN_LINE = re.compile(r"[^\t]+#\d+\t")
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|tiff?|webp)\b", re.IGNORECASE)
+
+
+# ---------------------------------------------------------------------------------------- dataset
 
 
 @dataclass
 class Dataset:
     """A captioned image collection, split by image.
 
-    table: one row per image: `image` (str, path below image_dir), `captions` (list of str), `split` (train|val|test).
+    table: one row per image: `image` (str, path below image_dir), `captions` (list of str),
+        `split` (train|val|test).
     image_dir: `image_dir / image` is what `cached_features` and `open_images` take.
     notes: lines for the console: what was read, which splits, what was skipped and why.
-    bad_images: {image: reason} of the images skipped so far; at most max_bad_fraction of the `images_named`.
+    images_named: how many images the captions file names.
+    bad_images: {image: reason} of those skipped so far, at most max_bad_fraction of images_named.
     """
 
     table: pd.DataFrame
@@ -71,11 +67,11 @@ class Dataset:
     bad_images: dict[str, str] = field(default_factory=dict)
 
     def split_names(self) -> dict[str, list[str]]:
-        """{"train": [image, ...], "val": ..., "test": ...}: what a checkpoint keeps; comes back as `splits`."""
+        """{"train": [image, ...], "val": ..., "test": ...}; `load_dataset` takes it as `splits`."""
         return {split: self.table.image[self.table.split == split].tolist() for split in SPLITS}
 
     def drop_unreadable(self, reasons: dict[str, str]) -> str:
-        """Leave these images ({image: reason}) out, counted with those skipped before; returns the line about them.
+        """Drop these images, {image: reason}; returns the line that counts all skipped so far.
 
         Raises: ValueError when too many images are bad by now, or a split has none left.
         """
@@ -83,7 +79,7 @@ class Dataset:
             return ""
         self.bad_images |= reasons
         bad = [*self.bad_images.items()]
-        note = _counted(self.captions_file, "images", bad, self.images_named, self.max_bad_fraction)
+        note = _skipped(self.captions_file, "images", bad, self.images_named, self.max_bad_fraction)
         self.table = self.table[~self.table.image.isin(list(reasons))].reset_index(drop=True)
         _check_splits(self.table, self.captions_file)
         self.notes.append(note)
@@ -101,71 +97,56 @@ def load_dataset(
     max_train_images: int | None = None,
     remote_shards: bool = True,
 ) -> Dataset:
-    """Read, check and split a dataset. `dataset_type` names the default folder only, see `find_dataset`.
+    """Read, check and split a dataset.
 
     Args:
+        dataset_type: names the default folder only, see `find_dataset`.
         split_seed: for a split drawn here, and for the choice of `max_train_images`.
         splits: names per split as `Dataset.split_names` gave them; wins over every other source.
-        max_bad_fraction: 0..1, how many rows, and how many images, may be bad before this is an error.
-        max_train_images: keep only so many training images, chosen by `split_seed`; val and test stay whole.
-        remote_shards: whether `image_dir` may be shards that a command fetches; no, when it comes from a checkpoint.
+        max_bad_fraction: 0..1, how many rows, and how many images, may be bad before this is an
+            error.
+        max_train_images: keep only so many training images, chosen by `split_seed`; val and test
+            stay whole.
+        remote_shards: whether `image_dir` may be shards that a command fetches; False when it comes
+            from a checkpoint.
     Raises: ValueError or FileNotFoundError, one line each, naming the file or flag.
     """
     image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file, remote_shards)
-    rows, problems = read_captions(captions_file)
-    total_rows = len(rows) + len(problems)
-    captions, recorded, bad_images = _group_by_image(rows, problems)
-    skipped_rows = _counted(captions_file, "rows", problems, total_rows, max_bad_fraction)
-
-    split_of, split_note = resolve_splits(
-        list(captions), recorded, captions_file, split_seed, splits
-    )
-    in_shards = isinstance(image_dir, Shards)  # what they lack is known once they have been read
-    on_disk = {name: in_shards or os.path.isfile(image_dir / name) for name in split_of}  # noqa: PTH113 - long names
-    bad_images |= {name: f"not in {image_dir}" for name, present in on_disk.items() if not present}
+    captions, recorded, bad_images, notes = _read_by_image(captions_file, max_bad_fraction)
+    names = list(captions)
+    split_of, split_note = resolve_splits(names, recorded, captions_file, split_seed, splits)
+    absent = _absent_images(image_dir, split_of)
+    bad_images |= absent
     images_named = len(split_of.keys() | bad_images.keys())
-    skipped_images = _counted(
+    skipped = _skipped(
         captions_file, "images", [*bad_images.items()], images_named, max_bad_fraction
     )
 
-    names = [name for name, present in on_disk.items() if present]
-    table = pd.DataFrame({"image": names})
-    table["captions"] = [captions[name] for name in names]
-    table["split"] = [split_of[name] for name in names]
+    table = _table({name: split_of[name] for name in split_of if name not in absent}, captions)
     if max_train_images is not None:
         table = _fewer_train_images(table, max_train_images, split_seed)
     _check_splits(table, captions_file)
 
-    if in_shards:
-        image_dir = replace(image_dir, names=tuple(table.image))
-    pictures = (
-        []
-        if in_shards
-        else [path.name for path in image_dir.iterdir() if PICTURE_NAME.search(path.name)]
-    )
-    uncaptioned = sum(name not in captions for name in pictures)
-    notes = [
-        f"{captions_file}: {sum(map(len, captions.values()))} captions of {len(captions)} images",
-        skipped_rows,
-        skipped_images,
-        f"{image_dir}: {uncaptioned} images have no captions and are left out"
-        if uncaptioned
-        else "",
-        split_note,
-        ", ".join(f"{split} {(table.split == split).sum()}" for split in SPLITS) + " images",
-    ]
+    notes += [skipped, _uncaptioned(image_dir, captions), split_note, _split_sizes(table)]
     notes = [note for note in notes if note]
+    if isinstance(image_dir, Shards):
+        image_dir = replace(image_dir, names=tuple(table.image))
     return Dataset(
         table, image_dir, captions_file, notes, max_bad_fraction, images_named, bad_images
     )
 
 
 def find_dataset(
-    dataset_type, image_dir=None, captions_file=None, remote_shards=True
+    dataset_type: str,
+    image_dir: str | Path | None = None,
+    captions_file: str | Path | None = None,
+    remote_shards: bool = True,
 ) -> tuple[Path | Shards, Path]:
-    """(image folder or shards, captions file) of ./data/<dataset_type>, unless given; `custom` has none of its own.
+    """(image folder or shards, captions file): those given, else those of ./data/<dataset_type>.
 
-    Raises: FileNotFoundError saying which command gets the dataset, ValueError when `custom` lacks a path.
+    `custom` has no folder of its own. `remote_shards`: as in `load_dataset`.
+    Raises: FileNotFoundError saying which command gets the dataset, ValueError when `custom` lacks
+    a path or `image_dir` is refused.
     """
     if dataset_type == "custom" and not (image_dir and captions_file):
         raise ValueError("--dataset_type custom needs both --image_dir and --captions_file")
@@ -174,9 +155,7 @@ def find_dataset(
     root = Path("data") / dataset_type
     image_dir = image_dir or _first_of(root, IMAGE_FOLDERS, "image folder")
     image_dir = image_loading.find_shards(image_dir, PICTURE_NAME) or Path(image_dir)
-    captions_file = (
-        Path(captions_file) if captions_file else _first_of(root, CAPTIONS_FILES, "captions file")
-    )
+    captions_file = Path(captions_file or _first_of(root, CAPTIONS_FILES, "captions file"))
     if isinstance(image_dir, Path) and not image_dir.is_dir():
         raise FileNotFoundError(
             f"--image_dir {image_dir}: no such folder; expected the folder that holds the images"
@@ -199,68 +178,63 @@ def _first_of(root: Path, names: Sequence[str], what: str) -> Path:
     )
 
 
-def _group_by_image(rows, problems):
-    """(captions {image: [caption, ...]}, recorded {image: split}, bad names {image: reason}) from rows.
+def _read_by_image(captions_file: Path, max_bad_fraction: float):
+    """(captions {image: [caption, ...]}, recorded {image: split}, bad {name: reason}, notes)."""
+    rows, malformed = read_captions(captions_file)
+    captions, recorded, bad_names, contradictions = _group_by_image(rows)
+    total = len(rows) + len(malformed)
+    skipped = _skipped(captions_file, "rows", malformed + contradictions, total, max_bad_fraction)
+    count = sum(map(len, captions.values()))
+    notes = [f"{captions_file}: {count} captions of {len(captions)} images", skipped]
+    return captions, recorded, bad_names, notes
 
-    A name that leads out of the image folder is bad. A row whose split contradicts its image's first is a problem.
+
+def _group_by_image(rows):
+    """(captions, recorded and bad names as `_read_by_image` returns them, contradictions).
+
+    A name that leads out of the image folder is bad. A row whose split is not that of its image's
+    first row is a contradiction, (where, reason).
     """
-    captions, recorded, bad_names, clean = {}, {}, {}, {}
+    captions, recorded, bad_names, contradictions = {}, {}, {}, []
+    plain_name = functools.cache(_plain_name)  # parsing paths is slow, and rows repeat them
     for image, caption, split in rows:
-        if image not in clean:
-            clean[image] = _inside(image)
-        if (name := clean[image]) is None:
+        name = plain_name(image)
+        if name is None:
             bad_names[image] = "not a relative path below the image folder"
         elif recorded.setdefault(name, split) != split:
-            problems.append(
-                (
-                    f"{image!r} {caption[:40]!r}",
-                    f"image is in split {recorded[name]} already, not {split}",
-                )
-            )
+            where = f"{image!r} {caption[:40]!r}"
+            reason = f"image is in split {recorded[name]} already, not {split}"
+            contradictions.append((where, reason))
         else:
             captions.setdefault(name, []).append(caption)
-    return captions, recorded, bad_names
+    return captions, recorded, bad_names, contradictions
 
 
-def _inside(name: str) -> str | None:
-    """The name in its plainest form ("./a.jpg" is "a.jpg"), or None when it may lead out of the image folder."""
+def _plain_name(name: str) -> str | None:
+    """The name without detours ("./a.jpg" is "a.jpg"); None when it may leave the image folder."""
     path = PurePosixPath(name)
-    if (
-        path.anchor
-        or PureWindowsPath(name).anchor
-        or ".." in re.split(r"[\\/]", name)
-        or "\0" in name
-    ):
+    absolute = path.anchor or PureWindowsPath(name).anchor
+    if absolute or ".." in re.split(r"[\\/]", name) or "\0" in name:
         return None
     return str(path)
 
 
-def _counted(
-    path: Path, what: str, bad: list[tuple[str, str]], total: int, max_bad_fraction: float
-) -> str:
-    """One line that counts bad rows or images and names the first ten; "" without any, ValueError with too many."""
-    if not bad:
-        return ""
-    named = "; ".join(f"{name} ({reason})" for name, reason in bad[:10])
-    line = f"{path}: {len(bad)} of {total} {what} skipped: {named}" + (
-        "; ..." if len(bad) > 10 else ""
-    )
-    line = (
-        line.encode("unicode_escape").decode() if not line.isprintable() else line
-    )  # no control codes on a terminal
-    if len(bad) > max_bad_fraction * total:
-        raise ValueError(
-            f"{line}: more than --max_bad_fraction {max_bad_fraction:g}; mend the dataset or raise it"
-        )
-    return line
+def _absent_images(image_dir: Path | Shards, names: Iterable[str]) -> dict[str, str]:
+    """{image: reason} of the images that the folder lacks; shards tell only once they are read."""
+    if isinstance(image_dir, Shards):
+        return {}
+    return {
+        name: f"not in {image_dir}"
+        for name in names
+        if not os.path.isfile(image_dir / name)  # noqa: PTH113 - accepts over-long names
+    }
 
 
-def _check_splits(table: pd.DataFrame, captions_file: Path):
-    for split in SPLITS:
-        if not (table.split == split).any():
-            raise ValueError(
-                f"{captions_file}: the {split} split has no images; train, val and test need one each"
-            )
+def _table(split_of: dict[str, str], captions: dict[str, list[str]]) -> pd.DataFrame:
+    table = pd.DataFrame({"image": list(split_of)})
+    table["captions"] = [captions[name] for name in split_of]
+    table["split"] = list(split_of.values())
+    return table
 
 
 def _fewer_train_images(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
@@ -271,7 +245,51 @@ def _fewer_train_images(table: pd.DataFrame, count: int, seed: int) -> pd.DataFr
     return table[(table.split != "train") | table.image.isin(train[:count])].reset_index(drop=True)
 
 
-# Splits, always by image
+def _check_splits(table: pd.DataFrame, captions_file: Path):
+    for split in SPLITS:
+        if not (table.split == split).any():
+            raise ValueError(
+                f"{captions_file}: the {split} split has no images; "
+                "train, val and test need one each"
+            )
+
+
+def _skipped(
+    path: Path, what: str, bad: list[tuple[str, str]], total: int, max_bad_fraction: float
+) -> str:
+    """One line that counts bad rows or images, (where, reason), and names ten; "" for none.
+
+    Raises: ValueError when they are more than max_bad_fraction of the total.
+    """
+    if not bad:
+        return ""
+    named = "; ".join(f"{where} ({reason})" for where, reason in bad[:10])
+    more = "; ..." if len(bad) > 10 else ""
+    line = f"{path}: {len(bad)} of {total} {what} skipped: {named}{more}"
+    if not line.isprintable():  # names come from the file: no control codes on a terminal
+        line = line.encode("unicode_escape").decode()
+    if len(bad) > max_bad_fraction * total:
+        raise ValueError(
+            f"{line}: more than --max_bad_fraction {max_bad_fraction:g}; "
+            "mend the dataset or raise it"
+        )
+    return line
+
+
+def _uncaptioned(image_dir: Path | Shards, captions: dict[str, list[str]]) -> str:
+    """A line that counts the folder's images without captions, "" for none or for shards."""
+    if isinstance(image_dir, Shards):
+        return ""
+    pictures = [path.name for path in image_dir.iterdir() if PICTURE_NAME.search(path.name)]
+    count = sum(name not in captions for name in pictures)
+    return f"{image_dir}: {count} images have no captions and are left out" if count else ""
+
+
+def _split_sizes(table: pd.DataFrame) -> str:
+    return ", ".join(f"{split} {(table.split == split).sum()}" for split in SPLITS) + " images"
+
+
+# ----------------------------------------------------------------------------------------- splits
 
 
 def resolve_splits(
@@ -281,49 +299,47 @@ def resolve_splits(
     split_seed: int,
     splits: dict[str, list[str]] | None = None,
 ) -> tuple[dict[str, str], str]:
-    """({image: split}, note): from `splits`, else as recorded in the file, else lists beside it, else drawn.
+    """({image: split}, note): from `splits`, else `recorded`, else lists of names, else drawn.
 
-    Images that no split holds are left out; they are counted in the note, as are names that are not in the data.
-    Lists: *train*.txt, *dev*.txt or *val*.txt, *test*.txt, an image name per line, with or without its extension.
+    Splits are by image, so that no caption of a validation image is trained on. Images in no split
+    are left out; the note counts them, and names that are not in the data.
+    Lists lie beside the captions file: *train*.txt, *dev*.txt or *val*.txt, *test*.txt, an image
+    name per line, with or without its extension.
+
+    Args:
+        recorded: {image: split} as the captions file says, None where it says nothing.
+        splits: names per split, from a checkpoint.
     Raises: ValueError when an image is in two splits, or lists are ambiguous or incomplete.
     """
     if splits is not None:
         return _listed_splits(names, _checked_splits(splits), "the checkpoint")
     if any(recorded.values()):
-        held = {name: recorded[name] for name in names if recorded[name]}
-        return (
-            held,
-            f"splits: as recorded in {captions_file.name}{_left_out(len(names) - len(held))}",
-        )
+        split_of = {name: recorded[name] for name in names if recorded[name]}
+        left_out = _left_out(len(names) - len(split_of))
+        return split_of, f"splits: as recorded in {captions_file.name}{left_out}"
     if lists := _split_lists(names, captions_file):
         listed = {split: path.read_text("utf-8-sig").splitlines() for split, path in lists.items()}
         return _listed_splits(names, listed, ", ".join(path.name for path in lists.values()))
-    shuffled = sorted(names)
-    random.Random(split_seed).shuffle(shuffled)
-    tenth = max(1, round(len(names) / 10))
-    drawn = dict.fromkeys(shuffled[:tenth], "val") | dict.fromkeys(
-        shuffled[tenth : 2 * tenth], "test"
-    )
-    return {
-        name: drawn.get(name, "train") for name in names
-    }, f"splits: drawn by image with --split_seed {split_seed}"
+    drawn = f"splits: drawn by image with --split_seed {split_seed}"
+    return _drawn_splits(names, split_seed), drawn
 
 
-def _checked_splits(splits):
+def _checked_splits(splits) -> dict[str, list[str]]:
+    """A checkpoint's splits. Raises: ValueError when they are not what `split_names` returned."""
     lists = [splits.get(split) for split in SPLITS] if isinstance(splits, dict) else [None]
-    if any(
-        not isinstance(names, list) or any(not isinstance(name, str) for name in names)
-        for names in lists
-    ):
-        raise ValueError(
-            "the checkpoint's splits are damaged: expected lists of image names for train, val and test"
-        )
+    for names in lists:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                "the checkpoint's splits are damaged: "
+                "expected lists of image names for train, val and test"
+            )
     return dict(zip(SPLITS, lists, strict=True))
 
 
 def _listed_splits(
     names: list[str], lists: dict[str, list[str]], source: str
 ) -> tuple[dict[str, str], str]:
+    """({image: split}, note) from lists of names, which `source` holds."""
     by_name = {name.rpartition(".")[0]: name for name in names} | {name: name for name in names}
     split_of, unknown = {}, 0
     for split, listed in lists.items():
@@ -332,42 +348,56 @@ def _listed_splits(
             if name is None:
                 unknown += 1
             elif split_of.setdefault(name, split) != split:
-                raise ValueError(
-                    f"splits of {source}: {name!r} is in both {split_of[name]} and {split}"
-                )
+                both = f"both {split_of[name]} and {split}"
+                raise ValueError(f"splits of {source}: {name!r} is in {both}")
+    left_out = _left_out(len(names) - len(split_of))
     absent = f"; {unknown} names are not in the data" if unknown else ""
-    ordered = {name: split_of[name] for name in names if name in split_of}
-    return ordered, f"splits: from {source}{_left_out(len(names) - len(ordered))}{absent}"
+    in_order = {name: split_of[name] for name in names if name in split_of}
+    return in_order, f"splits: from {source}{left_out}{absent}"
 
 
 def _left_out(count: int) -> str:
     return f"; {count} images in no split are left out" if count else ""
 
 
+def _drawn_splits(names: list[str], seed: int) -> dict[str, str]:
+    """{image: split}: a tenth each for val and test, decided by the names and the seed alone."""
+    shuffled = sorted(names)
+    random.Random(seed).shuffle(shuffled)
+    tenth = max(1, round(len(names) / 10))
+    val, test = set(shuffled[:tenth]), set(shuffled[tenth : 2 * tenth])
+    return {name: "val" if name in val else "test" if name in test else "train" for name in names}
+
+
 def _split_lists(names: list[str], captions_file: Path) -> dict[str, Path]:
-    """{split: list file} beside the captions file; {} without any. A *.txt that names no image of ours is no list."""
+    """{split: list file} beside the captions file; {} without any.
+
+    A *.txt that names no image of ours is no list.
+    Raises: ValueError when there are lists, but not one for each split.
+    """
     known = {*names, *(name.rpartition(".")[0] for name in names)} - {""}
-    found = {split: [] for split in SPLITS}
+    lists = {split: [] for split in SPLITS}
     for path in sorted(captions_file.parent.glob("*.txt")):
-        split = next(
-            (
-                split
-                for split, word in LIST_WORDS.items()
-                if re.search(word, path.name, re.IGNORECASE)
-            ),
-            None,
-        )
+        split = _split_in_name(path.name)
         if split and path != captions_file and _names_any(path, known):
-            found[split].append(path)
-    if not any(found.values()):
+            lists[split].append(path)
+    if not any(lists.values()):
         return {}
-    for split, paths in found.items():
+    for split, paths in lists.items():
         if len(paths) != 1:
             which = " and ".join(path.name for path in paths) or "none"
             raise ValueError(
-                f"{captions_file.parent}: expected one {split} list beside the captions, found {which}"
+                f"{captions_file.parent}: expected one {split} list beside the captions, "
+                f"found {which}"
             )
-    return {split: paths[0] for split, paths in found.items()}
+    return {split: paths[0] for split, paths in lists.items()}
+
+
+def _split_in_name(file_name: str) -> str | None:
+    for split, words in LIST_NAMES.items():
+        if re.search(words, file_name, re.IGNORECASE):
+            return split
+    return None
 
 
 def _names_any(path: Path, known: set[str]) -> bool:
@@ -378,38 +408,37 @@ def _names_any(path: Path, known: set[str]) -> bool:
         return False
 
 
-# Formats, recognised by content
+# ---------------------------------------------------------------------------------------- formats
 
 
 def read_captions(path: Path) -> tuple[list[tuple[str, str, str | None]], list[tuple[str, str]]]:
-    """Rows (image, caption, split or None) of a captions file, and its malformed rows as (where, reason).
+    """(rows, malformed rows) of a captions file: (image, caption, split or None), (where, reason).
 
-    Recognised by content: Flickr8k/Flickr30k `name.jpg#k<TAB>caption`; CSV with , ; | or tab and a header that names an
-    image and a caption column (Kaggle's captions.txt, Flickr30k's results.csv, one's own); Karpathy's dataset_*.json;
-    COCO captions JSON; JSON lists of {image, caption or captions[, split]} and {image: captions}.
+    Recognised by content:
+      - Flickr8k's and Flickr30k's lines `name.jpg#k<TAB>caption`;
+      - CSV with , ; | or tab, and a header that names an image and a caption column (Kaggle's
+        captions.txt, Flickr30k's results.csv, one's own);
+      - JSON: Karpathy's dataset_*.json, COCO captions, a list of {image, caption or captions[,
+        split]}, and {image: captions}.
     Raises: ValueError when the file is none of these, or holds no caption at all.
     """
-    rows, problems = [], []
-    for where, entry in _recognise(path, _read_text(path)):
+    rows, malformed = [], []
+    for where, entry in _entries(path, _read_text(path)):
         fault = entry if isinstance(entry, str) else _fault(*entry)
         if fault:
-            problems.append((where, fault))
+            malformed.append((where, fault))
         else:
             image, caption, split = entry
-            rows.append(
-                (
-                    image.strip(),
-                    " ".join(caption.split()),
-                    SPLIT_WORDS[(split or "").strip().lower()],
-                )
-            )
+            split = SPLIT_OF_WORD[_split_word(split)]
+            rows.append((image.strip(), " ".join(caption.split()), split))
     if not rows:
-        first = " ({}: {})".format(*problems[0]) if problems else ""
+        first = " ({}: {})".format(*malformed[0]) if malformed else ""
         raise ValueError(f"{path}: no captions in it{first}")
-    return rows, problems
+    return rows, malformed
 
 
 def _fault(image, caption, split) -> str | None:
+    """What is wrong with an entry, whose values may be of any type; None for nothing."""
     if not isinstance(image, str) or not image.strip():
         return "no image name"
     if not isinstance(caption, str) or not any(map(str.isalnum, caption)):
@@ -418,26 +447,29 @@ def _fault(image, caption, split) -> str | None:
         return "half a character (a lone surrogate)"
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return f"its caption has {len(caption)} characters, more than {MAX_CAPTION_CHARACTERS}"
-    if not isinstance(split or "", str) or (split or "").strip().lower() not in SPLIT_WORDS:
+    if not isinstance(split or "", str) or _split_word(split) not in SPLIT_OF_WORD:
         return f"unknown split {str(split)[:20]!r}, expected train, val or test"
     return None
+
+
+def _split_word(split: str | None) -> str:
+    return (split or "").strip().lower()
 
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such captions file")
-    if path.stat().st_size > MAX_FILE_BYTES:
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise ValueError(
-            f"{path}: {path.stat().st_size} bytes, more than the {MAX_FILE_BYTES} a captions file may have"
+            f"{path}: {size} bytes, more than the {MAX_FILE_BYTES} a captions file may have"
         )
     content = path.read_bytes()
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # "Unicode text" of spreadsheet programs
     try:
         text = content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})"
-        ) from None
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{path}: not a text file in UTF-8 ({where})") from None
     if "\0" in text:
         raise ValueError(f"{path}: a binary file, expected captions as text")
     if not text.strip():
@@ -445,33 +477,26 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _recognise(path: Path, text: str) -> Iterator[tuple[str, tuple | str]]:
-    """The entries of a captions file, each (where, (image, caption, split)) or (where, what is wrong)."""
+def _entries(path: Path, text: str) -> Iterator[tuple[str, tuple | str]]:
+    """Entries of any format: (where, (image, caption, split)), or (where, what is wrong)."""
     if text.lstrip()[0] in "[{":
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: damaged JSON ({error})") from None
-        return _json_entries(data)
+        return _json_entries(path, text)
     lines = [line for line in text.lstrip()[:100_000].splitlines() if line.strip()]
     if any(TOKEN_LINE.match(line) for line in lines[:20]):
         return _token_entries(text)
     for delimiter in ",;\t|":
-        header = [name.strip().lower() for name in next(csv.reader(lines[:1], delimiter=delimiter))]
-        image, caption = (
-            next((header.index(name) for name in names if name in header), None)
-            for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)
-        )
-        if image is not None and caption is not None:
-            return _csv_entries(path, text, delimiter, header, image, caption)
+        header = _normalized(next(csv.reader(lines[:1], delimiter=delimiter)))
+        columns = [_column(header, names) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS, ["split"])]
+        if None not in columns[:2]:
+            return _csv_entries(path, text, delimiter, header, columns)
     raise ValueError(
-        f"{path}: not a captions file: expected JSON, lines 'image.jpg#0<TAB>caption' or a header with "
-        f"image and caption columns, got {lines[0][:60]!r}"
+        f"{path}: not a captions file: expected JSON, lines 'image.jpg#0<TAB>caption' or a header "
+        f"with image and caption columns, got {lines[0][:60]!r}"
     )
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines with their ends, one at a time: io.StringIO would take four bytes for every character of the text."""
+    """Lines with their ends; io.StringIO would copy the text at four bytes a character."""
     return (match[0] for match in LINE.finditer(text))
 
 
@@ -485,75 +510,91 @@ def _token_entries(text: str):
             yield f"line {number}", f"expected 'image.jpg#0<TAB>caption', got {line.strip()[:40]!r}"
 
 
-def _csv_entries(path, text, delimiter, header, image, caption):
-    split = header.index("split") if "split" in header else None
+def _normalized(header: list[str]) -> list[str]:
+    return [name.strip().lower() for name in header]
+
+
+def _column(header: list[str], names: Sequence[str]) -> int | None:
+    """Where the header has the first of these names that it has."""
+    return next((header.index(name) for name in names if name in header), None)
+
+
+def _csv_entries(path: Path, text: str, delimiter: str, header: list[str], columns):
+    """columns: of image, caption and split in the header; the last may be None."""
     reader = csv.reader(_lines(text), delimiter=delimiter)
-    first = 1
+    first_line = 1
     try:
         for row in reader:
-            lines = range(first, reader.line_num + 1)
-            first = lines.stop
-            if not any(map(str.strip, row)) or [name.strip().lower() for name in row] == header:
-                continue
-            if len(row) < len(header) or any(map(str.strip, row[len(header) :])):
-                yield f"line {lines[0]}", f"{len(row)} fields, expected {len(header)}"
-            elif len(lines) > 1 and PICTURE_NAME.search("".join(row)):
-                yield from (
-                    (f"line {line}", f"in a quote opened on line {lines[0]}") for line in lines
-                )
-            else:
-                yield (
-                    f"line {lines[0]}",
-                    (row[image], row[caption], None if split is None else row[split]),
-                )
+            lines = range(first_line, reader.line_num + 1)  # several where a quoted field has ends
+            first_line = lines.stop
+            if any(map(str.strip, row)) and _normalized(row) != header:
+                yield from _csv_row_entries(row, lines, len(header), columns)
     except csv.Error as error:
         raise ValueError(
-            f"{path}: line {first}: damaged CSV ({error}); is a quote left open?"
+            f"{path}: line {first_line}: damaged CSV ({error}); is a quote left open?"
         ) from None
 
 
-def _get(entry, key):
-    return entry.get(key) if isinstance(entry, dict) else None
-
-
-def _listed(value) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-def _json_entries(data):
-    if (
-        isinstance(data, dict)
-        and isinstance(data.get("annotations"), list)
-        and isinstance(data.get("images"), list)
-    ):
-        yield from _coco_entries(data)
-    elif isinstance(data, dict) and isinstance(data.get("images"), list):
-        yield from _karpathy_entries(data["images"])
-    elif isinstance(data, dict):
-        for image, captions in data.items():
-            for caption in _listed(captions) or [None]:
-                yield f"image {image[:80]!r}", (image, caption, None)
+def _csv_row_entries(row: list[str], lines: range, width: int, columns):
+    where = f"line {lines[0]}"
+    if len(row) < width or any(map(str.strip, row[width:])):
+        yield where, f"{len(row)} fields, expected {width}"
+    elif len(lines) > 1 and PICTURE_NAME.search("".join(row)):  # the quote has swallowed rows
+        for line in lines:
+            yield f"line {line}", f"in a quote opened on {where}"
     else:
-        for number, entry in enumerate(data, start=1):
-            image = next(
-                (value for key in IMAGE_COLUMNS if (value := _get(entry, key)) is not None), None
-            )
-            captions = _get(entry, "captions") or _get(entry, "caption")
-            for caption in _listed(captions) or [None]:
-                yield f"entry {number}", (image, caption, _get(entry, "split"))
+        yield where, tuple(None if column is None else row[column] for column in columns)
 
 
-def _coco_entries(data):
+def _json_entries(path: Path, text: str):
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged JSON ({error})") from None
+    if isinstance(data, list):
+        return _list_entries(data)
+    if isinstance(data.get("images"), list):
+        coco = isinstance(data.get("annotations"), list)
+        return _coco_entries(data) if coco else _karpathy_entries(data["images"])
+    return _dict_entries(data)
+
+
+def _list_entries(data: list):
+    for number, entry in enumerate(data, start=1):
+        values = [_get(entry, key) for key in IMAGE_COLUMNS]
+        image = next((value for value in values if value is not None), None)
+        captions = _get(entry, "captions") or _get(entry, "caption")
+        for caption in _as_list(captions):
+            yield f"entry {number}", (image, caption, _get(entry, "split"))
+
+
+def _dict_entries(data: dict):
+    for image, captions in data.items():
+        for caption in _as_list(captions):
+            yield f"image {image[:80]!r}", (image, caption, None)
+
+
+def _coco_entries(data: dict):
     names = {str(_get(image, "id")): _get(image, "file_name") for image in data["images"]}
     for number, annotation in enumerate(data["annotations"], start=1):
         image = names.get(str(_get(annotation, "image_id")))
         yield f"annotation {number}", (image, _get(annotation, "caption"), None)
 
 
-def _karpathy_entries(images):
+def _karpathy_entries(images: list):
     for number, image in enumerate(images, start=1):
-        name = _get(image, "filename")
-        if isinstance(folder := _get(image, "filepath"), str) and folder and isinstance(name, str):
+        name, folder = _get(image, "filename"), _get(image, "filepath")
+        if isinstance(name, str) and isinstance(folder, str) and folder:  # COCO's: val2014
             name = f"{folder}/{name}"
-        for sentence in _listed(_get(image, "sentences")) or [None]:
+        for sentence in _as_list(_get(image, "sentences")):
             yield f"image {number}", (name, _get(sentence, "raw"), _get(image, "split"))
+
+
+def _get(entry, key: str):
+    """entry[key] of a JSON value, None where it has none or is no object."""
+    return entry.get(key) if isinstance(entry, dict) else None
+
+
+def _as_list(value) -> list:
+    """A JSON value as a list; [None], which is reported as a bad entry, when it is empty."""
+    return (value if isinstance(value, list) else [value]) or [None]
