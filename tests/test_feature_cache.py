@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import UNIX
+from pictures import grey_images as _grey
+from pictures import save_image as _save
+from pictures import unreadable_files as _unreadable_files
 from PIL import Image
-from test_caption_data import UNIX, _grey, _save, _unreadable_files
 
 import feature_cache
 from feature_cache import cached_features

@@ -1,4 +1,4 @@
-"""Shards in image_loading.py: pictures in shards fill the same feature cache as files."""
+"""image_loading.py: pixels, batches of files, and shards, which fill the cache as files do."""
 
 import functools
 import gzip
@@ -11,12 +11,13 @@ import threading
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from pictures import UNIX, grey_images, png_bomb, quarters, save_image, unreadable_files
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_caption_data import _bomb
 from test_end_to_end import TINY, load, program, run_dir, snapshot, succeed, train
 from test_feature_cache import FakeEncoder, _cached, _expected, _folder
 
@@ -24,7 +25,147 @@ import caption_data
 import feature_cache
 import image_loading
 import process_group
-from image_loading import find_shards
+from image_loading import find_shards, find_unreadable, load_batches, load_image, open_image
+
+# Pixels
+
+
+def test_a_picture_of_the_right_size_is_unchanged(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
+    path = save_image(tmp_path / "a.png", Image.fromarray(pixels))
+    assert np.array_equal(load_image(path, 24), pixels)
+
+
+def test_a_picture_is_squashed_whole_without_a_crop(tmp_path):
+    black_white = np.array([[0, 255]], np.uint8)
+    wide = Image.fromarray(black_white.repeat(60, 1).repeat(30, 0))  # 30 x 120
+    pixels = load_image(save_image(tmp_path / "a.png", wide), 20)
+    assert pixels.shape == (20, 20, 3)
+    assert (pixels[:, :9] == 0).all()
+    assert (pixels[:, 11:] == 255).all()
+
+
+def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    path = save_image(
+        tmp_path / "a.jpg", Image.fromarray(colours).resize((2000, 1500), Image.Resampling.BICUBIC)
+    )
+    for size, expected in (
+        (None, (2000, 1500)),
+        (376, (2000, 1500)),
+        (375, (1000, 750)),
+        (224, (1000, 750)),
+    ):
+        assert open_image(path, size=size).size == expected
+    exact = np.asarray(open_image(path).resize((224, 224), Image.Resampling.BILINEAR), np.float32)
+    difference = np.abs(load_image(path, 224) - exact)  # of 255
+    assert difference.mean() < 0.5 and difference.max() <= 3
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate 90 degrees clockwise to show"
+    path = save_image(tmp_path / "a.png", quarters(), exif=exif)
+    pixels = load_image(path, 16)
+    assert pixels[4, 4].tolist() == [0, 0, 255]  # the left column, read upwards, is the top row now
+    assert pixels[4, 12].tolist() == [255, 0, 0]
+    wide = save_image(tmp_path / "b.png", Image.new("L", (40, 10), 7), exif=exif)
+    assert (open_image(wide).size, open_image(wide).mode, open_image(wide).getpixel((0, 0))) == (
+        (10, 40),
+        "RGB",
+        (7, 7, 7),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.png", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm", "a.avif"]
+)
+def test_every_format_is_read(tmp_path, name):
+    pixels = load_image(save_image(tmp_path / name, quarters()), 16).astype(int)
+    assert np.abs(pixels[4, 4] - [255, 0, 0]).max() < 40
+    assert np.abs(pixels[12, 12] - 255).max() < 40
+
+
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        (Image.new("L", (8, 8), 100), [100, 100, 100]),
+        (Image.new("1", (8, 8), 1), [255, 255, 255]),
+        (Image.new("P", (8, 8), 3), None),
+        (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), [255, 255, 255]),  # transparent: white shows
+        (Image.new("RGBA", (8, 8), (10, 20, 30, 255)), [10, 20, 30]),
+        (Image.new("LA", (8, 8), (50, 255)), [50, 50, 50]),
+        (Image.fromarray(np.full((8, 8), 0x8040, np.uint16)), [128, 128, 128]),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, image, colour):
+    pixels = load_image(save_image(tmp_path / "a.png", image), 8)
+    assert pixels.shape == (8, 8, 3)
+    assert pixels.dtype == np.uint8
+    assert colour is None or pixels[0, 0].tolist() == colour
+
+
+def test_cmyk_and_palette_transparency(tmp_path):
+    cmyk = load_image(
+        save_image(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0))), 8
+    )
+    assert np.abs(cmyk.astype(int) - [255, 0, 0]).max() < 12
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    assert (load_image(save_image(tmp_path / "b.png", palette, transparency=0), 8) == 255).all()
+
+
+def test_an_unreadable_image_is_one_line_that_names_it(tmp_path):
+    files = unreadable_files(tmp_path / "bad")
+    expected = {
+        "text.jpg": "none of JPEG",
+        "truncated.jpg": "truncated",
+        "bomb_warning.png": "bomb",
+        "bomb_error.png": "bomb",
+        "program.eps": "none of JPEG",
+        "folder.jpg": "it is a folder",
+        "missing.jpg": "there is no such file",
+        "float.tif": "no fixed range",
+    }
+    for name, path in files.items():
+        with pytest.raises(ValueError) as caught:
+            load_image(path, 32)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: not a readable image ("), message
+        assert expected.get(name, "") in message
+        assert "\n" not in message
+
+
+@UNIX
+def test_a_fifo_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match="not a readable image"):
+        load_image(tmp_path / "pipe.jpg", 8)
+
+
+# Batches of files
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_keeps_order_and_leaves_the_random_state_alone(tmp_path, num_workers):
+    paths = grey_images(tmp_path, 6)
+    batches = [torch.tensor([5, 0]), [3], range(1, 3)]
+    state = torch.get_rng_state()
+    pixels = list(load_batches(paths, 4, batches, num_workers))
+    assert [batch[:, 0, 0, 0].tolist() for batch in pixels] == [[5, 0], [3], [1, 2]]
+    assert pixels[0].shape == (2, 3, 4, 4)
+    assert pixels[0].dtype == torch.uint8
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_unreadable_images_are_found_without_a_cache(tmp_path):
+    paths = [*grey_images(tmp_path, 2), tmp_path / "none.png"]
+    assert find_unreadable(paths) == {paths[2]: "not a readable image (there is no such file)"}
+    with pytest.raises(ValueError, match=r"none\.png: not a readable image"):
+        list(load_batches(paths, 4, [[0, 2]], 0))
+
+
+# Shards
 
 
 def png(level):
@@ -57,8 +198,12 @@ def grey_shards(folder, count=6, each=2):
     return f"{folder}/grey-{{0..{(count - 1) // each}}}.tar"
 
 
+def shards_at(source):
+    return find_shards(source, caption_data.PICTURE_NAME)
+
+
 def images_in(source, names):
-    shards = find_shards(source, caption_data.PICTURE_NAME)
+    shards = shards_at(source)
     return [shards / name for name in names]
 
 
@@ -80,24 +225,20 @@ def test_what_means_shards(tmp_path):
     write_shard(tmp_path / "tars/b.tar", {})
     write_shard(tmp_path / "tars/a.tgz", {})
     (tmp_path / "tars/a.json").write_text("{}")
-    assert [Path(url).name for url in _find(tmp_path / "tars").urls] == ["a.tgz", "b.tar"]
-    assert [Path(url).name for url in _find(f"{tmp_path}/tars/{{b.tar,a.tgz}}").urls] == [
+    assert [Path(url).name for url in shards_at(tmp_path / "tars").urls] == ["a.tgz", "b.tar"]
+    assert [Path(url).name for url in shards_at(f"{tmp_path}/tars/{{b.tar,a.tgz}}").urls] == [
         "b.tar",
         "a.tgz",
     ]
-    assert _find("https://a.org/x-{00..02}.tar").urls[2] == "https://a.org/x-02.tar"
-    assert _find("pipe:cat a.tar").urls == ("pipe:cat a.tar",)
-    assert _find("pipe:" + "x" * 5000).size == 0
+    assert shards_at("https://a.org/x-{00..02}.tar").urls[2] == "https://a.org/x-02.tar"
+    assert shards_at("pipe:cat a.tar").urls == ("pipe:cat a.tar",)
+    assert shards_at("pipe:" + "x" * 5000).size == 0
     for name in ("dog.jpg", "folder/"):  # what beside tar files makes an ordinary image folder
         folder = tmp_path / name.strip("/.jpg")
         write_shard(folder / "a.tar", {})
         (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
-        assert _find(folder) is None
-    assert _find(tmp_path / "nowhere") is None and _find("") is None
-
-
-def _find(source):
-    return find_shards(source, caption_data.PICTURE_NAME)
+        assert shards_at(folder) is None
+    assert shards_at(tmp_path / "nowhere") is None and shards_at("") is None
 
 
 @pytest.mark.parametrize(
@@ -114,14 +255,14 @@ def test_missing_shards_are_one_line_that_names_the_flag(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     grey_shards(tmp_path)
     with pytest.raises((FileNotFoundError, ValueError), match=rf"^--image_dir .*{fault}"):
-        _find(pattern)
+        shards_at(pattern)
     assert not Path("proof").exists()
 
 
 def test_without_webdataset_one_line_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
     with pytest.raises(ValueError, match=r"pip install webdataset$"):
-        _find(grey_shards(tmp_path))
+        shards_at(grey_shards(tmp_path))
 
 
 # What they fill the cache with
@@ -171,7 +312,7 @@ def test_missing_and_broken_members_are_returned_and_remembered(tmp_path, monkey
     """A link is no picture, a name is not looked for in another folder, and the second run makes no pass."""
     bad = {
         "text.jpg": b"not an image",
-        "bomb.png": _bomb(30_000),
+        "bomb.png": png_bomb(30_000),
         "link.jpg": None,
         "folder/1.png": png(1),
     }
