@@ -42,7 +42,7 @@ def test_words_are_stable_under_a_second_tokenisation():
 
 
 def test_splitting_at_spaces_first_changes_no_word():
-    """A text's words are those that spaCy finds in the whole of it, whichever of its special cases meet."""
+    """A text's words are those that spaCy finds in the whole, whichever special cases meet."""
     draw, tokenizer = random.Random(0), caption_batches._spacy_tokenizer()
     pieces = [
         *tokenizer.rules,
@@ -68,28 +68,11 @@ def test_splitting_at_spaces_first_changes_no_word():
 
 def test_vocabulary_counts_orders_and_cuts():
     vocabulary = Vocabulary.build(["b b b a a c", "A d", "d d"], freq_threshold=2)
-    assert vocabulary.words == [
-        "<PAD>",
-        "<SOS>",
-        "<EOS>",
-        "<UNK>",
-        "a",
-        "b",
-        "d",
-    ]  # three each: alphabetical; c once
-    assert (vocabulary.pad, vocabulary.sos, vocabulary.eos, vocabulary.unk, len(vocabulary)) == (
-        0,
-        1,
-        2,
-        3,
-        7,
-    )
-    assert vocabulary.encode("D, a c <EOS>") == [
-        6,
-        4,
-        3,
-        3,
-    ]  # a typed <EOS> is a word, not the special
+    # a, b and d are seen three times each, so they come in alphabetical order; c is seen once
+    assert vocabulary.words == ["<PAD>", "<SOS>", "<EOS>", "<UNK>", "a", "b", "d"]
+    assert [vocabulary.pad, vocabulary.sos, vocabulary.eos, vocabulary.unk] == [0, 1, 2, 3]
+    assert len(vocabulary) == 7
+    assert vocabulary.encode("D, a c <EOS>") == [6, 4, 3, 3]  # a typed <EOS> is a word
     assert vocabulary.decode([1, 4, 3, 5, 0, 2, 6]) == "a b"
 
 
@@ -124,12 +107,8 @@ def test_a_damaged_vocabulary_is_refused(plain):
 
 # Batches
 
-CAPTIONS = [
-    [[4, 5], [6]],
-    [[7, 8, 9]],
-    [],
-    [[10], [11, 12], [13]],
-]  # of four images, one without any
+# of four images, one without any
+CAPTIONS = [[[4, 5], [6]], [[7, 8, 9]], [], [[10], [11, 12], [13]]]
 
 
 def test_batches_worked_by_hand():
@@ -142,9 +121,9 @@ def test_batches_worked_by_hand():
     assert first.captions.tolist() == [
         [1, 4, 5, 2],
         [1, 6, 2, 0],
-        [1, 7, 8, 2],
+        [1, 7, 8, 2],  # 9 is beyond step 3
         [1, 10, 2, 0],
-    ]  # 9 is beyond step 3
+    ]
     assert first.lengths.tolist() == [3, 2, 3, 2]
     assert second.image_rows.tolist() == [3]
     assert second.captions.tolist() == [[1, 11, 12, 2], [1, 13, 2, 0]]

@@ -1,7 +1,8 @@
-"""Datasets: default folders, file formats, splits, bad rows. Also runs as python tests/test_dataset_support.py.
+"""caption_data.py: default folders, file formats, splits, bad rows.
 
-Old bugs kept away: splits drawn by caption row (DEFECT 2), references looked up by position (DEFECT 3), a vocabulary
-that had read validation captions (DEFECT 4).
+Also runs as python tests/test_dataset_support.py. Three tests tell of bugs of the original program:
+splits drawn by caption row, references looked up by position, a vocabulary that had read validation
+captions.
 """
 
 import json
@@ -99,7 +100,9 @@ def _rows(dataset):
         ),
     ],
 )
-def test_default_folders(tmp_path, monkeypatch, dataset_type, folder, file, text):
+def test_a_dataset_is_found_in_its_default_folder(
+    tmp_path, monkeypatch, dataset_type, folder, file, text
+):
     monkeypatch.chdir(tmp_path)
     names = _names(3)
     _images(Path("data") / dataset_type / folder, names)
@@ -127,7 +130,7 @@ def test_a_missing_dataset_says_which_command_gets_it(tmp_path, monkeypatch):
         load_dataset("flickr8k")
 
 
-def test_paths_given_by_hand(tmp_path):
+def test_a_path_that_is_missing_is_named_by_its_flag(tmp_path):
     with pytest.raises(ValueError, match="--image_dir and --captions_file"):
         load_dataset("custom", image_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"--image_dir .*none: no such folder"):
@@ -168,7 +171,7 @@ def test_formats_are_recognised_by_content(tmp_path, text, encoding):
     assert problems == []
 
 
-def test_karpathy_json(tmp_path):
+def test_karpathy_json_gives_folders_and_splits(tmp_path):
     def image(name, split, *captions, **more):
         return {
             "filename": name,
@@ -193,7 +196,7 @@ def test_karpathy_json(tmp_path):
     ]
 
 
-def test_names_and_captions_in_any_script(tmp_path):
+def test_names_and_captions_are_read_in_any_script(tmp_path):
     names = ["犬 1.jpg", "щчж.jpg", "café.jpg", "a,b.jpg"]
     text = (
         'image,caption\n犬 1.jpg,两只狗。\nщчж.jpg,Две собаки.\ncafé.jpg,दो कुत्ते\n"a,b.jpg",كلبان\n'
@@ -326,7 +329,7 @@ def test_bad_rows_and_images_are_counted_named_and_bounded(tmp_path):
         _dataset(tmp_path, 200, text=text, max_bad_fraction=0.004)
 
 
-def test_only_ten_are_named(tmp_path):
+def test_of_many_bad_rows_ten_are_named(tmp_path):
     dataset = _dataset(tmp_path, 60, text=_csv(_names(60)) + "x\n" * 12, max_bad_fraction=0.5)
     (note,) = [note for note in dataset.notes if "rows skipped" in note]
     assert note.count("line ") == 10
@@ -385,7 +388,7 @@ def test_a_split_that_loses_its_last_image_is_an_error(tmp_path):
 
 
 def test_drawn_splits_are_disjoint_by_image(tmp_path):
-    """DEFECT 2: the old program split caption rows, so other captions of a validation picture were trained on."""
+    """The original split caption rows: other captions of a validation image were trained on."""
     dataset = _dataset(tmp_path, 60)
     names = dataset.split_names()
     assert {split: len(listed) for split, listed in names.items()} == {
@@ -424,7 +427,7 @@ def _lists(
         _write(folder / name, "\r\n".join(listed) + "\r\n" + extra)
 
 
-def test_lists_beside_the_captions_file(tmp_path):
+def test_lists_beside_the_captions_file_give_the_splits(tmp_path):
     _lists(tmp_path)
     _write(tmp_path / "readme of the test.txt", "No image is named here.\n")
     _write(tmp_path / "validation results.txt", "\xff\n", "latin-1")
@@ -440,7 +443,7 @@ def test_lists_beside_the_captions_file(tmp_path):
     )
 
 
-def test_lists_without_extensions_and_with_unknown_names(tmp_path):
+def test_lists_may_lack_extensions_and_name_unknown_images(tmp_path):
     for name, listed in {"train": ["000", "001", "404"], "val": ["002"], "test": ["003"]}.items():
         _write(tmp_path / f"{name}.txt", "\n".join(listed))
     dataset = _dataset(tmp_path, 4)
@@ -466,7 +469,7 @@ def test_lists_without_extensions_and_with_unknown_names(tmp_path):
         ),
     ],
 )
-def test_incomplete_ambiguous_or_leaking_lists(tmp_path, change, reason):
+def test_incomplete_ambiguous_or_leaking_lists_are_refused(tmp_path, change, reason):
     _lists(tmp_path)
     change(tmp_path)
     with pytest.raises(ValueError, match=reason):
@@ -515,7 +518,7 @@ def test_splits_of_a_checkpoint_win_over_all(tmp_path):
 @pytest.mark.parametrize(
     "splits", [[], {}, {"train": [], "val": []}, {"train": [5], "val": [], "test": []}]
 )
-def test_damaged_splits_of_a_checkpoint(tmp_path, splits):
+def test_damaged_splits_of_a_checkpoint_are_refused(tmp_path, splits):
     with pytest.raises(ValueError, match="the checkpoint's splits are damaged"):
         _dataset(tmp_path, splits=splits)
 
@@ -535,12 +538,10 @@ def test_max_train_images_takes_a_random_few(tmp_path):
     assert set(few["train"]) < set(whole["train"])
     assert few["train"] != whole["train"][:8]
     assert few == _dataset(tmp_path, 100, max_train_images=8).split_names()
-    assert set(few["train"]) < set(
-        _dataset(tmp_path, 100, max_train_images=9).split_names()["train"]
-    )
-    assert (
-        _dataset(tmp_path, 100, max_train_images=8, splits=few).split_names() == few
-    )  # as a resumed run asks
+    more = _dataset(tmp_path, 100, max_train_images=9).split_names()
+    assert set(few["train"]) < set(more["train"])
+    resumed = _dataset(tmp_path, 100, max_train_images=8, splits=few)
+    assert resumed.split_names() == few
     assert _dataset(tmp_path, 100, max_train_images=800).split_names() == whole
     with pytest.raises(ValueError, match="--max_train_images 0: expected at least 1"):
         _dataset(tmp_path, max_train_images=0)
@@ -553,8 +554,8 @@ def _training(dataset):
     return dataset.table[dataset.table.split == "train"]
 
 
-def test_vocabulary_from_training_captions_only(tmp_path):
-    """DEFECT 4: the old program counted words of validation captions too."""
+def test_the_vocabulary_comes_from_training_captions_only(tmp_path):
+    """The original counted words of validation captions, too."""
     splits = {"train": _names(20)[:16], "val": _names(20)[16:18], "test": _names(20)[18:]}
     rows = [
         f"{name},a dog seen in {'summer' if name in splits['train'] else 'winter'}"
@@ -569,12 +570,11 @@ def test_vocabulary_from_training_captions_only(tmp_path):
 
 
 def test_references_follow_the_image_through_the_batches(tmp_path):
-    """DEFECT 3: the old program looked references up by loader position, in the full set, and scored against others."""
+    """The original looked references up by position, in the full set: they were other images'."""
     dataset = _dataset(tmp_path, 60)
     val = dataset.table[dataset.table.split == "val"].reset_index(drop=True)
-    words = [
-        [int(caption.split()[3]) for caption in captions] for captions in val.captions
-    ]  # 7: of 007.jpg
+    # every caption has its image's number as a word: 7 is of 007.jpg
+    words = [[int(caption.split()[3]) for caption in captions] for captions in val.captions]
     assert [[name[:3]] * 2 for name in val.image] == [
         [f"{n:03}" for n in numbers] for numbers in words
     ]
@@ -589,7 +589,7 @@ def test_references_follow_the_image_through_the_batches(tmp_path):
     assert seen == 12
 
 
-def test_flickr30k_takes_seconds(tmp_path):
+def test_captions_of_flickr30k_are_read_in_seconds(tmp_path):
     names = [f"{i:08}.jpg" for i in range(31_783)]
     rows = (
         f"{name}| {k}| Two young men , {name} , are hanging out {k}"
@@ -606,7 +606,7 @@ def test_flickr30k_takes_seconds(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/flickr8k")
-def test_real_flickr8k():
+def test_the_real_flickr8k_has_its_published_splits():
     dataset = load_dataset("flickr8k", SHARED / "Images", SHARED / "captions.txt")
     sizes = {split: len(names) for split, names in dataset.split_names().items()}
     assert sizes == {"train": 6000, "val": 500, "test": 500}

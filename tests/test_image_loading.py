@@ -50,12 +50,8 @@ def test_a_large_jpeg_is_decoded_at_reduced_size(tmp_path):
     path = save_image(
         tmp_path / "a.jpg", Image.fromarray(colours).resize((2000, 1500), Image.Resampling.BICUBIC)
     )
-    for size, expected in (
-        (None, (2000, 1500)),
-        (376, (2000, 1500)),
-        (375, (1000, 750)),
-        (224, (1000, 750)),
-    ):
+    whole, half = (2000, 1500), (1000, 750)
+    for size, expected in ((None, whole), (376, whole), (375, half), (224, half)):
         assert open_image(path, size=size).size == expected
     exact = np.asarray(open_image(path).resize((224, 224), Image.Resampling.BILINEAR), np.float32)
     difference = np.abs(load_image(path, 224) - exact)  # of 255
@@ -70,11 +66,8 @@ def test_exif_rotation_is_applied(tmp_path):
     assert pixels[4, 4].tolist() == [0, 0, 255]  # the left column, read upwards, is the top row now
     assert pixels[4, 12].tolist() == [255, 0, 0]
     wide = save_image(tmp_path / "b.png", Image.new("L", (40, 10), 7), exif=exif)
-    assert (open_image(wide).size, open_image(wide).mode, open_image(wide).getpixel((0, 0))) == (
-        (10, 40),
-        "RGB",
-        (7, 7, 7),
-    )
+    turned = open_image(wide)
+    assert (turned.size, turned.mode, turned.getpixel((0, 0))) == ((10, 40), "RGB", (7, 7, 7))
 
 
 @pytest.mark.parametrize(
@@ -105,11 +98,10 @@ def test_every_mode_becomes_rgb(tmp_path, image, colour):
     assert colour is None or pixels[0, 0].tolist() == colour
 
 
-def test_cmyk_and_palette_transparency(tmp_path):
-    cmyk = load_image(
-        save_image(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0))), 8
-    )
-    assert np.abs(cmyk.astype(int) - [255, 0, 0]).max() < 12
+def test_cmyk_and_a_transparent_palette_become_rgb(tmp_path):
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    pixels = load_image(save_image(tmp_path / "a.jpg", red), 8)
+    assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 12
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([9, 9, 9, 200, 0, 0])
     assert (load_image(save_image(tmp_path / "b.png", palette, transparency=0), 8) == 255).all()
@@ -147,7 +139,7 @@ def test_a_fifo_does_not_hang(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loader_keeps_order_and_leaves_the_random_state_alone(tmp_path, num_workers):
+def test_load_batches_keeps_order_and_leaves_the_random_state_alone(tmp_path, num_workers):
     paths = grey_images(tmp_path, 6)
     batches = [torch.tensor([5, 0]), [3], range(1, 3)]
     state = torch.get_rng_state()
@@ -190,7 +182,7 @@ def write_shard(path, members):
 
 
 def grey_shards(folder, count=6, each=2):
-    """`count` pictures whose grey level is their number, with a text beside each; the pattern of the shards."""
+    """`count` pictures whose grey level is their number, a text beside each; the shards' pattern."""
     for start in range(0, count, each):
         levels = range(start, min(start + each, count))
         members = {f"{i}.png": png(i) for i in levels} | {f"{i}.txt": b"a caption" for i in levels}
@@ -221,15 +213,13 @@ def no_streaming(patch):
 # Which shards
 
 
-def test_what_means_shards(tmp_path):
+def test_folders_patterns_urls_and_pipes_of_shards_are_recognised(tmp_path):
     write_shard(tmp_path / "tars/b.tar", {})
     write_shard(tmp_path / "tars/a.tgz", {})
     (tmp_path / "tars/a.json").write_text("{}")
     assert [Path(url).name for url in shards_at(tmp_path / "tars").urls] == ["a.tgz", "b.tar"]
-    assert [Path(url).name for url in shards_at(f"{tmp_path}/tars/{{b.tar,a.tgz}}").urls] == [
-        "b.tar",
-        "a.tgz",
-    ]
+    pattern = f"{tmp_path}/tars/{{b.tar,a.tgz}}"
+    assert [Path(url).name for url in shards_at(pattern).urls] == ["b.tar", "a.tgz"]
     assert shards_at("https://a.org/x-{00..02}.tar").urls[2] == "https://a.org/x-02.tar"
     assert shards_at("pipe:cat a.tar").urls == ("pipe:cat a.tar",)
     assert shards_at("pipe:" + "x" * 5000).size == 0
@@ -288,11 +278,9 @@ def test_shards_fill_the_cache_as_files_do_and_are_read_once(tmp_path, monkeypat
     assert torch.equal(again[range(6)], from_files[range(6)])
 
 
-def test_a_killed_run_is_continued(tmp_path):
-    images, encoder = (
-        images_in(grey_shards(tmp_path), [f"{i}.png" for i in range(6)]),
-        FakeEncoder(),
-    )
+def test_an_interrupted_run_over_shards_is_continued(tmp_path):
+    images = images_in(grey_shards(tmp_path), [f"{i}.png" for i in range(6)])
+    encoder = FakeEncoder()
     with pytest.raises(KeyboardInterrupt):
         _cached(images, FakeEncoder(break_after=4, error=KeyboardInterrupt), tmp_path / "cache")
     features, _ = _cached(images, encoder, tmp_path / "cache")
@@ -309,7 +297,7 @@ def test_changed_shards_are_encoded_again(tmp_path):
 
 
 def test_missing_and_broken_members_are_returned_and_remembered(tmp_path, monkeypatch):
-    """A link is no picture, a name is not looked for in another folder, and the second run makes no pass."""
+    """A link is no picture; only the full name counts; the second run reads no shard."""
     bad = {
         "text.jpg": b"not an image",
         "bomb.png": png_bomb(30_000),
@@ -332,9 +320,8 @@ def test_missing_and_broken_members_are_returned_and_remembered(tmp_path, monkey
 
 def test_one_pass_serves_all_splits(tmp_path, monkeypatch):
     pattern = grey_shards(tmp_path / "tars", 20, each=10)
-    rows = [
-        f"{i}.png,a dog runs,{('val', 'test', 'train')[min(i, 2)]}\n" for i in range(21)
-    ]  # the last is in no shard
+    splits = ["val", "test", *["train"] * 19]  # the last image is in no shard
+    rows = [f"{i}.png,a dog runs,{split}\n" for i, split in enumerate(splits)]
     (tmp_path / "captions.csv").write_text("image,caption,split\n" + "".join(rows))
     dataset = caption_data.load_dataset(
         "custom", pattern, tmp_path / "captions.csv", max_bad_fraction=0.05
@@ -362,9 +349,8 @@ def test_a_name_that_two_shards_hold_is_one_image(tmp_path, monkeypatch):
         features, unreadable = _cached(
             images, FakeEncoder(), tmp_path / f"cache/{num_workers}", num_workers=num_workers
         )
-        assert len(unreadable) == (
-            num_workers == 0
-        )  # alone, the first one counts; in parallel, a readable one
+        # one process takes the first shard's, two take a readable one
+        assert len(unreadable) == (1 if num_workers == 0 else 0)
         assert torch.equal(features[[1]], _expected([1]))
 
 
@@ -423,7 +409,7 @@ def test_a_huge_member_is_not_taken_into_memory(tmp_path, monkeypatch):
 
 
 def test_a_small_shard_that_claims_a_huge_member_takes_little_memory(tmp_path, monkeypatch):
-    """Of a sparse file a tar stores only the parts that are not zero; this one's claim is 4 GiB of zeros."""
+    """A tar stores of a sparse file only what is not zero; this one claims 4 GiB of zeros."""
     monkeypatch.setattr(image_loading, "MAX_IMAGE_BYTES", 1000)
     member = tarfile.TarInfo("0.png")
     member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**32)}
@@ -477,8 +463,8 @@ def test_a_damaged_shard_stops_the_run_and_is_named(tmp_path, damage, num_worker
     assert not (_folder(tmp_path / "cache") / "faults.json").exists()
 
 
-def test_urls_and_pipes(tmp_path):
-    """Pictures come over HTTP; a file that is not there is an error; a pipe that is left early is none."""
+def test_shards_come_over_http_and_from_pipes(tmp_path):
+    """A file that is not there is an error; a pipe that is left early is none."""
     grey_shards(tmp_path / "tars", 4)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -516,7 +502,7 @@ def sample_shards(folder="shards", each=15):
 
 
 @pytest.mark.usefixtures("shop")
-def test_the_program_trains_tests_and_draws_as_from_files():
+def test_the_program_trains_tests_and_draws_from_shards_as_from_files():
     flags = "--decoder attention --save_attention_viz --attention_viz_samples 2"
     from_files, shards = train(flags), sample_shards()
     from_shards = run_dir(succeed(TINY, flags, shards, "--cache_dir own_cache"))
@@ -542,7 +528,7 @@ def test_the_program_trains_tests_and_draws_as_from_files():
 
 @pytest.mark.usefixtures("shop")
 def test_a_checkpoint_s_commands_are_not_run(shop):
-    """A checkpoint may come from anyone: what it would fetch with a command is fetched only when it is typed."""
+    """A checkpoint may come from anyone: its command runs only when the user types it, too."""
     checkpoint = load(shop / "attention/best.pt")
     checkpoint["config"]["image_dir"] = "pipe:touch proof; cat shards/*.tar"
     torch.save(checkpoint, "theirs.pt")
