@@ -13,10 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import UNIX
-from pictures import grey_images as _grey
-from pictures import save_image as _save
-from pictures import unreadable_files as _unreadable_files
+from pictures import UNIX, grey_images, save_image, unreadable_files
 from PIL import Image
 
 import feature_cache
@@ -69,7 +66,7 @@ def _folder(cache_dir: Path) -> Path:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_each_picture_is_encoded_once(tmp_path, num_workers):
-    paths, cache, encoder = _grey(tmp_path / "i", 5), tmp_path / "cache", FakeEncoder()
+    paths, cache, encoder = grey_images(tmp_path / "i", 5), tmp_path / "cache", FakeEncoder()
     features, unreadable = _cached(paths, encoder, cache, num_workers=num_workers)
     assert unreadable == {}
     assert encoder.images == 5
@@ -88,7 +85,7 @@ FILES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn"
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
-    paths, cache, dtype = _grey(tmp_path / "i", 3), tmp_path / "cache", getattr(torch, name)
+    paths, cache, dtype = grey_images(tmp_path / "i", 3), tmp_path / "cache", getattr(torch, name)
     _cached(paths, FakeEncoder(), cache)  # float16
     encoder = FakeEncoder()
     for _ in range(2):
@@ -107,7 +104,7 @@ def test_every_dtype_has_a_cache_of_its_own(tmp_path, name):
 
 
 def test_features_in_a_devices_memory_read_as_those_on_disk(tmp_path):
-    features, _ = _cached(_grey(tmp_path / "i", 3), FakeEncoder(), tmp_path / "cache")
+    features, _ = _cached(grey_images(tmp_path / "i", 3), FakeEncoder(), tmp_path / "cache")
     resident = features.to(torch.device("cpu"))
     assert resident.nbytes == features.nbytes == 3 * 24
     assert torch.equal(resident[torch.tensor([2, 0])], features[torch.tensor([2, 0])])
@@ -115,7 +112,7 @@ def test_features_in_a_devices_memory_read_as_those_on_disk(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
-    paths, cache = [*_grey(tmp_path / "i", 3), tmp_path / "none.png"], tmp_path / "cache"
+    paths, cache = [*grey_images(tmp_path / "i", 3), tmp_path / "none.png"], tmp_path / "cache"
     means, unreadable = _cached(paths, FakeEncoder(), cache, dtype=dtype, pooled=True)
     assert (
         means[[0]].shape == (1, 1, 3)
@@ -134,7 +131,8 @@ def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
 
 
 def test_means_of_stored_grids_are_taken_without_encoding(tmp_path):
-    paths, cache, noise = _grey(tmp_path / "i", 5), tmp_path / "cache", torch.rand(8, 49, 96) * 9
+    paths, cache = grey_images(tmp_path / "i", 5), tmp_path / "cache"
+    noise = torch.rand(8, 49, 96) * 9
 
     def encode(pixels):
         encoded.extend(pixels[:, 0, 0, 0].tolist())
@@ -151,14 +149,14 @@ def test_means_of_stored_grids_are_taken_without_encoding(tmp_path):
     )
     fresh, _ = _cached(paths, encode, tmp_path / "other", pooled=True, **options)
     torch.testing.assert_close(taken[range(5)], fresh[range(5)], rtol=1e-3, atol=0)
-    paths += _grey(tmp_path / "i", 1, start=5)
+    paths += grey_images(tmp_path / "i", 1, start=5)
     del encoded[:]
     added, _ = _cached(paths, encode, cache, pooled=True, **options)
     assert encoded == [5] and torch.equal(added[range(5)], taken[range(5)])
 
 
 def test_means_are_taken_from_what_a_killed_run_left_of_the_grids(tmp_path):
-    paths, cache = _grey(tmp_path / "i", 5), tmp_path / "cache"
+    paths, cache = grey_images(tmp_path / "i", 5), tmp_path / "cache"
     _cached(paths, FakeEncoder(), cache)
     _tear(_folder(cache) / "features.f16", lambda data: data[:-5])
     encoder = FakeEncoder()
@@ -168,7 +166,7 @@ def test_means_are_taken_from_what_a_killed_run_left_of_the_grids(tmp_path):
 
 
 def test_means_do_without_grids_that_were_deleted(tmp_path):
-    paths, cache = _grey(tmp_path / "i", 3), tmp_path / "cache"
+    paths, cache = grey_images(tmp_path / "i", 3), tmp_path / "cache"
     _cached(paths, FakeEncoder(), cache)
     (_folder(cache) / "features.f16").unlink()
     encoder = FakeEncoder()
@@ -177,7 +175,7 @@ def test_means_do_without_grids_that_were_deleted(tmp_path):
 
 
 def test_another_key_is_another_cache(tmp_path):
-    paths, cache = _grey(tmp_path / "i", 2), tmp_path / "cache"
+    paths, cache = grey_images(tmp_path / "i", 2), tmp_path / "cache"
     for options in ({}, {"key": {"encoder": "fake/net", "sha256": "1"}}, {"image_size": 4}):
         encoder = FakeEncoder()
         _cached(paths, encoder, cache, **options)
@@ -186,10 +184,10 @@ def test_another_key_is_another_cache(tmp_path):
 
 
 def test_added_and_changed_pictures_encode_only_themselves(tmp_path):
-    paths, cache = _grey(tmp_path / "i", 4), tmp_path / "cache"
+    paths, cache = grey_images(tmp_path / "i", 4), tmp_path / "cache"
     _cached(paths, FakeEncoder(), cache)
-    paths += _grey(tmp_path / "i", 1, start=4)
-    _save(paths[1], Image.new("RGB", (8, 8), (99, 99, 99)))
+    paths += grey_images(tmp_path / "i", 1, start=4)
+    save_image(paths[1], Image.new("RGB", (8, 8), (99, 99, 99)))
     os.utime(paths[1], ns=(1, 1))
     os.link(paths[2], tmp_path / "i" / "other_name.png")
     (tmp_path / "i" / "link.png").symlink_to(paths[3])
@@ -200,8 +198,8 @@ def test_added_and_changed_pictures_encode_only_themselves(tmp_path):
 
 
 def test_unreadable_images_are_returned(tmp_path):
-    files = _unreadable_files(tmp_path / "bad")
-    good = _grey(tmp_path / "i", 3)
+    files = unreadable_files(tmp_path / "bad")
+    good = grey_images(tmp_path / "i", 3)
     paths = [good[0], *files.values(), *good[1:]]
     encoder = FakeEncoder()
     features, unreadable = _cached(paths, encoder, tmp_path / "cache")
@@ -224,7 +222,7 @@ def test_nothing_readable(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError("a broken disk")])
 def test_an_interrupted_cache_is_continued(tmp_path, error, pooled):
     paths, cache, options = (
-        _grey(tmp_path / "i", 7),
+        grey_images(tmp_path / "i", 7),
         tmp_path / "cache",
         {"pooled": pooled, "dtype": torch.float32},
     )
@@ -260,7 +258,7 @@ def _tear(file: Path, change):
     ],
 )
 def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, encoded_again):
-    paths, cache = _grey(tmp_path / "i", 5), tmp_path / "cache"
+    paths, cache = grey_images(tmp_path / "i", 5), tmp_path / "cache"
     _cached(paths, FakeEncoder(), cache)
     _tear(_folder(cache) / name, change)
     encoder = FakeEncoder()
@@ -286,7 +284,7 @@ def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, enc
 )
 def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dtype, value):
     paths, cache, options = (
-        _grey(tmp_path / "i", 6),
+        grey_images(tmp_path / "i", 6),
         tmp_path / "cache",
         {"dtype": getattr(torch, dtype)},
     )
@@ -309,7 +307,7 @@ def test_free_space_is_checked_first(tmp_path, monkeypatch, options):
     monkeypatch.setattr(
         feature_cache.shutil, "disk_usage", lambda _path: usage._replace(free=3 * row - 1)
     )
-    paths, encoder = _grey(tmp_path / "i", 3), FakeEncoder()
+    paths, encoder = grey_images(tmp_path / "i", 3), FakeEncoder()
     with pytest.raises(ValueError, match=r"--cache_dir .*--cache_dtype or --no_feature_cache"):
         _cached(paths, encoder, tmp_path / "cache", **options)
     assert encoder.images == 0
@@ -320,7 +318,7 @@ def test_free_space_is_checked_first(tmp_path, monkeypatch, options):
 def test_a_cache_dir_that_is_a_file(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(ValueError, match=r"--cache_dir .*cannot be used"):
-        _cached(_grey(tmp_path / "i", 1), FakeEncoder(), tmp_path / "cache")
+        _cached(grey_images(tmp_path / "i", 1), FakeEncoder(), tmp_path / "cache")
 
 
 def _fill(paths, cache, seconds, queue, file_size_limit=None):
@@ -353,7 +351,7 @@ def _start(*arguments):
 
 @UNIX
 def test_a_second_run_waits_for_the_first_and_reuses_it(tmp_path):
-    paths, cache = _grey(tmp_path / "i", 8), tmp_path / "cache"
+    paths, cache = grey_images(tmp_path / "i", 8), tmp_path / "cache"
     runs = [_start(paths, cache, 0.15) for _ in range(2)]
     results = sorted(queue.get(timeout=60) for _, queue in runs)
     assert [images for images, _, _ in results] == [0, 8]
@@ -364,7 +362,7 @@ def test_a_second_run_waits_for_the_first_and_reuses_it(tmp_path):
 
 @UNIX
 def test_a_killed_run_is_continued(tmp_path):
-    paths, cache = _grey(tmp_path / "i", 40), tmp_path / "cache"
+    paths, cache = grey_images(tmp_path / "i", 40), tmp_path / "cache"
     process, _ = _start(paths, cache, 0.1)
     deadline = time.monotonic() + 60
     while not (list(cache.glob("*/index")) and _folder(cache).joinpath("index").stat().st_size):
@@ -380,7 +378,7 @@ def test_a_killed_run_is_continued(tmp_path):
 
 @UNIX
 def test_a_full_disk_leaves_a_usable_cache(tmp_path):
-    paths, cache = _grey(tmp_path / "i", 8), tmp_path / "cache"
+    paths, cache = grey_images(tmp_path / "i", 8), tmp_path / "cache"
     process, queue = _start(paths, cache, 0.0, 700)  # bytes per file: six index lines and no more
     images, error, _ = queue.get(timeout=60)
     process.join()
