@@ -4,13 +4,16 @@
     caption = vocabulary.decode(hypotheses[0][0].tokens)
 
 Greedy decoding is a beam of one; sampling draws the next word where beam search ranks it. All images are searched
-together and leave the batch when they are done; on CUDA they stay, so that nobody waits to hear which.
+together and leave the batch when they are done; on CUDA they stay, so that nobody waits to hear which. An `Ensemble`
+of decoders is one more decoder.
 Axes: N images, K hypotheses per image, P grid cells, T steps, V words.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 ALGORITHMS = ("greedy", "beam", "sample")
 LOOK_EVERY = (
@@ -220,3 +223,30 @@ def generate(
             if not len(images):
                 break
     return results
+
+
+class Ensemble(nn.Module):
+    """Decoders of one vocabulary and encoder as one: the mean of their probabilities and attention.
+
+    It only writes: members are trained one by one, so there is no `forward`.
+    """
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.pooled = all(member.pooled for member in members)
+
+    def start(self, features):
+        """features (N, P, F) -> state: each member's."""
+        return tuple(zip(*(member.start(features) for member in self.members), strict=True))
+
+    def step(self, tokens, state):
+        """tokens (N, K), state -> log-probabilities (N, K, V), state, alphas (N, K, P) or None."""
+        members = zip(self.members, *state, strict=True)
+        steps = [member.step(tokens, member_state) for member, *member_state in members]
+        logits, states, alphas = zip(*steps, strict=True)
+        log_probs = torch.stack([each.float().log_softmax(dim=-1) for each in logits])
+        mean = log_probs.logsumexp(0) - math.log(len(logits))
+        maps = [each for each in alphas if each is not None]
+        attention = torch.stack(maps).mean(0) if maps else None
+        return mean, tuple(zip(*states, strict=True)), attention

@@ -502,7 +502,7 @@ import image_loading
 import metrics_utils
 import process_group
 import runtime
-from caption_decoding import follow, generate, map_tensors, select
+from caption_decoding import Ensemble, follow, generate, map_tensors, select
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
 
@@ -998,37 +998,6 @@ class AttentionDecoder(Decoder):
         )
         output = output + self.deepen(torch.cat([words, context], dim=-1))
         return self.head(self.drop(output, owner, len(image_index))), alphas
-
-
-class Ensemble(nn.Module):
-    """Decoders of one vocabulary and encoder as one: the mean of their probabilities, and of their attention maps.
-
-    It only writes: members are trained one by one, so there is no `forward`.
-    """
-
-    def __init__(self, members):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.pooled = all(member.pooled for member in members)
-
-    def start(self, features):
-        """features (N, P, F) -> state: each member's."""
-        return tuple(zip(*(member.start(features) for member in self.members), strict=True))
-
-    def step(self, tokens, state):
-        """tokens (N, K), state -> log-probabilities (N, K, V), state, alphas (N, K, P) or None."""
-        steps = [
-            member.step(tokens, own) for member, *own in zip(self.members, *state, strict=True)
-        ]
-        logits, states, alphas = zip(*steps, strict=True)
-        log_probs = torch.stack([own.float().log_softmax(dim=-1) for own in logits])
-        maps = [own for own in alphas if own is not None]
-        state = tuple(zip(*states, strict=True))
-        return (
-            log_probs.logsumexp(0) - math.log(len(logits)),
-            state,
-            torch.stack(maps).mean(0) if maps else None,
-        )
 
 
 DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}

@@ -9,21 +9,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import caption_decoding
-from caption_decoding import Hypothesis, generate
+from caption_decoding import Ensemble, Hypothesis, generate
 
 VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
 PRIME = 4099  # prefixes are told apart by a code below it
 
 
-class Toy:
+class Toy(nn.Module):
     """A decoder with random logits for every image and prefix; `attention` shows which prefix each word was read off.
 
     `logits` (images, PRIME, V); its features are the images' numbers. Its state is nested, as real ones may be.
     """
 
+    pooled = False
+
     def __init__(self, images, vocab_size, seed=0, eos=0.0):
+        super().__init__()
         self.logits = (
             torch.randn(images, PRIME, vocab_size, generator=torch.Generator().manual_seed(seed))
             * 2
@@ -73,10 +77,13 @@ class Toy:
         )
 
 
-class Markov:
+class Markov(nn.Module):
     """A decoder written by hand: `table` maps a token to the probabilities of what may follow it (else: anything)."""
 
+    pooled = False
+
     def __init__(self, table, vocab_size=7):
+        super().__init__()
         self.logits = torch.zeros(vocab_size, vocab_size)
         for token, following in table.items():
             self.logits[token] = -torch.inf
@@ -549,3 +556,46 @@ def test_a_temperature_near_0_is_greedy_and_leaves_log_prob_as_it_is(temperature
     for (sampled,), (best,) in zip(found, greedy, strict=True):
         assert equal(sampled, best)
         assert sampled.log_prob == pytest.approx(best.log_prob)
+
+
+# Ensembles
+
+
+class Brighter(Toy):
+    """A Toy whose attention is one more everywhere."""
+
+    def step(self, tokens, state):
+        """As Toy's."""
+        logits, state, attention = super().step(tokens, state)
+        return logits, state, attention + 1
+
+
+def test_an_ensemble_writes_with_the_mean_of_its_members_probabilities():
+    options = {"beam_size": 4, "num_captions": 4, "max_length": 7}
+    members = [Toy(6, vocab_size=9, seed=1), Brighter(6, vocab_size=9, seed=2)]
+    mean = Toy(6, vocab_size=9)
+    mean.logits = torch.stack([member.logits.softmax(-1) for member in members]).mean(0).log()
+    together, expected = search(Ensemble(members), 6, **options), search(mean, 6, **options)
+    for one, other in zip(itertools.chain(*together), itertools.chain(*expected), strict=True):
+        assert one.tokens == other.tokens
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+        torch.testing.assert_close(one.attention, other.attention + 0.5)
+
+
+def test_members_without_attention_do_not_dim_the_ensembles():
+    blind = Markov({}, vocab_size=9)
+    ((best,),) = search(Ensemble([blind, Toy(1, vocab_size=9), blind]), max_length=3, min_length=2)
+    assert best.attention.tolist()[0] == [0, 0, 1]  # image, step and code, as the Toy alone shows
+    ((best,),) = search(Ensemble([blind, blind]), max_length=3)
+    assert best.attention is None
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_an_ensemble_of_copies_writes_as_the_decoder_alone(copies):
+    decoder, options = Toy(6, vocab_size=9), {"beam_size": 3, "num_captions": 3, "max_length": 8}
+    alone, together = (
+        search(model, 6, **options) for model in (decoder, Ensemble([decoder] * copies))
+    )
+    for one, other in zip(itertools.chain(*together), itertools.chain(*alone), strict=True):
+        assert one.tokens == other.tokens
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import os
 import pickle
 import re
@@ -22,7 +21,6 @@ from flickr_image_caption import (
     ENCODERS,
     AttentionDecoder,
     Encoder,
-    Ensemble,
     LSTMDecoder,
     cross_entropy,
     doubly_stochastic_penalty,
@@ -80,34 +78,6 @@ def steps(decoder, features, tokens):
         logits.append(written[0, 0])
         alphas.append(None if looked is None else looked[0, 0])
     return torch.stack(logits), None if alphas[0] is None else torch.stack(alphas)
-
-
-def test_an_ensemble_writes_with_the_mean_of_its_members_probabilities():
-    members, (features, captions) = (
-        [make_decoder("attention", 1), make_decoder("lstm", 3, seed=1)],
-        make_batch(),
-    )
-    logits, alphas = steps(Ensemble(members), features[0], captions[0, :5])
-    each = [steps(member, features[0], captions[0, :5]) for member in members]
-    torch.testing.assert_close(logits.exp(), sum(own.softmax(-1) for own, _ in each) / 2)
-    torch.testing.assert_close(alphas, each[0][1])  # the LSTM has none
-    twice = Ensemble([members[0], make_decoder("attention", 3, seed=2)])
-    maps = [steps(member, features[0], captions[0, :5])[1] for member in twice.members]
-    torch.testing.assert_close(steps(twice, features[0], captions[0, :5])[1], sum(maps) / 2)
-
-
-@pytest.mark.parametrize("kinds", [["attention"], ["attention"] * 2, ["lstm"] * 3])
-def test_a_decoder_in_company_of_itself_writes_as_alone(kinds):
-    decoder, (features, _) = make_decoder(kinds[0], 2), make_batch()
-    alone, found = (
-        generate(model, features, VOCABULARY, beam_size=3, num_captions=3, max_length=8)
-        for model in (decoder, Ensemble([decoder] * len(kinds)))
-    )
-    assert [[h.tokens for h in image] for image in found] == [
-        [h.tokens for h in image] for image in alone
-    ]
-    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*alone), strict=True):
-        assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
 
 
 @every_decoder
