@@ -274,11 +274,11 @@ def beam_search(args):
     few = features[: max(1, len(features) // 50)]
 
     def ours():
-        found = []
+        hypotheses = []
         for chunk in features.split(program.CHUNK):
             with program.autocast(options):
-                found += caption_decoding.generate(decoder, chunk, vocabulary, **BEAM)
-        return [best.tokens for (best,) in found]
+                hypotheses += caption_decoding.generate(decoder, chunk, vocabulary, **BEAM)
+        return [best.tokens for (best,) in hypotheses]
 
     def plain():
         return [plain_beam_search(decoder, image, vocabulary, **BEAM)[0] for image in few]

@@ -502,7 +502,7 @@ import image_loading
 import metrics_utils
 import process_group
 import runtime
-from caption_decoding import Ensemble, follow, generate, map_tensors, select
+from caption_decoding import Ensemble, generate, map_tensors, select
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
 
@@ -929,9 +929,9 @@ class AttentionDecoder(Decoder):
         if not (self.training and self.patch_dropout):
             return features
         kept = max(1, round(features.size(1) * (1 - self.patch_dropout)))
-        return follow(
-            features, torch.rand(features.shape[:2], device=features.device).topk(kept).indices
-        )
+        cells = torch.rand(features.shape[:2], device=features.device).topk(kept).indices
+        images = torch.arange(len(features), device=features.device).unsqueeze(1)
+        return features[images, cells]
 
     def start(self, features):
         """features (N, P, F) -> state: what is computed once per image, and LSTM layers made of the mean feature."""
@@ -1246,8 +1246,8 @@ def caption_images(decoder, grids, vocabulary, args, **search):
     decoder.eval()
     for grid in grids:
         with autocast(args):
-            found = generate(decoder, grid, vocabulary, generator=generator, **search)
-        yield from found
+            hypotheses = generate(decoder, grid, vocabulary, generator=generator, **search)
+        yield from hypotheses
 
 
 def autocast(args):

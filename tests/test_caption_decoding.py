@@ -417,8 +417,8 @@ def test_captions_are_the_same_where_done_images_stay_as_on_a_gpu(options, longe
     assert len({len(images) for images in leaving.seen}) > 3 and {
         len(images) for images in staying.seen
     } == {12}
-    looks = -(-len(leaving.seen) // caption_decoding.LOOK_EVERY)
-    assert len(staying.seen) == min(longest, looks * caption_decoding.LOOK_EVERY)
+    reads = -(-len(leaving.seen) // caption_decoding.SYNC_EVERY)
+    assert len(staying.seen) == min(longest, reads * caption_decoding.SYNC_EVERY)
     for one, other in zip(expected, found, strict=True):
         assert all(equal(*pair) for pair in zip(one, other, strict=True))
 
