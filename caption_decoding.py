@@ -10,6 +10,7 @@ An `Ensemble` of decoders is one more decoder.
 Axes: N images, K hypotheses per image, P grid cells, T steps, V words.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -30,17 +31,28 @@ class Hypothesis(NamedTuple):
     attention: torch.Tensor | None  # (T, P), row t for word t; each row sums to 1
 
 
+class Beams(NamedTuple):
+    """The hypotheses of the images that are not done; beam search starts from one, K = 1."""
+
+    tokens: torch.Tensor  # (N, K, 1 + t) int64: <SOS>, words, <EOS>, <PAD>
+    log_prob: torch.Tensor  # (N, K) float32
+    lengths: torch.Tensor  # (N, K) float32: tokens written, <EOS> counted
+    finished: torch.Tensor  # (N, K) bool: <EOS> was written
+    attention: torch.Tensor | None  # (N, K, t, P)
+
+
 def map_tensors(function, tree):
-    """`function` applied to every tensor of nested tuples and dicts."""
+    """`function` applied to every tensor of nested tuples, NamedTuples and dicts; None stays."""
     if isinstance(tree, dict):
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, tuple):
-        return tuple(map_tensors(function, value) for value in tree)
-    return function(tree)
+        values = [map_tensors(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
+    return tree if tree is None else function(tree)
 
 
 def select(tree, rows):
-    """Keep the images in `rows`, a mask or an index over axis N of every tensor."""
+    """Index axis N of every tensor: `rows` is a slice, a number, or a tensor of numbers."""
     return map_tensors(lambda tensor: tensor[rows], tree)
 
 
@@ -50,8 +62,32 @@ def gather_beams(tree, parents):
     return map_tensors(lambda tensor: tensor[images, parents], tree)
 
 
-def forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size):
-    """Mask what may not come next, in place: logits (N, K, V) float32, tokens (N, K, 1 + t).
+def start_beams(images, width, sos):
+    """`width` hypotheses, each of <SOS> alone, for every image of `images` (N,)."""
+    zeros = images.new_zeros(len(images), width)
+    return Beams(zeros.unsqueeze(-1) + sos, zeros.float(), zeros.float(), zeros.bool(), None)
+
+
+def extend(beams, words, log_prob, attention, vocabulary):
+    """Append `words` (N, K) and where the decoder looked to write them, (N, K, P) or None.
+
+    `log_prob` (N, K) counts the words. A hypothesis that was finished gets <PAD>.
+    """
+    words = words.masked_fill(beams.finished, vocabulary.pad)
+    if attention is not None:
+        earlier = [] if beams.attention is None else [beams.attention]
+        attention = torch.cat([*earlier, attention.unsqueeze(2)], dim=2)
+    return Beams(
+        tokens=torch.cat([beams.tokens, words.unsqueeze(-1)], dim=-1),
+        log_prob=log_prob,
+        lengths=beams.lengths + ~beams.finished,
+        finished=beams.finished | (words == vocabulary.eos),
+        attention=attention,
+    )
+
+
+def forbid(logits, words, vocabulary, min_length, no_repeat_ngram_size):
+    """Mask what may not come next, in place: logits (N, K, V) float32, words so far (N, K, t).
 
     <PAD>, <SOS> and <UNK> are never written, <EOS> not before `min_length` words, and no word that
     would complete an n-gram a second time. A hypothesis with no word left may end.
@@ -59,91 +95,121 @@ def forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size):
     eos_logits = logits[..., vocabulary.eos].clone()
     for special in {vocabulary.pad, vocabulary.sos, vocabulary.unk} - {None, vocabulary.eos}:
         logits[..., special] = -torch.inf  # one by one: a list of ids would be copied to the GPU
-    words = tokens[:, :, 1:]
     if words.size(-1) < min_length:
         logits[..., vocabulary.eos] = -torch.inf
-    n = no_repeat_ngram_size
-    if n and words.size(-1) >= n:
-        ngrams = words.unfold(-1, n, 1)  # (N, K, m, n)
-        latest = words[..., words.size(-1) - n + 1 :].unsqueeze(2)  # (N, K, 1, n - 1)
-        repeated = (ngrams[..., :-1] == latest).all(-1)  # (N, K, m)
-        limit = torch.full_like(repeated, torch.inf, dtype=logits.dtype)
-        limit = limit.masked_fill(repeated, -torch.inf)
-        logits.scatter_reduce_(-1, ngrams[..., -1], limit, "amin")
+    if 0 < no_repeat_ngram_size <= words.size(-1):
+        forbid_repeats(logits, words, no_repeat_ngram_size)
     no_word_left = logits.amax(-1).isneginf()
     logits[..., vocabulary.eos] = torch.where(no_word_left, eos_logits, logits[..., vocabulary.eos])
 
 
-def beam_step(log_prob, logits, log_norm, finished, pad, width):
+def forbid_repeats(logits, words, n):
+    """Mask the words that would complete an n-gram of `words` (N, K, t >= n) again, in place."""
+    ngrams = words.unfold(-1, n, 1)  # (N, K, m, n)
+    latest = words[..., words.size(-1) - n + 1 :].unsqueeze(2)  # (N, K, 1, n - 1)
+    repeated = (ngrams[..., :-1] == latest).all(-1)  # (N, K, m)
+    limit = torch.full_like(repeated, torch.inf, dtype=logits.dtype)
+    limit = limit.masked_fill(repeated, -torch.inf)
+    logits.scatter_reduce_(-1, ngrams[..., -1], limit, "amin")
+
+
+def beam_step(beams, logits, log_norm, width):
     """The `width` best continuations of each image -> parents, words, log_prob, each (N, W).
 
-    log_prob (N, K) so far, logits (N, K, V) of the next word, log_norm (N, K) to normalise them,
-    finished (N, K). The best `width` words of every hypothesis suffice. A finished hypothesis keeps
-    its place in the beam at no cost, so the beam narrows as captions end, and a beam of one stops
-    at its first <EOS>.
+    logits (N, K, V) of the next word, log_norm (N, K) to normalise them. The best `width` words of
+    every hypothesis suffice. A finished hypothesis keeps its place in the beam at no cost, so the
+    beam narrows as captions end, and a beam of one stops at its first <EOS>.
     """
     best, words = logits.topk(min(width, logits.size(-1)))  # (N, K, C)
-    totals = log_prob.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))
-    totals = totals.masked_fill(finished.unsqueeze(-1), -torch.inf)
+    totals = beams.log_prob.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))
+    totals = totals.masked_fill(beams.finished.unsqueeze(-1), -torch.inf)
     ranking = totals.clone()
-    ranking[..., 0].masked_fill_(finished, torch.inf)
-    index = ranking.flatten(1).topk(min(width, ranking[0].numel())).indices
-    totals[..., 0] = torch.where(finished, log_prob, totals[..., 0])
-    words = words.masked_fill(finished.unsqueeze(-1), pad)
-    parents = index // totals.size(-1)
-    return parents, words.flatten(1).gather(1, index), totals.flatten(1).gather(1, index)
+    ranking[..., 0].masked_fill_(beams.finished, torch.inf)
+    totals[..., 0] = torch.where(beams.finished, beams.log_prob, totals[..., 0])
+    ranking = ranking.flatten(1)  # (N, K C)
+    index = ranking.topk(min(width, ranking.size(1))).indices
+    log_prob, words = (each.flatten(1).gather(1, index) for each in (totals, words))
+    return index // best.size(-1), words, log_prob
 
 
-def sample_step(log_prob, logits, log_norm, finished, pad, temperature, top_k, top_p, generator):
-    """One word drawn for each hypothesis; arguments and result as of `beam_step`, W = K.
+def truncate(logits, top_k, top_p):
+    """Mask all but the `top_k` likeliest words (0: keep all), then all outside the nucleus `top_p`.
 
-    `top_k` keeps the k likeliest words (0: all); `top_p` the fewest that together reach that
-    probability (nucleus sampling, Holtzman et al. 2020, section 3.1).
+    The nucleus is the fewest words that together reach that probability.
+    Source: Holtzman et al. 2020, section 3.1.
     """
-    scaled = logits / temperature
-    if 0 < top_k < scaled.size(-1):
-        scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[..., -1:], -torch.inf)
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
-        ordered, index = scaled.softmax(-1).sort(descending=True)
+        ordered, index = logits.softmax(-1).sort(descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # never the likeliest word
-        scaled = scaled.masked_fill(outside.gather(-1, index.argsort(-1)), -torch.inf)
-    words = torch.multinomial(scaled.softmax(-1).flatten(0, 1), 1, generator=generator)
-    words = words.view(finished.shape)
+        logits = logits.masked_fill(outside.gather(-1, index.argsort(-1)), -torch.inf)
+    return logits
+
+
+def sample_step(beams, logits, log_norm, temperature, top_k, top_p, generator):
+    """One word drawn for each hypothesis; arguments and result as of `beam_step`, W = K."""
+    probabilities = truncate(logits / temperature, top_k, top_p).softmax(-1)
+    words = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
+    words = words.view_as(log_norm)
     word_log_prob = logits.gather(-1, words.unsqueeze(-1)).squeeze(-1) - log_norm
-    parents = torch.arange(finished.size(1), device=finished.device).expand_as(finished)
-    log_prob = log_prob + word_log_prob.masked_fill(finished, 0.0)
-    return parents, words.masked_fill(finished, pad), log_prob
+    log_prob = beams.log_prob + word_log_prob.masked_fill(beams.finished, 0.0)
+    parents = torch.arange(words.size(1), device=words.device).expand_as(words)
+    return parents, words, log_prob
 
 
-def is_done(log_prob, lengths, finished, longest, length_penalty, count):
+def step_function(algorithm, beam_size, temperature, top_k, top_p, generator):
+    """How next words are chosen: (beams, logits, log_norm) -> parents, words, log_prob."""
+    if algorithm == "sample":
+        return functools.partial(
+            sample_step, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+    return functools.partial(beam_step, width={"greedy": 1, "beam": beam_size}[algorithm])
+
+
+def scores(beams, length_penalty):
+    """What the search ranks by: (N, K), or (K,) of one image."""
+    return beams.log_prob / beams.lengths**length_penalty
+
+
+def is_done(beams, max_length, length_penalty, count):
     """(N,) bool: images whose `count` best finished hypotheses no live one can beat.
 
-    A live hypothesis may become `longest` tokens long. An image without one is done.
+    An image without a live hypothesis is done, and at `max_length` every image.
     """
-    reachable = log_prob.masked_fill(finished, -torch.inf).amax(1) / longest**length_penalty
-    scores = (log_prob / lengths**length_penalty).masked_fill(~finished, -torch.inf)
-    return scores.topk(min(count, scores.size(1))).values[:, -1] >= reachable
+    step = beams.tokens.size(-1) - 1
+    if step == max_length:
+        return torch.ones_like(beams.finished[:, 0])
+    longest = max_length if length_penalty > 0 else step  # where a live one's score is best
+    live = beams.log_prob.masked_fill(beams.finished, -torch.inf).amax(1)
+    finished = scores(beams, length_penalty).masked_fill(~beams.finished, -torch.inf)
+    worst = finished.topk(min(count, finished.size(1))).values[:, -1]  # of the `count` best
+    return worst >= live / longest**length_penalty
 
 
-def finalize(length_penalty, count, tokens, log_prob, lengths, finished, attention=None):
-    """The `count` best hypotheses of one image: finished ones first, then by score.
+def finalize(images, beams, length_penalty, count):
+    """{image: its `count` best hypotheses} of the images numbered `images` (N,)."""
+    images, beams = map_tensors(lambda tensor: tensor.cpu(), (images, beams))
+    return {
+        image: best_hypotheses(select(beams, row), length_penalty, count)
+        for row, image in enumerate(images.tolist())
+    }
 
-    Tensors on the CPU, without the axis N.
-    """
-    scores = log_prob / lengths**length_penalty
-    possible = [k for k in range(len(scores)) if not log_prob[k].isneginf()]
-    best = sorted(possible, key=lambda k: (bool(finished[k]), float(scores[k])), reverse=True)
+
+def best_hypotheses(beams, length_penalty, count):
+    """Of one image, finished ones first, then by score. Its Beams, on the CPU, lack the axis N."""
+    log_prob, finished = beams.log_prob.tolist(), beams.finished.tolist()
+    score = scores(beams, length_penalty).tolist()
+    possible = [k for k, value in enumerate(log_prob) if value != -math.inf]
+    best = sorted(possible, key=lambda k: (finished[k], score[k]), reverse=True)[:count]
     hypotheses = []
-    for k in best[:count]:
-        words = int(lengths[k]) - int(finished[k])
-        hypothesis = Hypothesis(
-            tokens=tokens[k, 1 : words + 1].tolist(),
-            log_prob=float(log_prob[k]),
-            score=float(scores[k]),
-            finished=bool(finished[k]),
-            attention=None if attention is None else attention[k, :words].float().clone(),
-        )
-        hypotheses.append(hypothesis)
+    for k in best:
+        words = int(beams.lengths[k]) - finished[k]  # without <EOS>
+        tokens = beams.tokens[k, 1 : words + 1].tolist()
+        attention = None
+        if beams.attention is not None:
+            attention = beams.attention[k, :words].float().clone()
+        hypotheses.append(Hypothesis(tokens, log_prob[k], score[k], finished[k], attention))
     return hypotheses
 
 
@@ -168,53 +234,36 @@ def generate(
     Returns: per image a list of at most `num_captions` Hypothesis, best first.
     Source: beam search as Vinyals et al. 2015, section 3.1.
     """
-    width = {"greedy": 1, "beam": beam_size, "sample": num_captions}[algorithm]
-    fixed_shapes = features.device.type == "cuda" if fixed_shapes is None else fixed_shapes
-    images = torch.arange(len(features), device=features.device)  # each remaining row's image
-    results = [None] * len(features)
-    state = decoder.start(features)
-    parents = images.new_zeros(len(images), width if algorithm == "sample" else 1)
-    state = (state[0], gather_beams(state[1], parents))
-    tokens = parents.unsqueeze(-1) + vocabulary.sos  # (N, K, 1 + t)
-    log_prob, lengths = parents.float(), parents.float()  # (N, K); lengths count <EOS>
-    finished = parents.bool()  # (N, K)
-    attention = ()  # one tensor (N, K, t, P), or none
+    if not len(features):
+        return []
+    if fixed_shapes is None:
+        fixed_shapes = features.device.type == "cuda"
+    next_words = step_function(algorithm, beam_size, temperature, top_k, top_p, generator)
+    hypotheses = {}
+    images = torch.arange(len(features), device=features.device)  # the numbers of those not done
+    beams = start_beams(images, num_captions if algorithm == "sample" else 1, vocabulary.sos)
+    per_image, per_hypothesis = decoder.start(features)
+    state = per_image, gather_beams(per_hypothesis, torch.zeros_like(beams.tokens[..., 0]))
     for step in range(1, max_length + 1):
-        logits, state, alphas = decoder.step(tokens[..., -1], state)
+        logits, state, attention = decoder.step(beams.tokens[..., -1], state)
         logits = logits.to(torch.float32, copy=True)  # (N, K, V)
-        log_norm = logits.logsumexp(-1)
-        forbid(logits, tokens, vocabulary, min_length, no_repeat_ngram_size)
-        so_far = log_prob, logits, log_norm, finished, vocabulary.pad
-        if algorithm == "sample":
-            parents, words, log_prob = sample_step(*so_far, temperature, top_k, top_p, generator)
-        else:
-            parents, words, log_prob = beam_step(*so_far, width)
-        if alphas is not None:
-            attention = (torch.cat([*attention, alphas.unsqueeze(2)], dim=2),)
-        tokens, lengths, finished, attention, per_hypothesis = gather_beams(
-            (tokens, lengths, finished, attention, state[1]), parents
-        )
-        tokens, state = torch.cat([tokens, words.unsqueeze(-1)], dim=-1), (state[0], per_hypothesis)
-        lengths, finished = lengths + ~finished, finished | (words == vocabulary.eos)
+        log_norm = logits.logsumexp(-1)  # of all words, so that log_prob stays the decoder's own
+        forbid(logits, beams.tokens[..., 1:], vocabulary, min_length, no_repeat_ngram_size)
+        parents, words, log_prob = next_words(beams, logits, log_norm)
+        beams, attention, per_hypothesis = gather_beams((beams, attention, state[1]), parents)
+        beams = extend(beams, words, log_prob, attention, vocabulary)
+        state = state[0], per_hypothesis
 
-        longest = max_length if length_penalty > 0 else step
-        bounds = log_prob, lengths, finished, longest, length_penalty, num_captions
-        done = (finished.all(1) if algorithm == "sample" else is_done(*bounds)) | (
-            step == max_length
-        )
-        if fixed_shapes and step < max_length and (step % SYNC_EVERY or not done.all()):
+        if fixed_shapes and step % SYNC_EVERY and step < max_length:
             continue
-        if done.any():
-            beams = images, tokens, log_prob, lengths, finished, *attention
-            for image, *local in zip(*(part[done].cpu() for part in beams), strict=True):
-                results[image] = finalize(length_penalty, num_captions, *local)
-            remaining = select(
-                (images, tokens, log_prob, lengths, finished, attention, state), ~done
-            )
-            images, tokens, log_prob, lengths, finished, attention, state = remaining
-            if not len(images):
-                break
-    return results
+        done = is_done(beams, max_length, length_penalty, num_captions)
+        if done.all() if fixed_shapes else done.any():
+            ended, remaining = done.nonzero().flatten(), (~done).nonzero().flatten()
+            hypotheses |= finalize(*select((images, beams), ended), length_penalty, num_captions)
+            images, beams, state = select((images, beams, state), remaining)
+        if not len(images):
+            break
+    return [hypotheses[image] for image in range(len(features))]
 
 
 class Ensemble(nn.Module):
