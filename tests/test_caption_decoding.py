@@ -1,4 +1,4 @@
-"""caption_decoding.py: each search against a plain one, on toy decoders whose every log-probability is known.
+"""caption_decoding.py: each search against a plain one, on toy decoders of known probabilities.
 
 A toy caption is a list of word ids 4..; 0 to 3 are <PAD> <SOS> <EOS> <UNK>.
 """
@@ -6,6 +6,7 @@ A toy caption is a list of word ids 4..; 0 to 3 are <PAD> <SOS> <EOS> <UNK>.
 import itertools
 import math
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,66 +20,59 @@ PRIME = 4099  # prefixes are told apart by a code below it
 
 
 class Toy(nn.Module):
-    """A decoder with random logits for every image and prefix; `attention` shows which prefix each word was read off.
+    """A decoder with random logits for every image and prefix; its attention tells which they were.
 
-    `logits` (images, PRIME, V); its features are the images' numbers. Its state is nested, as real ones may be.
+    `logits` (images, PRIME, V); its features are the images' numbers. Its state is nested, as real
+    ones may be.
     """
 
     pooled = False
 
     def __init__(self, images, vocab_size, seed=0, eos=0.0):
         super().__init__()
-        self.logits = (
-            torch.randn(images, PRIME, vocab_size, generator=torch.Generator().manual_seed(seed))
-            * 2
-        )
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = 2 * torch.randn(images, PRIME, vocab_size, generator=generator)
         self.logits[..., VOCABULARY.eos] += torch.as_tensor(eos).view(-1, 1)
         self.seen = []  # the per-image part of the state, step by step
 
     def start(self, features):
         """features (N, 1) image numbers -> nested state."""
-        return {"image": (features[:, 0],)}, {
-            "code": torch.zeros_like(features),
-            "more": (torch.zeros_like(features),),
-        }
+        zeros = torch.zeros_like(features)
+        return {"image": (features[:, 0],)}, {"code": zeros, "more": (zeros,)}
 
     def step(self, tokens, state):
-        """tokens (N, K) -> logits (N, K, V), state, attention (N, K, 3): image, step and code of the prefix."""
+        """tokens (N, K) -> logits (N, K, V), state, attention (N, K, 3): image, step, code."""
         (image,) = state[0]["image"]
         (step,) = state[1]["more"]
         assert tokens.shape == step.shape == state[1]["code"].shape
         self.seen.append(image)
         code = self.extend(state[1]["code"], tokens)
-        attention = torch.stack([image.unsqueeze(1).expand_as(code), step, code], dim=-1).float()
-        return (
-            self.logits[image.unsqueeze(1), code],
-            (state[0], {"code": code, "more": (step + 1,)}),
-            attention,
-        )
+        image = image.unsqueeze(1).expand_as(code)
+        attention = torch.stack([image, step, code], dim=-1).float()
+        state = state[0], {"code": code, "more": (step + 1,)}
+        return self.logits[image, code], state, attention
 
     def extend(self, code, token):
         """The code of a prefix with one more token."""
         return (code * self.logits.size(-1) + token) % PRIME
 
     def codes(self, words):
-        """Codes of the prefixes <SOS>, <SOS> w1, ... that the words and what follows them are read off."""
-        code, found = 0, []
-        for token in [VOCABULARY.sos, *words]:
-            code = self.extend(code, token)
-            found.append(code)
-        return found
+        """Codes of the prefixes <SOS>, <SOS> w1, ...: one for each word, one for what follows."""
+        prefixes = itertools.accumulate([VOCABULARY.sos, *words], self.extend, initial=0)
+        return list(prefixes)[1:]
 
     def log_prob(self, image, words, finished=True):
         """The decoder's own log-probability of a caption, in nats."""
+        tokens = [*words, VOCABULARY.eos] if finished else words
         rows = self.logits[image, self.codes(words)].double().log_softmax(-1)
-        return sum(
-            float(row[token])
-            for row, token in zip(rows, [*words, *[VOCABULARY.eos] * finished], strict=False)
-        )
+        return sum(float(row[token]) for row, token in zip(rows, tokens, strict=False))
 
 
 class Markov(nn.Module):
-    """A decoder written by hand: `table` maps a token to the probabilities of what may follow it (else: anything)."""
+    """A decoder written by hand: `table` maps a token to the probabilities of what follows it.
+
+    Anything may follow a token that is not in the table.
+    """
 
     pooled = False
 
@@ -109,12 +103,8 @@ def plain_greedy(decoder, image, max_length, min_length=0):
     words = []
     while len(words) < max_length:
         row = decoder.logits[image, decoder.codes(words)[-1]].tolist()
-        allowed = [
-            i
-            for i in range(len(row))
-            if i > 3 or (i == VOCABULARY.eos and len(words) >= min_length)
-        ]
-        best = max(allowed, key=row.__getitem__)
+        may_end = [VOCABULARY.eos] if len(words) >= min_length else []
+        best = max([*may_end, *range(4, len(row))], key=row.__getitem__)
         if best == VOCABULARY.eos:
             return words, True
         words.append(best)
@@ -129,106 +119,94 @@ def repeats(words, n):
 
 def every_caption(decoder, image, max_length, penalty=0.0, min_length=0, n=0):
     """All finished captions with their scores, best first, by brute force."""
-    found = []
+    captions = []
     for length in range(min_length, max_length):
         for words in itertools.product(range(4, decoder.logits.size(-1)), repeat=length):
             if not repeats(words, n):
-                found.append(
-                    (decoder.log_prob(image, words) / (length + 1) ** penalty, list(words))
-                )
-    return sorted(found, reverse=True)
+                score = decoder.log_prob(image, words) / (length + 1) ** penalty
+                captions.append((score, list(words)))
+    return sorted(captions, reverse=True)
+
+
+def check_same(ours, theirs):
+    """Both searches' hypotheses agree exactly, scores and attention included."""
+    assert [len(hypotheses) for hypotheses in ours] == [len(hypotheses) for hypotheses in theirs]
+    for one, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        assert one[:4] == other[:4]
+        assert torch.equal(one.attention, other.attention)
+
+
+def check_log_probs(decoder, results):
+    """Every hypothesis has the decoder's own log-probability of its caption."""
+    for image, hypotheses in enumerate(results):
+        for h in hypotheses:
+            expected = decoder.log_prob(image, h.tokens, h.finished)
+            assert h.log_prob == pytest.approx(expected, rel=1e-6, abs=1e-4)
 
 
 # Greedy decoding and beam search
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    "options", [{"algorithm": "greedy"}, {"algorithm": "beam", "beam_size": 1}]
-)
+@pytest.mark.parametrize("options", [{"algorithm": "greedy"}, {"beam_size": 1}], ids=str)
 def test_a_beam_of_one_is_a_plain_greedy_loop(options, seed):
     decoder = Toy(8, vocab_size=9, seed=seed, eos=0.5)
     expected = [plain_greedy(decoder, image, max_length=7) for image in range(8)]
-    found = search(decoder, 8, max_length=7, **options)
-    assert [(best.tokens, best.finished) for (best,) in found] == expected
+    results = search(decoder, 8, max_length=7, **options)
+    assert [(best.tokens, best.finished) for (best,) in results] == expected
     assert len({len(words) for words, _ in expected}) > 2  # the images end at different times
-    assert [best.log_prob for (best,) in found] == pytest.approx(
-        [decoder.log_prob(image, *caption) for image, caption in enumerate(expected)], abs=1e-4
-    )
+    check_log_probs(decoder, results)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, -0.5, 1.0])
 @pytest.mark.parametrize("count", [1, 6])
 def test_a_full_width_beam_finds_the_best_captions(penalty, count):
     decoder = Toy(20, vocab_size=7, seed=1, eos=torch.linspace(-2, 2, 20))
-    found = search(
-        decoder, 20, beam_size=200, max_length=4, length_penalty=penalty, num_captions=count
-    )
-    for image, hypotheses in enumerate(found):
-        expected = every_caption(decoder, image, 4, penalty)[:count]
-        assert [h.tokens for h in hypotheses] == [words for _, words in expected]
-        assert [h.score for h in hypotheses] == pytest.approx(
-            [score for score, _ in expected], abs=1e-4
-        )
+    options = {"max_length": 4, "length_penalty": penalty, "num_captions": count}
+    for image, hypotheses in enumerate(search(decoder, 20, beam_size=200, **options)):
+        scores, captions = zip(*every_caption(decoder, image, 4, penalty)[:count], strict=True)
+        assert [h.tokens for h in hypotheses] == list(captions)
+        assert [h.score for h in hypotheses] == pytest.approx(list(scores), abs=1e-4)
         assert all(h.finished for h in hypotheses)
 
 
-@pytest.mark.parametrize(
-    "options", [{"min_length": 2}, {"n": 1}, {"n": 2}, {"n": 3}, {"min_length": 2, "n": 1}]
-)
-def test_a_full_width_beam_finds_the_best_of_the_captions_allowed(options):
+@pytest.mark.parametrize("min_length, n", [(2, 0), (0, 1), (0, 2), (0, 3), (2, 1)])
+def test_a_full_width_beam_finds_the_best_of_the_captions_allowed(min_length, n):
     decoder = Toy(10, vocab_size=7, seed=2)
     decoder.logits[..., 5] += 3  # so that it would be repeated
-    names = {"n": "no_repeat_ngram_size"}
-    given = {names.get(name, name): value for name, value in options.items()}
-    found = search(decoder, 10, beam_size=300, max_length=4, num_captions=4, **given)
-    for image, hypotheses in enumerate(found):
-        expected = [words for _, words in every_caption(decoder, image, 4, **options)[:4]]
-        assert [h.tokens for h in hypotheses] == expected
+    options = {"max_length": 4, "min_length": min_length, "no_repeat_ngram_size": n}
+    results = search(decoder, 10, beam_size=300, num_captions=4, **options)
+    for image, hypotheses in enumerate(results):
+        expected = every_caption(decoder, image, 4, min_length=min_length, n=n)[:4]
+        assert [h.tokens for h in hypotheses] == [words for _, words in expected]
 
 
 def test_a_wider_beam_is_better_than_greedy_by_hand():
-    # greedy takes 4 (0.6) and ends with 0.6 * 0.5 = 0.30; beam search finds 5, which ends with 0.4 * 1.0
+    # greedy takes 4 (0.6) and ends with 0.6 * 0.5 = 0.30; beam search finds 5, which ends with 0.4
     decoder = Markov({1: {4: 0.6, 5: 0.4}, 4: {2: 0.5, 6: 0.5}, 5: {2: 1.0}, 6: {2: 1.0}})
-    ((greedy,),), ((best, second),) = (
-        search(decoder, beam_size=1),
-        search(decoder, beam_size=2, num_captions=2),
-    )
+    ((greedy,),) = search(decoder, beam_size=1)
+    ((best, second),) = search(decoder, beam_size=2, num_captions=2)
     assert greedy.log_prob == pytest.approx(math.log(0.3))
     assert best.tokens == [5] and best.log_prob == pytest.approx(math.log(0.4))
     assert second.tokens[0] == 4 and second.log_prob == pytest.approx(math.log(0.3))
 
 
-def test_the_length_penalty_favours_long_captions_above_0_and_short_ones_below():
-    decoder = Markov(
-        {1: {2: 0.4, 4: 0.6}, 4: {2: 0.6, 5: 0.4}, 5: {2: 1.0}}
-    )  # [] 0.4, [4] 0.36, [4, 5] 0.24
-    scores = {
-        0.0: {
-            (): math.log(0.4),
-            (4,): math.log(0.36),
-            (4, 5): math.log(0.24),
-        },  # -0.92, -1.02, -1.43
-        1.0: {
-            (4, 5): math.log(0.24) / 3,
-            (4,): math.log(0.36) / 2,
-            (): math.log(0.4),
-        },  # -0.48, -0.51, -0.92
-        -1.0: {
-            (): math.log(0.4),
-            (4,): math.log(0.36) * 2,
-            (4, 5): math.log(0.24) * 3,
-        },  # -0.92, -2.04, -4.28
-    }
-    for penalty, expected in scores.items():
-        (found,) = search(decoder, beam_size=9, length_penalty=penalty, num_captions=3)
-        assert [(tuple(h.tokens), h.score) for h in found] == [
-            (k, pytest.approx(v)) for k, v in expected.items()
-        ]
-        (best,) = search(decoder, beam_size=9, length_penalty=penalty)
-        assert best == [
-            h for h in found if h.score == found[0].score
-        ]  # asked for one, the search may stop early
+@pytest.mark.parametrize(
+    "penalty, expected",
+    [
+        (0.0, [([], -0.9163), ([4], -1.0217), ([4, 5], -1.4271)]),  # log 0.4, log 0.36, log 0.24
+        (1.0, [([4, 5], -0.4757), ([4], -0.5108), ([], -0.9163)]),  # over 1, 2 and 3 tokens
+        (-1.0, [([], -0.9163), ([4], -2.0433), ([4, 5], -4.2813)]),  # times 1, 2 and 3
+    ],
+)
+def test_the_length_penalty_favours_long_captions_above_0_and_short_ones_below(penalty, expected):
+    decoder = Markov({1: {2: 0.4, 4: 0.6}, 4: {2: 0.6, 5: 0.4}, 5: {2: 1.0}})
+    (hypotheses,) = search(decoder, beam_size=9, length_penalty=penalty, num_captions=3)
+    assert [h.tokens for h in hypotheses] == [words for words, _ in expected]
+    scores = [score for _, score in expected]
+    assert [h.score for h in hypotheses] == pytest.approx(scores, abs=1e-4)
+    (best,) = search(decoder, beam_size=9, length_penalty=penalty)  # which may stop early
+    assert best == hypotheses[:1]
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -1.0])
@@ -240,17 +218,11 @@ def test_the_search_goes_on_while_a_better_caption_can_come(penalty):
 
 
 def test_a_finished_caption_keeps_its_place_in_the_beam():
-    endless = {
-        1: {2: 0.2, 4: 0.8},
-        4: {5: 0.5, 6: 0.5},
-        5: {5: 1.0},
-        6: {6: 1.0},
-    }  # 0.4 and 0.4 against [], 0.2
-    (found,) = search(Markov(endless), beam_size=2, num_captions=2, max_length=5)
-    assert [(h.tokens[:2], h.finished) for h in found] in (
-        [([], True), ([4, 5], False)],
-        [([], True), ([4, 6], False)],
-    )
+    # [] has 0.2, and both endless captions 0.4
+    decoder = Markov({1: {2: 0.2, 4: 0.8}, 4: {5: 0.5, 6: 0.5}, 5: {5: 1.0}, 6: {6: 1.0}})
+    ((first, second),) = search(decoder, beam_size=2, num_captions=2, max_length=5)
+    assert (first.tokens, first.finished) == ([], True)
+    assert second.tokens in ([4, 5, 5, 5, 5], [4, 6, 6, 6, 6]) and not second.finished
 
 
 # What a search may return
@@ -260,13 +232,11 @@ def test_a_finished_caption_keeps_its_place_in_the_beam():
 @pytest.mark.parametrize("never", [-1e9, -torch.inf])
 def test_a_decoder_that_never_ends_gives_an_unfinished_caption(algorithm, never):
     decoder = Toy(3, vocab_size=12, eos=never)
-    for image, hypotheses in enumerate(search(decoder, 3, algorithm=algorithm, max_length=6)):
-        (best,) = hypotheses
+    results = search(decoder, 3, algorithm=algorithm, max_length=6)
+    for (best,) in results:
         assert not best.finished
         assert len(best.tokens) == len(best.attention) == 6
-        assert best.log_prob == pytest.approx(
-            decoder.log_prob(image, best.tokens, finished=False), abs=1e-4
-        )
+    check_log_probs(decoder, results)
 
 
 @pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
@@ -278,9 +248,10 @@ def test_a_decoder_that_ends_at_once_gives_an_empty_caption(algorithm):
 
 def test_finished_captions_come_before_better_scored_unfinished_ones():
     decoder = Markov({1: {2: 0.01, 4: 0.99}, 4: {4: 1.0}})
-    (found,) = search(decoder, beam_size=3, max_length=3, num_captions=3)
-    assert [(h.tokens, h.finished) for h in found] == [([], True), ([4, 4, 4], False)]
-    assert found[0].score < found[1].score
+    ((first, second),) = search(decoder, beam_size=3, max_length=3, num_captions=3)
+    assert (first.tokens, first.finished) == ([], True)
+    assert (second.tokens, second.finished) == ([4, 4, 4], False)
+    assert first.score < second.score
 
 
 def test_max_length_counts_the_end():
@@ -295,47 +266,36 @@ def test_max_length_counts_the_end():
 def test_no_special_token_is_ever_a_word(algorithm):
     decoder = Toy(6, vocab_size=8)
     decoder.logits[..., [0, 1, 3]] += 20  # by far the likeliest
-    found = search(decoder, 6, algorithm=algorithm, min_length=3, max_length=6)
-    words = [token for (best,) in found for token in best.tokens]
+    results = search(decoder, 6, algorithm=algorithm, min_length=3, max_length=6)
+    words = [token for (best,) in results for token in best.tokens]
     assert len(words) >= 6 * 3 and min(words) >= 4
-    for image, (best,) in enumerate(
-        found
-    ):  # what may not be written keeps its share of the probability
-        assert best.log_prob == pytest.approx(
-            decoder.log_prob(image, best.tokens, best.finished), abs=1e-2
-        )
-        assert best.log_prob < -20
+    check_log_probs(decoder, results)  # what may not be written keeps its share of the probability
+    assert all(best.log_prob < -20 for (best,) in results)
 
 
 def test_a_vocabulary_without_unk_may_write_id_3():
     decoder = Toy(4, vocab_size=8, eos=-5.0)
     decoder.logits[..., 3] += 20
     vocabulary = SimpleNamespace(pad=0, sos=1, eos=2, unk=None)
-    found = generate(
-        decoder, torch.arange(4).unsqueeze(1), vocabulary, algorithm="greedy", max_length=5
-    )
-    assert [best.tokens for (best,) in found] == [[3] * 5] * 4
+    images = torch.arange(4).unsqueeze(1)
+    results = generate(decoder, images, vocabulary, algorithm="greedy", max_length=5)
+    assert [best.tokens for (best,) in results] == [[3] * 5] * 4
 
 
-def test_min_length_delays_the_end_by_exactly_so_many_words():
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("length", [0, 1, 4])
+def test_min_length_delays_the_end_by_exactly_so_many_words(algorithm, length):
     decoder = Toy(5, vocab_size=8, eos=40.0)
-    for algorithm, length in itertools.product(("greedy", "beam", "sample"), (0, 1, 4)):
-        found = search(decoder, 5, algorithm=algorithm, min_length=length, max_length=9)
-        assert [(len(best.tokens), best.finished) for (best,) in found] == [(length, True)] * 5
-    (best,) = search(decoder, 1, algorithm="greedy", min_length=4, max_length=9)[0]
-    assert best.tokens == plain_greedy(decoder, 0, 9, min_length=4)[0]
+    results = search(decoder, 5, algorithm=algorithm, min_length=length, max_length=9)
+    assert [(len(best.tokens), best.finished) for (best,) in results] == [(length, True)] * 5
+    if algorithm == "greedy":
+        expected = [plain_greedy(decoder, image, 9, min_length=length)[0] for image in range(5)]
+        assert [best.tokens for (best,) in results] == expected
 
 
-@pytest.mark.parametrize(
-    ("n", "words"),
-    [
-        (1, [4, 5]),
-        (2, [4, 4, 5, 4]),
-        (3, [4, 4, 4, 5, 4, 4]),
-    ],  # 4 whenever it may stand, else 5, else the end
-)
+@pytest.mark.parametrize("n, words", [(1, [4, 5]), (2, [4, 4, 5, 4]), (3, [4, 4, 4, 5, 4, 4])])
 def test_no_ngram_stands_twice_by_hand(n, words):
-    likes = {4: 0.6, 5: 0.3, 2: 0.1}
+    likes = {4: 0.6, 5: 0.3, 2: 0.1}  # 4 where it may stand, else 5, else the end
     decoder = Markov({1: likes, 4: likes, 5: likes})
     ((best,),) = search(decoder, algorithm="greedy", no_repeat_ngram_size=n, max_length=9)
     assert best.tokens == words
@@ -354,41 +314,36 @@ def test_a_caption_with_no_word_left_ends_even_below_min_length(algorithm):
 @pytest.mark.parametrize("n", [1, 2])
 def test_sampling_repeats_no_ngram(n):
     decoder = Toy(20, vocab_size=8, eos=-2.0)
-    found = search(
-        decoder, 20, algorithm="sample", no_repeat_ngram_size=n, max_length=12, temperature=0.5
-    )
-    assert not any(repeats(best.tokens, n) for (best,) in found)
-    free = search(decoder, 20, algorithm="sample", max_length=12, temperature=0.5)
+    options = {"algorithm": "sample", "max_length": 12, "temperature": 0.5}
+    free, blocked = (search(decoder, 20, **options, no_repeat_ngram_size=size) for size in (0, n))
     assert any(repeats(best.tokens, n) for (best,) in free)
+    assert not any(repeats(best.tokens, n) for (best,) in blocked)
 
 
 def test_captions_as_likely_as_each_other_are_all_returned_once():
     likes = dict.fromkeys((2, 4, 5, 6), 0.25)
     decoder = Markov({1: likes, 4: likes, 5: likes, 6: likes})
-    (found,) = search(decoder, beam_size=100, max_length=3, num_captions=13)
-    assert len({tuple(h.tokens) for h in found}) == 13  # 1 + 3 + 9
-    assert sorted(len(h.tokens) for h in found) == [0] + [1] * 3 + [2] * 9
-    assert [h.log_prob for h in found] == pytest.approx(
-        [math.log(0.25) * (len(h.tokens) + 1) for h in found]
-    )
+    (hypotheses,) = search(decoder, beam_size=100, max_length=3, num_captions=13)
+    assert len({tuple(h.tokens) for h in hypotheses}) == 13  # 1 + 3 + 9
+    assert sorted(len(h.tokens) for h in hypotheses) == [0] + [1] * 3 + [2] * 9
+    for h in hypotheses:
+        assert h.log_prob == pytest.approx(math.log(0.25) * (len(h.tokens) + 1))
 
 
 def test_fewer_captions_than_asked_for_are_all_there_are():
     decoder = Markov({1: {4: 0.7, 5: 0.3}, 4: {2: 1.0}, 5: {2: 1.0}})
-    (found,) = search(decoder, beam_size=50, num_captions=50)
-    assert [h.tokens for h in found] == [[4], [5]]
+    (hypotheses,) = search(decoder, beam_size=50, num_captions=50)
+    assert [h.tokens for h in hypotheses] == [[4], [5]]
+
+
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("fixed_shapes", [True, False])
+def test_no_images_have_no_captions(algorithm, fixed_shapes):
+    decoder = Toy(1, vocab_size=8)
+    assert search(decoder, 0, algorithm=algorithm, fixed_shapes=fixed_shapes) == []
 
 
 # Many images at once
-
-
-def equal(one, other):
-    """Whether two hypotheses agree, attention included."""
-    return (
-        one[:2] == other[:2]
-        and one.finished == other.finished
-        and torch.equal(one.attention, other.attention)
-    )
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
@@ -397,57 +352,78 @@ def test_images_searched_together_are_searched_as_if_alone(penalty):
     decoder = Toy(12, vocab_size=10, eos=torch.linspace(-3, 4, 12))
     together = search(decoder, 12, **options)
     assert len({len(images) for images in decoder.seen}) > 3  # they leave at different times
-    for image, hypotheses in enumerate(together):
-        (alone,) = generate(decoder, torch.tensor([[image]]), VOCABULARY, **options)
-        assert len(hypotheses) == len(alone) > 0
-        assert all(equal(*pair) for pair in zip(hypotheses, alone, strict=True))
+    images = torch.arange(12).view(12, 1, 1)
+    check_same(together, [generate(decoder, image, VOCABULARY, **options)[0] for image in images])
 
 
-@pytest.mark.parametrize("options", [{}, {"length_penalty": 1.0}, {"length_penalty": -0.5}, {"num_captions": 1},
-                                     {"algorithm": "greedy", "num_captions": 1}, {"min_length": 3},
-                                     {"no_repeat_ngram_size": 2}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("longest", [9, 40])
-def test_captions_are_the_same_where_done_images_stay_as_on_a_gpu(options, longest):
-    options = {"beam_size": 4, "max_length": longest, "num_captions": 3, **options}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_captions": 3},
+        {"num_captions": 3, "length_penalty": 1.0},
+        {"num_captions": 3, "length_penalty": -0.5},
+        {"num_captions": 3, "min_length": 3},
+        {"num_captions": 3, "no_repeat_ngram_size": 2},
+        {"num_captions": 1},
+        {"algorithm": "greedy"},
+    ],
+    ids=str,
+)
+def test_images_that_stay_when_done_get_the_captions_of_images_that_leave(options, longest):
+    options = {"beam_size": 4, "max_length": longest, **options}
     leaving, staying = (Toy(12, vocab_size=10, eos=torch.linspace(-3, 4, 12)) for _ in range(2))
-    expected, found = (
-        search(leaving, 12, **options),
-        search(staying, 12, **options, fixed_shapes=True),
-    )
-    assert len({len(images) for images in leaving.seen}) > 3 and {
-        len(images) for images in staying.seen
-    } == {12}
-    reads = -(-len(leaving.seen) // caption_decoding.SYNC_EVERY)
+    expected = search(leaving, 12, **options, fixed_shapes=False)
+    check_same(search(staying, 12, **options, fixed_shapes=True), expected)
+    assert len({len(images) for images in leaving.seen}) > 3
+    assert {len(images) for images in staying.seen} == {12}
+    reads = math.ceil(len(leaving.seen) / caption_decoding.SYNC_EVERY)
     assert len(staying.seen) == min(longest, reads * caption_decoding.SYNC_EVERY)
-    for one, other in zip(expected, found, strict=True):
-        assert all(equal(*pair) for pair in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
 def test_each_row_of_attention_belongs_to_the_word_it_wrote(algorithm):
     decoder = Toy(6, vocab_size=9, eos=torch.linspace(-2, 2, 6))
     count = {"greedy": 1, "beam": 4, "sample": 4}[algorithm]
-    found = search(decoder, 6, algorithm=algorithm, beam_size=5, max_length=7, num_captions=count)
-    assert max(len(h.tokens) for hypotheses in found for h in hypotheses) > 3
-    for image, hypotheses in enumerate(found):
+    results = search(decoder, 6, algorithm=algorithm, max_length=7, num_captions=count)
+    assert max(len(h.tokens) for h in itertools.chain(*results)) > 3
+    for image, hypotheses in enumerate(results):
         for h in hypotheses:
-            rows = [
-                [image, step, code]
-                for step, code in enumerate(decoder.codes(h.tokens)[: len(h.tokens)])
-            ]
-            assert h.attention.tolist() == rows
+            codes = decoder.codes(h.tokens)[: len(h.tokens)]
+            assert h.attention.tolist() == [[image, step, code] for step, code in enumerate(codes)]
 
 
 @pytest.mark.parametrize("algorithm", ["beam", "sample"])
 def test_log_prob_is_the_decoders_own(algorithm):
     decoder = Toy(6, vocab_size=9, eos=torch.linspace(-2, 2, 6))
-    found = search(decoder, 6, algorithm=algorithm, beam_size=4, max_length=7, num_captions=4)
-    for image, hypotheses in enumerate(found):
-        for h in hypotheses:
-            assert h.log_prob == pytest.approx(
-                decoder.log_prob(image, h.tokens, h.finished), abs=1e-4
-            )
-            assert h.score == h.log_prob
+    results = search(decoder, 6, algorithm=algorithm, beam_size=4, max_length=7, num_captions=4)
+    check_log_probs(decoder, results)
+    assert all(h.score == h.log_prob for h in itertools.chain(*results))
+
+
+class Layer(NamedTuple):
+    hidden: torch.Tensor
+
+
+class Layered(Toy):
+    """A Toy whose state holds a NamedTuple, of which it uses the name."""
+
+    def start(self, features):
+        """As Toy's."""
+        image, state = super().start(features)
+        return image, {"layer": Layer(state["code"]), "more": state["more"]}
+
+    def step(self, tokens, state):
+        """As Toy's."""
+        plain = {"code": state[1]["layer"].hidden, "more": state[1]["more"]}
+        logits, (image, plain), attention = super().step(tokens, (state[0], plain))
+        return logits, (image, {"layer": Layer(plain["code"]), "more": plain["more"]}), attention
+
+
+def test_a_state_may_hold_named_tuples():
+    options = {"beam_size": 4, "max_length": 7, "num_captions": 3}
+    expected = search(Toy(6, vocab_size=9), 6, **options)
+    check_same(search(Layered(6, vocab_size=9), 6, **options), expected)
 
 
 def test_what_belongs_to_an_image_is_never_copied_for_its_hypotheses():
@@ -455,9 +431,7 @@ def test_what_belongs_to_an_image_is_never_copied_for_its_hypotheses():
     search(decoder, 6, beam_size=5, max_length=8)
     for before, after in itertools.pairwise(decoder.seen):
         assert after.dim() == 1
-        assert after is before or len(after) < len(
-            before
-        )  # handed on as it is until an image is done
+        assert after is before or len(after) < len(before)  # the same until an image is done
     assert decoder.seen[0].tolist() == [0, 1, 2, 3, 4, 5]
     assert len(decoder.seen[-1]) < 6
 
@@ -470,25 +444,18 @@ def test_a_decoder_without_attention_gives_none():
 # Sampling
 
 
-def draws(seed=0, count=6000, **options):
-    """Relative frequency of each first token; words 4, 5, 6 and the end have probabilities 0.5, 0.3, 0.15, 0.05."""
+def frequencies(seed=0, count=6000, **options):
+    """Each first token's share of the samples; 4, 5, 6 and the end have 0.5, 0.3, 0.15, 0.05."""
     decoder = Markov({1: {4: 0.5, 5: 0.3, 6: 0.15, 2: 0.05}})
-    generator = torch.Generator().manual_seed(seed)
-    (found,) = search(
-        decoder,
-        algorithm="sample",
-        max_length=1,
-        num_captions=count,
-        generator=generator,
-        **options,
-    )
-    assert len(found) == count
-    first = [(h.tokens or [2])[0] for h in found]
-    return {token: first.count(token) / count for token in sorted(set(first))}
+    options |= {"algorithm": "sample", "max_length": 1, "num_captions": count}
+    (samples,) = search(decoder, generator=torch.Generator().manual_seed(seed), **options)
+    assert len(samples) == count
+    first = [(h.tokens or [2])[0] for h in samples]
+    return {token: first.count(token) / count for token in set(first)}
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    "options, expected",
     [
         ({}, {4: 0.5, 5: 0.3, 6: 0.15, 2: 0.05}),
         ({"temperature": 0.5}, {4: 0.6849, 5: 0.2466, 6: 0.0616, 2: 0.0068}),  # squares over 0.365
@@ -501,41 +468,35 @@ def draws(seed=0, count=6000, **options):
         ({"top_p": 0.6}, {4: 0.625, 5: 0.375}),
         ({"top_p": 0.9}, {4: 0.5263, 5: 0.3158, 6: 0.1579}),
         ({"top_p": 0.96}, {4: 0.5, 5: 0.3, 6: 0.15, 2: 0.05}),
-        (
-            {"top_k": 3, "top_p": 0.83},
-            {4: 0.625, 5: 0.375},
-        ),  # of the three left, two hold 0.8 / 0.95 = 0.842
-        (
-            {"temperature": 0.5, "top_p": 0.65},
-            {4: 1.0},
-        ),  # the nucleus is taken after the temperature
+        ({"top_k": 3, "top_p": 0.83}, {4: 0.625, 5: 0.375}),  # of three left, two hold 0.8 / 0.95
+        ({"temperature": 0.5, "top_p": 0.65}, {4: 1.0}),  # the nucleus of the tempered words
         ({"min_length": 1}, {4: 0.5263, 5: 0.3158, 6: 0.1579}),
     ],
 )
 def test_sampling_draws_from_the_distribution_asked_for(options, expected):
-    found = draws(**options)
-    assert found.keys() == expected.keys()
-    assert found == pytest.approx(expected, abs=0.025)  # four standard deviations of 6000 draws
+    shares = frequencies(**options)
+    assert shares.keys() == expected.keys()
+    assert shares == pytest.approx(expected, abs=0.025)  # four standard deviations of 6000 draws
 
 
 def test_sampling_repeats_itself_from_a_seed_and_leaves_the_global_generator_alone():
     decoder, before = Toy(4, vocab_size=30), torch.get_rng_state()
 
     def sample(seed):
-        generator = torch.Generator().manual_seed(seed)
-        found = search(
-            decoder, 4, algorithm="sample", max_length=8, num_captions=3, generator=generator
-        )
-        return [h.tokens for hypotheses in found for h in hypotheses]
+        options = {"algorithm": "sample", "max_length": 8, "num_captions": 3}
+        results = search(decoder, 4, generator=torch.Generator().manual_seed(seed), **options)
+        return [h.tokens for h in itertools.chain(*results)]
 
     assert sample(1) == sample(1) != sample(2)
     assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(5)
-    first = search(decoder, 4, algorithm="sample")[0][0].tokens
-    torch.manual_seed(5)
-    assert (
-        search(decoder, 4, algorithm="sample")[0][0].tokens == first
-    )  # without a generator, torch's own
+
+
+def test_sampling_without_a_generator_uses_torchs_global_one():
+    def sample():
+        torch.manual_seed(5)
+        return search(Toy(4, vocab_size=30), 4, algorithm="sample")
+
+    check_same(sample(), sample())
 
 
 def test_several_samples_are_drawn_independently_and_ordered():
@@ -551,10 +512,10 @@ def test_several_samples_are_drawn_independently_and_ordered():
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20])
 def test_a_temperature_near_0_is_greedy_and_leaves_log_prob_as_it_is(temperature):
     decoder = Toy(8, vocab_size=9, eos=0.5)
-    found = search(decoder, 8, algorithm="sample", temperature=temperature, max_length=7)
+    samples = search(decoder, 8, algorithm="sample", temperature=temperature, max_length=7)
     greedy = search(decoder, 8, algorithm="greedy", max_length=7)
-    for (sampled,), (best,) in zip(found, greedy, strict=True):
-        assert equal(sampled, best)
+    for (sampled,), (best,) in zip(samples, greedy, strict=True):
+        assert (sampled.tokens, sampled.finished) == (best.tokens, best.finished)
         assert sampled.log_prob == pytest.approx(best.log_prob)
 
 
@@ -593,9 +554,8 @@ def test_members_without_attention_do_not_dim_the_ensembles():
 @pytest.mark.parametrize("copies", [1, 2, 3])
 def test_an_ensemble_of_copies_writes_as_the_decoder_alone(copies):
     decoder, options = Toy(6, vocab_size=9), {"beam_size": 3, "num_captions": 3, "max_length": 8}
-    alone, together = (
-        search(model, 6, **options) for model in (decoder, Ensemble([decoder] * copies))
-    )
+    alone = search(decoder, 6, **options)
+    together = search(Ensemble([decoder] * copies), 6, **options)
     for one, other in zip(itertools.chain(*together), itertools.chain(*alone), strict=True):
         assert one.tokens == other.tokens
         assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)

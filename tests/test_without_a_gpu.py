@@ -182,7 +182,7 @@ def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeyp
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
 @pytest.mark.parametrize("search", [{"beam_size": 4, "length_penalty": 0.8}, {"algorithm": "greedy"},
                                     {"beam_size": 3, "no_repeat_ngram_size": 2, "min_length": 2}], ids=str)  # fmt: skip
-def test_a_search_finds_the_cpus_captions_and_waits_for_looks_only(kind, search, device):
+def test_a_search_finds_the_cpus_captions_and_synchronises_every_8_steps_only(kind, search, device):
     torch.manual_seed(0)
     decoder = program.build_decoder(options(kind, "cpu"), CHANNELS, WORDS).eval()
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_a_search_finds_the_cpus_captions_and_waits_for_looks_only(kind, search,
         )
     assert len({tuple(hypothesis.tokens) for (hypothesis,) in expected}) > 1
     assert device.sent == []
-    assert len(device.fetched) < 20  # the looks, and the captions at the end; not 20 steps' worth
+    assert len(device.fetched) < 20  # what is done, and the captions at the end; not 20 steps' worth
 
 
 def test_devices_that_mix_are_noticed(device):
