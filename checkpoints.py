@@ -1,6 +1,6 @@
-"""Files written whole or not at all, and checkpoints: saved, read without running code, found and deleted.
+"""Files written whole or not at all, and checkpoints: saved, read without running code, found.
 
-    with replace_file("scores.json") as file: file.write(...)  # takes the old file's place in one rename
+    with replace_file("scores.json") as file: file.write(...)  # replaces the old one in one rename
     save_checkpoint("best.pt", state)
     state = load_checkpoint(resolve_checkpoint("saved_models/flickr8k"))
 
@@ -22,32 +22,33 @@ from pathlib import Path
 
 import torch
 
-FORMAT_VERSION = (
-    3  # of a checkpoint; raised when an older program could not read what a newer one writes
-)
-# What every checkpoint holds, and of which type; `object` is any plain value, None included.
+FORMAT_VERSION = 3  # raised when older programs could not read what a newer one writes
+# The keys of every checkpoint and their types; `object` is any plain value, None included.
 CHECKPOINT_KEYS = {
-    "config": dict, "vocabulary": dict, "model": dict, "optimizer": object, "scheduler": object, "scaler": object,
-    "plan": object, "epoch": int, "step": int, "data_position": object, "history": list, "best_score": object,
-    "early_stopping": object, "random_state": object, "encoder": dict, "splits": dict,
+    "config": dict, "vocabulary": dict, "model": dict, "optimizer": object, "scheduler": object,
+    "scaler": object, "plan": object, "epoch": int, "step": int, "data_position": object,
+    "history": list, "best_score": object, "early_stopping": object, "random_state": object,
+    "encoder": dict, "splits": dict,
 }  # fmt: skip
-# What reading a damaged or crafted archive or pickle can raise, beside pickle's and zipfile's own errors.
+# What a damaged or crafted archive or pickle can raise, beside pickle's and zipfile's own errors.
 UNREADABLE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError,
-    ValueError, struct.error,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
+    RuntimeError, TypeError, ValueError, struct.error,
 )  # fmt: skip
 CHECKPOINT_NAME = re.compile(r"(?:best|last|model_epoch_(\d+))\.pt")
-RUN_NAME_END = re.compile(
-    r"_(\d{8}_\d{6})(?:_(\d+))?$"
-)  # ..._20241201_143022, or ..._20241201_143022_2
+RUN_NAME_END = re.compile(r"_(\d{8}_\d{6})(?:_(\d+))?$")  # _20241201_143022, _20241201_143022_2
 TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
+
+
+# ------------------------------------------------------------------------------------- atomic files
 
 
 @contextlib.contextmanager
 def replace_file(path):
-    """Yield a binary file that takes the place of `path` in one rename, once it is whole and on the disk.
+    """Yield a binary file that replaces `path` in one rename, once it is whole and on the disk.
 
-    Whatever stops the block (a full disk, Ctrl-C), the old file stays as it was and the temporary one is removed.
+    Whatever stops the block (a full disk, Ctrl-C), the old file stays as it was and the temporary
+    one is removed.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -58,31 +59,34 @@ def replace_file(path):
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)  # after the rename this name is gone already
-    with contextlib.suppress(
-        OSError
-    ):  # the rename itself reaches the disk, where a folder can be flushed
-        folder = os.open(path.parent, os.O_RDONLY)
+        partial.unlink(missing_ok=True)  # gone already if it was renamed
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder):
+    """Bring a rename in `folder` to the disk, where the operating system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def write_text(path, text):
-    """Write `text` atomically as UTF-8. Bytes of a file name that are not UTF-8 come out as `\\udcXX`, as in JSON."""
+    """Write `text` atomically as UTF-8. Undecodable bytes of file names become `\\udcXX`."""
     with replace_file(path) as file:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path, value):
-    """Write `value` atomically as strict JSON: paths become strings, arrays and tensors numbers, NaN and inf null."""
-    write_text(
-        path, json.dumps(plain_values(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    """Write `value` atomically as strict JSON, in the form that `plain_values` gives it."""
+    text = json.dumps(plain_values(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def plain_values(value):
+    """`value` as JSON can hold it: paths become strings, tensors numbers, NaN and inf None."""
     if isinstance(value, dict):
         return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -95,11 +99,13 @@ def plain_values(value):
 
 
 def check_writable_dir(path, flag):
-    """Raise ValueError, naming `flag`, unless `path` is a folder to write in or could become one. Creates nothing."""
+    """Raise ValueError naming `flag` unless `path` is or could become a folder to write in.
+
+    Creates nothing.
+    """
     path = Path(path)
-    nearest = next(
-        folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder)
-    )
+    lineage = (path.absolute(), *path.absolute().parents)
+    nearest = next(folder for folder in lineage if os.path.lexists(folder))
     if not nearest.is_dir():
         raise ValueError(
             f"{flag} {path}: {nearest} is not a folder: give a folder, it is created when absent"
@@ -112,19 +118,23 @@ def check_writable_dir(path, flag):
         ) from error
 
 
-def save_checkpoint(path, state):
-    """Replace the checkpoint at `path` in one rename; `state` has the CHECKPOINT_KEYS: tensors and plain values.
+# ------------------------------------------------------------------ saving and loading a checkpoint
 
-    Raises OSError (a full disk, a file-size limit) with the old checkpoint whole and nothing else left behind.
+
+def save_checkpoint(path, state):
+    """Replace the checkpoint at `path` in one rename.
+
+    Args:
+        state: the CHECKPOINT_KEYS with tensors and plain values.
+    Raises: OSError (a full disk, a file-size limit); then the old checkpoint is whole and nothing
+    else is left behind.
     """
     assert state.keys() >= CHECKPOINT_KEYS.keys(), CHECKPOINT_KEYS.keys() - state.keys()
     with replace_file(path) as file:
         try:
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
-        except (
-            RuntimeError
-        ) as error:  # torch's archive writer hides the disk's own error behind one of its own
-            if isinstance(error.__context__, OSError):
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's writer hides it behind its own
                 raise error.__context__ from None
             raise
 
@@ -133,8 +143,9 @@ def load_checkpoint(path):
     """Read a checkpoint onto the CPU, without running any code that the file may hold.
 
     Returns: dict with `format_version` and the CHECKPOINT_KEYS.
-    Raises: FileNotFoundError if there is no such file; ValueError if it is no checkpoint of this program, is cut
-    short or damaged (every byte is checked against its CRC), holds code, or has another format version.
+    Raises: FileNotFoundError if there is no such file; ValueError if it is no checkpoint of this
+    program, is cut short or damaged (every byte is checked against its CRC), holds code, or has
+    another format version.
     """
     path = Path(path)
     if not path.is_file():
@@ -143,11 +154,33 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _unusable(
-            path, "it holds more than tensors and plain values, which could run code"
-        ) from error
+        reason = "it holds more than tensors and plain values, which could run code"
+        raise _unusable(path, reason) from error
     except UNREADABLE as error:
         raise _unusable(path, "its contents are not readable") from error
+    _check_contents(path, state)
+    return state
+
+
+def _check_archive(path):
+    """Raise ValueError unless `path` is a whole zip archive, stored as torch does: no zip bomb."""
+    with path.open("rb") as file:  # outside the try: missing permission is an error of its own
+        try:
+            archive = zipfile.ZipFile(file)
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            fits = sum(entry.file_size for entry in entries) <= path.stat().st_size
+            damaged = archive.testzip() if stored and fits else None
+        except (zipfile.BadZipFile, OSError, *UNREADABLE) as error:  # OSError: an impossible offset
+            raise _unusable(path, "it is no torch archive, or was cut short") from error
+    if not (stored and fits):
+        raise _unusable(path, "its archive is compressed, and torch's are not")
+    if damaged is not None:
+        raise _unusable(path, f"its part {damaged[:60]!r} is damaged")
+
+
+def _check_contents(path, state):
+    """Raise ValueError unless `state` has this program's format version and the CHECKPOINT_KEYS."""
     version = state.get("format_version") if isinstance(state, dict) else None
     if not isinstance(version, int):
         raise _unusable(path, "it has no format_version")
@@ -159,24 +192,23 @@ def load_checkpoint(path):
     for key, kind in CHECKPOINT_KEYS.items():
         if key not in state or not isinstance(state[key], kind):
             raise _unusable(path, f"its {key!r} is missing or not of type {kind.__name__}")
-    return state
 
 
 @contextlib.contextmanager
 def checkpoint_errors(path):
-    """While parts of a checkpoint are put to use, whatever they make fail becomes one ValueError that names the file.
+    """Turn what fails while a checkpoint's parts are used into one ValueError that names the file.
 
-    A ValueError that names a file or a flag of its own accord passes as it is.
+    A ValueError that already names the file or a flag passes unchanged.
     """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
-        told = " ".join(str(error).split())
-        if isinstance(error, ValueError) and told.startswith((str(path), "--")):
+        message = " ".join(str(error).split())
+        if isinstance(error, ValueError) and message.startswith((str(path), "--")):
             raise
-        raise _unusable(path, f"{type(error).__name__}: {told[:100]}") from error
+        raise _unusable(path, f"{type(error).__name__}: {message[:100]}") from error
 
 
 def _unusable(path, reason):
@@ -185,53 +217,35 @@ def _unusable(path, reason):
     )
 
 
-def _check_archive(path):
-    """Raise ValueError unless `path` is a whole zip archive, stored as torch writes it: no room for a zip bomb."""
-    with path.open("rb") as file:  # opened here, so that a lack of permission is still told as one
-        try:
-            archive = zipfile.ZipFile(file)
-            entries = archive.infolist()
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            fits = sum(entry.file_size for entry in entries) <= path.stat().st_size
-            damaged = archive.testzip() if stored and fits else None
-        except (
-            zipfile.BadZipFile,
-            OSError,
-            *UNREADABLE,
-        ) as error:  # OSError: an offset that is none
-            raise _unusable(path, "it is no torch archive, or was cut short") from error
-    if not (stored and fits):
-        raise _unusable(path, "its archive is compressed, and torch's are not")
-    if damaged is not None:
-        raise _unusable(path, f"its part {damaged[:60]!r} is damaged")
+# ------------------------------------------------------------------ finding and pruning checkpoints
 
 
 def resolve_checkpoint(path, prefer="best"):
-    """Which checkpoint file `path` means; the caller prints the choice where it differs from `path`.
+    """The checkpoint file that `path` means; callers print it where it differs from `path`.
 
     - a file is itself;
-    - a folder is a run at or below it: with prefer="best" the newest run's best.pt, with prefer="newest" the newest
-      run's last.pt or model_epoch_N.pt, whichever was written last (best.pt only where no run has another);
-    - a file that is not there, such as saved_models/flickr8k/resnet_lstm/model_epoch_10.pt, is the file of that name
-      in the newest run below its folder.
-    Runs that have no such file (stopped before writing it) are passed over.
+    - a folder is a run at or below it: with prefer="best" the newest run's best.pt, with
+      prefer="newest" the newest run's last.pt or model_epoch_N.pt, whichever was written last
+      (best.pt only where no run has another);
+    - a file that is not there, such as saved_models/flickr8k/resnet_lstm/model_epoch_10.pt, is the
+      file of that name in the newest run below its folder.
+    Runs that lack such a file (stopped before writing it) are passed over.
     Raises: FileNotFoundError naming what does exist nearby.
     """
     path = Path(path)
     if path.is_file():
         return path
     if path.is_dir():
-        found = _checkpoints_below(path)
-        choices = [file for file in found if (file.name == "best.pt") == (prefer == "best")]
-        choices = choices or (found if prefer == "newest" else [])
+        below = _checkpoints_below(path)
+        choices = [file for file in below if (file.name == "best.pt") == (prefer == "best")]
+        choices = choices or (below if prefer == "newest" else [])
     else:
         choices = [file for file in _checkpoints_below(path.parent) if file.name == path.name]
     if not choices:
-        raise FileNotFoundError(f"{path}: no such checkpoint: {_nearby(path)}")
-    run_dir = max(choices, key=_run_age).parent
-    newest = max(
-        (file for file in choices if file.parent == run_dir), key=_epoch_number
-    )  # N survives a plain copy
+        raise FileNotFoundError(f"{path}: no such checkpoint: {_nearby_checkpoints(path)}")
+    run_dir = max(choices, key=_run_time).parent
+    # by epoch, not by time: a plain copy of a run changes its files' times
+    newest = max((file for file in choices if file.parent == run_dir), key=_epoch_number)
     last = run_dir / "last.pt"
     return last if last in choices and last.stat().st_mtime >= newest.stat().st_mtime else newest
 
@@ -244,36 +258,34 @@ def prune_checkpoints(run_dir, keep):
 
 
 def _checkpoints_below(folder):
-    """Checkpoint files in `folder` and down to three folders below it, the depth of a run under saved_models."""
-    found = itertools.chain.from_iterable(
-        Path(folder).glob("*/" * depth + "*.pt") for depth in range(4)
-    )
-    return [file for file in found if CHECKPOINT_NAME.fullmatch(file.name)]
+    """Checkpoint files up to three folders below `folder`, as deep as runs lie in saved_models."""
+    levels = (Path(folder).glob("*/" * depth + "*.pt") for depth in range(4))
+    files = itertools.chain.from_iterable(levels)
+    return [file for file in files if CHECKPOINT_NAME.fullmatch(file.name)]
 
 
 def _epoch_number(file):
-    found = CHECKPOINT_NAME.fullmatch(file.name)
-    return int(found.group(1) or 0) if found else 0
+    """N of model_epoch_N.pt, else 0."""
+    match = CHECKPOINT_NAME.fullmatch(file.name)
+    return int(match.group(1) or 0) if match else 0
 
 
-def _run_age(file):
-    """Sorts runs from old to new by the time stamp in the name; a renamed run's is when its file was written."""
+def _run_time(file):
+    """Sorts runs from old to new by the time in the run's name; a renamed run's is its file's."""
     written = file.stat().st_mtime
-    named = RUN_NAME_END.search(file.absolute().parent.name)
-    stamp, number = (
-        named.groups("1")
-        if named
-        else (time.strftime(TIMESTAMP_FORMAT, time.localtime(written)), "1")
-    )
+    match = RUN_NAME_END.search(file.absolute().parent.name)
+    if match:
+        stamp, number = match.groups("1")
+    else:
+        stamp, number = time.strftime(TIMESTAMP_FORMAT, time.localtime(written)), "1"
     return stamp, int(number), written
 
 
-def _nearby(path):
-    """What to say of the checkpoints close to a path that is not there."""
+def _nearby_checkpoints(path):
+    """The end of an error message: which checkpoints lie near a path that is not there."""
     folder = path if path.is_dir() else next((up for up in path.parents if up.is_dir()), Path())
-    found = sorted(_checkpoints_below(folder), key=_run_age, reverse=True)
-    if not found:
+    nearby = sorted(_checkpoints_below(folder), key=_run_time, reverse=True)
+    if not nearby:
         return f"there is none in {folder.absolute()} or below it: --mode train writes them"
-    return (
-        "existing ones are " + ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
-    )
+    names = ", ".join(map(str, nearby[:5]))
+    return f"existing ones are {names}" + (", ..." if len(nearby) > 5 else "")

@@ -1,0 +1,386 @@
+"""checkpoints.py: files written atomically; checkpoints saved, loaded, refused, found and pruned.
+
+A checkpoint here is a small dictionary.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoints
+from checkpoints import (
+    check_writable_dir,
+    load_checkpoint,
+    prune_checkpoints,
+    replace_file,
+    resolve_checkpoint,
+    save_checkpoint,
+    write_json,
+    write_text,
+)
+
+STAMP = "20241201_143022"
+
+
+def checkpoint(**changes):
+    state = {
+        "config": {"decoder": "lstm"}, "vocabulary": {"words": ["hund", "犬"]},
+        "model": {"weight": torch.arange(6.0)}, "optimizer": {"state": {}}, "scheduler": None,
+        "scaler": None, "plan": {"epochs": 3}, "epoch": 2, "step": 40, "data_position": 0,
+        "history": [], "best_score": 0.5, "early_stopping": 0,
+        "random_state": {"cpu": torch.get_rng_state(), "cuda": [], "mps": None},
+        "encoder": {"name": "resnet50"}, "splits": {"train": ["a.jpg"]},
+    }  # fmt: skip
+    return state | changes
+
+
+def touch(path, written=1_700_000_000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    os.utime(path, (written, written))
+    return path
+
+
+# ------------------------------------------------------------------------------------- atomic files
+
+
+def test_write_json_is_strict_and_keeps_every_script(tmp_path):
+    value = {
+        "path": Path("a/b"),
+        "犬": ["ein Hund", np.int64(3), torch.tensor(0.5), np.array([1, 2])],
+        4: -math.inf,
+    }
+    write_json(tmp_path / "a.json", value | {"name": os.fsdecode(b"caf\xe9.jpg")})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert "犬" in text
+    expected = {"path": "a/b", "犬": ["ein Hund", 3, 0.5, [1, 2]], "4": None}
+    assert json.loads(text) == expected | {"name": "caf\udce9.jpg"}
+
+
+class Stopped(BaseException):
+    """Stands for KeyboardInterrupt, which pytest itself listens to."""
+
+
+@pytest.mark.parametrize("function", ["os.fsync", "os.replace", "torch.save"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Stopped()])
+def test_a_write_that_fails_leaves_the_old_checkpoint_and_nothing_else(
+    tmp_path, monkeypatch, function, error
+):
+    def fail(*arguments, **options):
+        raise error
+
+    save_checkpoint(tmp_path / "last.pt", checkpoint(epoch=1))
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(type(error)):
+        save_checkpoint(tmp_path / "last.pt", checkpoint(epoch=2))
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+
+
+@needs_dev_full
+@pytest.mark.parametrize("writer", [write_text, lambda path, text: write_json(path, [text])])
+def test_a_text_that_does_not_fit_leaves_the_old_one(tmp_path, writer):
+    """The temporary file lies on /dev/full, so the operating system itself refuses the bytes."""
+    path = tmp_path / "run_config.json"
+    path.write_text("old")
+    (tmp_path / f"{path.name}.{os.getpid()}.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        writer(path, "x" * 10_000)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@needs_dev_full
+def test_a_checkpoint_on_a_full_disk_is_an_oserror_not_torch_s_own(tmp_path):
+    (tmp_path / f"last.pt.{os.getpid()}.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint(tmp_path / "last.pt", checkpoint(model={"weight": torch.zeros(100_000)}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_over_the_file_size_limit_leaves_the_old_one(tmp_path):
+    resource = pytest.importorskip("resource")
+    save_checkpoint(tmp_path / "last.pt", checkpoint(epoch=1))
+    larger = checkpoint(epoch=2, model={"weight": torch.zeros(100_000)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path / "last.pt", larger)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replace_file(path) as file:
+        file.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_an_output_folder_is_checked_without_being_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable_dir(tmp_path, "--cache_dir")
+    check_writable_dir(tmp_path / "new" / "folder", "--cache_dir")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    message = r"^--output_dir .*/file is not a folder: give a folder"
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=message):
+            check_writable_dir(path, "--output_dir")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="nobody can write in /proc")
+def test_an_output_folder_that_cannot_be_made_is_refused():
+    message = r"^--output_dir /proc/none: cannot write in /proc .*: give another folder$"
+    with pytest.raises(ValueError, match=message):
+        check_writable_dir("/proc/none", "--output_dir")
+
+
+# ------------------------------------------------------------------ saving and loading a checkpoint
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    moments = {"exp_avg": torch.randn(3), "step": torch.tensor(4.0)}
+    state = checkpoint(optimizer={"state": {0: moments}})
+    save_checkpoint(tmp_path / "best.pt", state)
+    back = load_checkpoint(tmp_path / "best.pt")
+    assert back.keys() == {"format_version", *state}
+    assert torch.equal(back["model"]["weight"], torch.arange(6.0))
+    assert torch.equal(back["optimizer"]["state"][0]["exp_avg"], moments["exp_avg"])
+    assert back["format_version"] == checkpoints.FORMAT_VERSION
+    assert (back["vocabulary"], back["epoch"]) == ({"words": ["hund", "犬"]}, 2)
+
+
+def test_saving_a_checkpoint_without_one_of_its_keys_is_our_bug(tmp_path):
+    state = checkpoint()
+    del state["splits"]
+    with pytest.raises(AssertionError, match="splits"):
+        save_checkpoint(tmp_path / "best.pt", state)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Attack:
+    """A pickle of this makes a folder when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def refusal(path):
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert "weights_only" not in message  # torch's own advice is to switch the protection off
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_hostile_checkpoint_is_refused_and_its_code_not_run(tmp_path, archive):
+    bad, proof = tmp_path / "bad.pt", tmp_path / "proof"
+    version = checkpoints.FORMAT_VERSION
+    hostile = checkpoint(format_version=version, config={"a": Attack(str(proof))})
+    if archive:
+        torch.save(hostile, bad)
+        assert "could run code" in refusal(bad)
+    else:
+        bad.write_bytes(pickle.dumps(hostile))
+        assert "no torch archive" in refusal(bad)
+    assert not proof.exists()
+    torch.load(bad, weights_only=False) if archive else pickle.loads(bad.read_bytes())
+    assert proof.exists()  # so the attack was a real one
+
+
+def test_a_checkpoint_cut_short_anywhere_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "best.pt", checkpoint())
+    whole = (tmp_path / "best.pt").read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.pt").write_bytes(whole[:length])
+        assert "cut short" in refusal(tmp_path / "cut.pt")
+
+
+def test_one_flipped_bit_in_a_tensor_is_noticed(tmp_path):
+    """torch itself loads such a file without a word."""
+    save_checkpoint(tmp_path / "best.pt", checkpoint(model={"weight": torch.full((50,), 1.5)}))
+    data = bytearray((tmp_path / "best.pt").read_bytes())
+    data[data.index(torch.full((50,), 1.5).numpy().tobytes()) + 40] ^= 1
+    (tmp_path / "bad.pt").write_bytes(data)
+    assert "is damaged" in refusal(tmp_path / "bad.pt")
+
+
+def test_random_damage_never_shows_a_traceback_or_another_value(tmp_path):
+    save_checkpoint(tmp_path / "best.pt", checkpoint(random_state=None))
+    whole, draw = (tmp_path / "best.pt").read_bytes(), random.Random(0)
+    for _ in range(200):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        (tmp_path / "bad.pt").write_bytes(data)
+        try:
+            state = load_checkpoint(tmp_path / "bad.pt")
+        except ValueError as error:
+            assert "\n" not in str(error)
+        else:  # the bit was in the archive's padding or headers
+            assert torch.equal(state["model"]["weight"], torch.arange(6.0))
+            assert state["config"] == {"decoder": "lstm"}
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 50_000_000)
+    assert (tmp_path / "bomb.pt").stat().st_size < 100_000
+    assert "compressed" in refusal(tmp_path / "bomb.pt")
+
+
+def test_an_archive_that_claims_more_than_the_file_holds_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", b"x" * 1000)
+    data = buffer.getvalue().replace((1000).to_bytes(4, "little"), (10**9).to_bytes(4, "little"))
+    (tmp_path / "big.pt").write_bytes(data)
+    assert refusal(tmp_path / "big.pt").startswith("not a usable checkpoint (its archive")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([1, 2], "it has no format_version"),
+        ({"conv1.weight": torch.zeros(3)}, "it has no format_version"),
+        ({"format_version": torch.zeros(2)}, "it has no format_version"),
+        ({"format_version": 3}, "its 'config' is missing or not of type dict"),
+        (checkpoint(format_version=3, model=[]), "its 'model' is missing or not of type dict"),
+    ],
+)
+def test_other_files_of_torch_are_refused_by_what_they_lack(tmp_path, content, expected):
+    torch.save(content, tmp_path / "other.pt")
+    message = refusal(tmp_path / "other.pt")
+    assert message.startswith(f"not a usable checkpoint ({expected})")
+
+
+def test_another_format_version_is_refused_by_its_number(tmp_path):
+    torch.save({"format_version": 1}, tmp_path / "old.pt")
+    assert refusal(tmp_path / "old.pt") == (
+        "checkpoint format version 1, expected 3: use the version of this program that wrote it"
+    )
+
+
+def test_a_missing_checkpoint_is_a_file_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt: no such checkpoint file"):
+        load_checkpoint(tmp_path / "nothing.pt")
+
+
+# ------------------------------------------------------------------ finding and pruning checkpoints
+
+
+@pytest.fixture
+def saved_models(tmp_path):
+    """Two finished runs, one that has no checkpoint yet, and another decoder's older run."""
+    family = tmp_path / "saved_models" / "flickr30k" / "resnet_attention"
+    for name in ("best.pt", "model_epoch_1.pt", "model_epoch_2.pt", "model_epoch_10.pt"):
+        touch(family / "flickr30k_attention_ep10_bs32_lr1e-04_20241201_143022" / name)
+    for name in ("best.pt", "model_epoch_11.pt"):
+        touch(family / "flickr30k_attention_ep15_bs32_lr1e-04_20241201_143045" / name)
+    (family / "flickr30k_attention_ep15_bs32_lr1e-04_20250101_000000").mkdir()
+    other_family = tmp_path / "saved_models" / "flickr8k" / "resnet_lstm"
+    touch(other_family / "flickr8k_lstm_ep1_bs8_lr1e-03_20231201_143045" / "best.pt")
+    return tmp_path / "saved_models"
+
+
+def test_a_file_is_itself(saved_models):
+    file = next(saved_models.rglob("model_epoch_2.pt"))
+    assert resolve_checkpoint(file) == resolve_checkpoint(str(file), prefer="newest") == file
+
+
+def test_a_folder_is_its_newest_run_that_has_a_checkpoint(saved_models):
+    family = saved_models / "flickr30k" / "resnet_attention"
+    newest = family / "flickr30k_attention_ep15_bs32_lr1e-04_20241201_143045"
+    for folder in (family, family.parent, saved_models, newest):
+        assert resolve_checkpoint(folder) == newest / "best.pt"
+        assert resolve_checkpoint(folder, prefer="newest") == newest / "model_epoch_11.pt"
+    assert resolve_checkpoint(saved_models, "newest") == newest / "model_epoch_11.pt"
+
+
+def test_a_path_without_its_run_is_found_in_the_newest_run_that_has_it(saved_models):
+    family = saved_models / "flickr30k" / "resnet_attention"
+    assert resolve_checkpoint(family / "best.pt").parent.name.endswith("143045")
+    older_run = family / "flickr30k_attention_ep10_bs32_lr1e-04_20241201_143022"
+    tenth = resolve_checkpoint(family / "model_epoch_10.pt", prefer="newest")
+    assert tenth == older_run / "model_epoch_10.pt"
+
+
+def test_the_tenth_run_of_a_second_is_newer_than_its_second(tmp_path):
+    for suffix in ("", "_2", "_10"):
+        touch(tmp_path / f"flickr8k_lstm_{STAMP}{suffix}" / "best.pt")
+    assert resolve_checkpoint(tmp_path).parent.name == f"flickr8k_lstm_{STAMP}_10"
+
+
+def test_a_renamed_run_goes_by_the_time_of_its_file(tmp_path):
+    touch(tmp_path / f"flickr8k_lstm_{STAMP}" / "best.pt")  # December 2024; its file's time is not
+    renamed = touch(tmp_path / "my good one" / "best.pt", written=1_600_000_000)  # September 2020
+    assert resolve_checkpoint(tmp_path).parent.name == f"flickr8k_lstm_{STAMP}"
+    touch(renamed, written=1_800_000_000)  # January 2027
+    assert resolve_checkpoint(tmp_path) == renamed
+
+
+def test_within_a_run_the_newest_is_the_last_written(tmp_path):
+    for epoch in (10, 9, 2):
+        touch(tmp_path / f"model_epoch_{epoch}.pt")
+    touch(tmp_path / "best.pt", written=1_900_000_000)
+    touch(tmp_path / "model_epoch_x.pt", written=1_900_000_000)
+    assert resolve_checkpoint(tmp_path, "newest").name == "model_epoch_10.pt"
+    last = touch(tmp_path / "last.pt", written=1_600_000_000)  # interrupted during an earlier epoch
+    assert resolve_checkpoint(tmp_path, "newest").name == "model_epoch_10.pt"
+    touch(last, written=1_700_000_001)
+    assert resolve_checkpoint(tmp_path, "newest") == last
+
+
+def test_a_best_copied_into_a_resumed_run_is_not_its_newest_checkpoint(tmp_path):
+    """A resumed run that was stopped at once has only the copy: resuming it would lose epochs."""
+    touch(tmp_path / f"lstm_{STAMP}" / "model_epoch_9.pt")
+    touch(tmp_path / "lstm_20251201_143022" / "best.pt")
+    assert resolve_checkpoint(tmp_path, "newest").name == "model_epoch_9.pt"
+    released = resolve_checkpoint(tmp_path / "lstm_20251201_143022", "newest")
+    assert released.name == "best.pt"
+
+
+def test_an_error_for_a_missing_checkpoint_names_those_that_exist(saved_models, tmp_path):
+    family = saved_models / "flickr30k" / "resnet_attention"
+    message = r"model_epoch_99\.pt: no such checkpoint: existing ones are .*143045"
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve_checkpoint(family / "model_epoch_99.pt")
+    with pytest.raises(FileNotFoundError, match=r"existing ones are .*flickr8k_lstm_ep1"):
+        resolve_checkpoint(saved_models / "flickr8k" / "resnet_attention" / "best.pt")
+    (tmp_path / "empty").mkdir()
+    message = r"there is none in .*empty or below it: --mode train writes them"
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve_checkpoint(tmp_path / "empty", "newest")
+
+
+def test_prune_keeps_the_last_epochs_and_every_other_file(tmp_path):
+    others = ["best.pt", "last.pt", "model_epoch_x.pt.txt"]
+    for name in (*others, *(f"model_epoch_{n}.pt" for n in (1, 2, 9, 10, 11))):
+        touch(tmp_path / name)
+    prune_checkpoints(tmp_path, 0)
+    assert len(list(tmp_path.iterdir())) == 8
+    prune_checkpoints(tmp_path, 2)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {*others, "model_epoch_10.pt", "model_epoch_11.pt"}
