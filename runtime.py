@@ -1,4 +1,4 @@
-"""What the machine gives and the system says: device, precision, memory, and signals to stop.
+"""The machine and the operating system: device, precision, memory, and signals to stop.
 
     device = resolve_device("auto")
     with listen_for_stop() as received:
@@ -17,7 +17,10 @@ import process_group
 
 
 def resolve_device(name):
-    """--device -> torch.device; auto takes CUDA, then MPS, then the CPU. Raises: ValueError when it is not there."""
+    """--device -> torch.device; auto takes CUDA, then MPS, then the CPU.
+
+    Raises: ValueError when this machine lacks the device.
+    """
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -35,15 +38,15 @@ def resolve_device(name):
 
 
 def keep_freed_memory():
-    """Have the allocator keep what tensors give back; the kernel would hand it out again page by page, zeroed.
+    """Have malloc keep the memory that tensors free, for computing on the CPU.
 
-    For computing on the CPU: a training step faults in 40,000 pages otherwise. Where malloc is not glibc's, nothing
-    happens.
+    Memory that goes back to the kernel returns zeroed, page by page: a training step would take
+    40,000 page faults. Does nothing where malloc is not glibc's.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the heap's end that are kept
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
 
 
 def check_compiler(device):
@@ -58,7 +61,7 @@ def check_compiler(device):
 
 
 def resolve_precision(name, device):
-    """--precision -> float32, bfloat16 or float16; auto takes the fastest that the hardware computes itself.
+    """--precision -> float32, bfloat16 or float16; auto takes the fastest with hardware support.
 
     Raises: ValueError for float16 on a CPU, where torch lacks parts of it.
     """
@@ -75,30 +78,32 @@ def resolve_precision(name, device):
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM arrived. `args[0]` is its number."""
+    """SIGINT or SIGTERM arrived; `args[0]` is its number."""
 
 
 @contextlib.contextmanager
 def listen_for_stop():
-    """Yield a list that SIGINT and SIGTERM are appended to; a second one acts at once, as without us."""
+    """Yield a list that collects SIGINT and SIGTERM; the second of a kind has its usual effect."""
     received = []
 
-    def note(signum, _frame):
+    def on_signal(signum, _frame):
         received.append(signum)
-        signal.signal(signum, before[signum])
+        signal.signal(signum, previous[signum])
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signums = (signal.SIGINT, signal.SIGTERM)
+    previous = {signum: signal.signal(signum, on_signal) for signum in signums}
     try:
         yield received
     finally:
-        for signum, handler in before.items():
+        for signum, handler in previous.items():
             signal.signal(signum, handler)
 
 
 def until_stopped(received, items, apart=False):
-    """Yield from `items`; raise Stopped between two of them once a signal has arrived, in any process of the run.
+    """Yield from `items`; once any process has had a signal, raise Stopped between two of them.
 
-    `apart`: each process has its own number of items, so signals to several of them wait for a step taken together.
+    `apart`: the processes have different numbers of items, so they cannot compare after each one.
+    Several processes then stop only in the next loop that they go through in step.
     """
     for item in items:
         yield item

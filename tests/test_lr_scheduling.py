@@ -1,4 +1,4 @@
-"""The learning rate of every epoch and step, for each of the five schedulers, new and resumed; device and precision.
+"""The learning rate of every epoch and step, for each of the five schedulers, new and resumed.
 
 python tests/test_lr_scheduling.py     runs the same checks by hand and prints each schedule's rates
 """
@@ -368,49 +368,6 @@ def test_a_gamma_typed_on_resume_holds_from_there_on(tmp_path):
     rates(run, stop=3 * BATCHES)
     found = per_epoch(rates(resume(tmp_path, run, "--scheduler_gamma", "0.5")))
     assert found == pytest.approx([RATE * 0.8**3 * 0.5**epoch for epoch in range(5)])
-
-
-# Device and precision
-
-
-@pytest.mark.parametrize(
-    ("cuda", "mps", "expected"),
-    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
-)
-def test_defect_18_cuda_comes_before_mps_before_the_cpu(monkeypatch, cuda, mps, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert program.resolve_device("auto").type == expected
-
-
-@pytest.mark.parametrize("name", ["cud", "cuda:99", "gpu", "meta:x"])
-def test_a_device_that_is_not_there_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"^--device {name}: .*give auto") as error:
-        program.resolve_device(name)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("device", "hardware", "expected"),
-    [
-        ("cpu", {"amx": False, "avx": False}, "float32"),
-        ("cpu", {"amx": True, "avx": False}, "bfloat16"),
-        ("cpu", {"amx": False, "avx": True}, "bfloat16"),
-        ("cuda", {"capability": (7, 5)}, "float16"),
-        ("cuda", {"capability": (8, 0)}, "bfloat16"),
-        ("cuda", {"capability": (9, 0)}, "bfloat16"),
-        ("mps", {"amx": True, "avx": True}, "float32"),
-    ],
-)
-def test_auto_takes_the_precision_that_the_hardware_has(monkeypatch, device, hardware, expected):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: hardware["amx"])
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware["avx"])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: hardware["capability"])
-    assert program.resolve_precision("auto", torch.device(device)) == expected
-    for name in ("float32", "bfloat16", *(["float16"] if device != "cpu" else [])):
-        assert (
-            program.resolve_precision(name, torch.device(device)) == name
-        )  # what was asked for is kept
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""runtime.py: device and precision, signals to stop, and the memory that tensors give back."""
+
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import process_group
+import runtime
+from runtime import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
+
+# ----------------------------------------------------------------------------- device and precision
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_cuda_comes_before_mps_before_the_cpu(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert resolve_device("auto").type == expected
+
+
+@pytest.mark.parametrize("name", ["cud", "cuda:99", "gpu", "meta:x"])
+def test_a_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"^--device {name}: .*give auto") as error:
+        resolve_device(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "hardware", "expected"),
+    [
+        ("cpu", {"amx": False, "avx": False}, "float32"),
+        ("cpu", {"amx": True, "avx": False}, "bfloat16"),
+        ("cpu", {"amx": False, "avx": True}, "bfloat16"),
+        ("cuda", {"capability": (7, 5)}, "float16"),
+        ("cuda", {"capability": (8, 0)}, "bfloat16"),
+        ("cuda", {"capability": (9, 0)}, "bfloat16"),
+        ("mps", {"amx": True, "avx": True}, "float32"),
+    ],
+)
+def test_auto_takes_the_precision_that_the_hardware_has_and_a_given_one_is_kept(
+    monkeypatch, device, hardware, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: hardware["amx"])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware["avx"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: hardware["capability"])
+    assert resolve_precision("auto", torch.device(device)) == expected
+    for name in ("float32", "bfloat16", *(["float16"] if device != "cpu" else [])):
+        assert resolve_precision(name, torch.device(device)) == name
+
+
+# ------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_between_two_items_and_the_second_acts_at_once(signum):
+    def usual(*_):
+        raise InterruptedError
+
+    before = signal.signal(signum, usual)
+    try:
+        with listen_for_stop() as received:
+            items = until_stopped(received, "abc")
+            assert next(items) == "a"
+            signal.raise_signal(signum)
+            assert received == [signum]
+            with pytest.raises(Stopped) as stopped:
+                next(items)
+            assert stopped.value.args == (signum,)
+            with pytest.raises(InterruptedError):
+                signal.raise_signal(signum)
+        assert signal.getsignal(signum) is usual
+    finally:
+        signal.signal(signum, before)
+
+
+def test_a_signal_to_another_process_stops_this_one(monkeypatch):
+    monkeypatch.setattr(process_group, "all_reduce_max", lambda signum: max(signum, 15))
+    with pytest.raises(Stopped, match="15"):
+        list(until_stopped([], "ab"))
+
+
+def test_several_processes_with_items_apart_stop_later(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert list(until_stopped([15], "ab", apart=True)) == ["a", "b"]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(Stopped):
+        list(until_stopped([15], "ab", apart=True))
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+FAULTS = """
+import resource, sys, torch, runtime
+if sys.argv[1] == "keep":
+    runtime.keep_freed_memory()
+for _ in range(20):
+    torch.ones(2**24)  # 64 MiB, given back at once
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    first = faults if _ == 0 else first
+print(faults - first)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_memory_that_tensors_give_back_is_not_faulted_in_again():
+    root = Path(runtime.__file__).parent
+    kept, plain = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=root, text=True))
+        for how in ("keep", "plain")
+    )
+    assert kept < 100_000 < plain  # 16,384 pages each time
