@@ -1,7 +1,7 @@
-"""Keep the books of one run: its directory, its files, its plots, its seeds and its checkpoints on disk.
+"""The records of one run: its directory, the files and plots in it, its seeds and random states.
 
-Imported by the program; nothing here is run by hand. It knows no models and no datasets: a configuration, an epoch's
-scores and a checkpoint are dictionaries of plain values (and tensors). One run writes
+Imported by the program; nothing here is run by hand. It knows no models and no datasets: a
+configuration and an epoch's scores are dictionaries of plain values. One run writes
 
     saved_models/flickr8k/resnet_lstm/flickr8k_lstm_ep15_bs64_lr1e-03_cosine_20241201_143022/
         run_config.json  run_summary.txt                            once, before training
@@ -9,7 +9,7 @@ scores and a checkpoint are dictionaries of plain values (and tensors). One run 
         training_losses.png  learning_rate.png                      after every epoch
         best.pt  model_epoch_N.pt  last.pt                          checkpoints
 
-Every file is written under a temporary name, flushed to disk and renamed, so a reader never sees half of one.
+A reader never sees half a file: each is written under a temporary name, flushed and renamed.
 """
 
 import contextlib
@@ -38,46 +38,40 @@ from checkpoints import (
     write_text,
 )
 
-# The keys that run_config.json opens with, in this order, and the lines of run_summary.txt.
+# The keys that run_config.json opens with, in this order.
 CONFIG_KEYS = (
-    "dataset_type", "decoder_type", "epochs", "batch_size", "learning_rate", "embed_size", "hidden_size", "num_layers",
-    "attention_dim", "drop_prob", "num_workers", "use_scheduler", "scheduler_type", "scheduler_t_max", "min_lr",
-    "save_attention_viz", "attention_viz_samples", "advanced_attention_viz", "timestamp",
+    "dataset_type", "decoder_type", "epochs", "batch_size", "learning_rate", "embed_size",
+    "hidden_size", "num_layers", "attention_dim", "drop_prob", "num_workers", "use_scheduler",
+    "scheduler_type", "scheduler_t_max", "min_lr", "save_attention_viz", "attention_viz_samples",
+    "advanced_attention_viz", "timestamp",
 )  # fmt: skip
-SUMMARY_LINES = {
-    "Dataset": "dataset_type", "Decoder": "decoder", "Epochs": "epochs", "Batch Size": "batch_size",
-    "Learning Rate": "learning_rate", "Embed Size": "embed_size", "Hidden Size": "hidden_size",
-    "Num Layers": "num_layers", "Attention Dim": "attention_dim", "Dropout": "drop_prob", "Num Workers": "num_workers",
+# Labels of options in run_summary.txt; of the schedules' options a run prints those it uses.
+SUMMARY_LABELS = {
+    "dataset_type": "Dataset", "decoder": "Decoder", "epochs": "Epochs", "batch_size": "Batch Size",
+    "learning_rate": "Learning Rate", "embed_size": "Embed Size", "hidden_size": "Hidden Size",
+    "num_layers": "Num Layers", "attention_dim": "Attention Dim", "drop_prob": "Dropout",
+    "num_workers": "Num Workers",
 }  # fmt: skip
-SCHEDULER_LINES = {
-    "reduce_lr_on_plateau": {
-        "Patience": "scheduler_patience",
-        "Factor": "scheduler_factor",
-        "Min LR": "min_lr",
-    },
-    "step": {"Step Size": "scheduler_step_size", "Gamma": "scheduler_gamma"},
-    "cosine": {"T_max": "scheduler_t_max", "Min LR": "min_lr"},
-    "exponential": {"Gamma": "scheduler_gamma"},
-    "one_cycle": {"Warmup Epochs": "warmup_epochs"},
-}
-ATTENTION_LINES = {"Samples": "attention_viz_samples", "Advanced": "advanced_attention_viz"}
-ROW_KEYS = (
-    "epoch",
-    "train_loss",
-    "val_loss",
-    "learning_rate",
-    "epoch_time_seconds",
-)  # the rest of a row is metrics
+SCHEDULE_LABELS = {
+    "scheduler_patience": "Patience", "scheduler_factor": "Factor",
+    "scheduler_step_size": "Step Size", "scheduler_gamma": "Gamma", "scheduler_t_max": "T_max",
+    "warmup_epochs": "Warmup Epochs", "min_lr": "Min LR",
+}  # fmt: skip
+ATTENTION_LABELS = {"attention_viz_samples": "Samples", "advanced_attention_viz": "Advanced"}
+# The keys that every epoch's row has; its other keys are metrics.
+ROW_KEYS = ("epoch", "train_loss", "val_loss", "learning_rate", "epoch_time_seconds")
+# The curves of loss_curve.json and the keys of the rows they are drawn from.
+CURVES = {
+    "epochs": "epoch", "train_losses": "train_loss", "val_losses": "val_loss",
+    "learning_rates": "learning_rate",
+}  # fmt: skip
 
-BLUE, ORANGE, GREY = (
-    "#0072B2",
-    "#D55E00",
-    "#555555",
-)  # Okabe and Ito's colours, told apart by colour-blind readers
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 LINE = {"marker": "o", "markersize": 4, "linewidth": 1.8}
 
 
-# ---------------------------------------------------------------------------------------------------- random numbers
+# ----------------------------------------------------------------------------------- random numbers
 
 
 def set_seed(seed):
@@ -88,9 +82,9 @@ def set_seed(seed):
 
 
 def random_state():
-    """The state of torch's generators, which training draws from: a dict of tensors that a checkpoint can hold.
+    """The states of torch's generators, which training draws from, as tensors for a checkpoint.
 
-    Accelerators that this process has not used are left asleep: `cuda` is then an empty list, `mps` None.
+    Does not start CUDA in a process that has not used it: `cuda` is then an empty list.
     """
     return {
         "cpu": torch.get_rng_state(),
@@ -100,7 +94,7 @@ def random_state():
 
 
 def set_random_state(state):
-    """Put back what `random_state` returned; generators that this machine lacks are passed over."""
+    """Put back what `random_state` returned; generators that this machine lacks are skipped."""
     torch.set_rng_state(state["cpu"])
     for device, device_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(device_state, device)
@@ -108,34 +102,32 @@ def set_random_state(state):
         torch.mps.set_rng_state(state["mps"])
 
 
-# ------------------------------------------------------------------------------------------------ device and signals
-
-
-# ------------------------------------------------------------------------------------------------------ atomic files
-
-
-# ------------------------------------------------------------------------------------------------- the run directory
+# -------------------------------------------------------------------------------- the run directory
 
 
 def run_name(config, timestamp):
-    """The name of a run's directory, such as `flickr8k_lstm_ep15_bs64_lr1e-03_cosine_att_20241201_143022`."""
-    rate = np.format_float_scientific(
-        config["learning_rate"], trim="-", exp_digits=2
-    )  # 1e-03, 2.5e-04
+    """A run directory's name: `flickr8k_lstm_ep15_bs64_lr1e-03_cosine_att_20241201_143022`."""
+    # 1e-03, 2.5e-04
+    rate = np.format_float_scientific(config["learning_rate"], trim="-", exp_digits=2)
     parts = [
-        config["dataset_type"], config["decoder"], f"ep{config['epochs']}", f"bs{config['batch_size']}", f"lr{rate}",
+        config["dataset_type"],
+        config["decoder"],
+        f"ep{config['epochs']}",
+        f"bs{config['batch_size']}",
+        f"lr{rate}",
         *([config["scheduler_type"]] if config["use_scheduler"] else []),
         *(["att"] if config["save_attention_viz"] else []),
         timestamp,
-    ]  # fmt: skip
+    ]
     return "_".join(parts)
 
 
 def create_run_dir(model_save_dir, config, timestamp=None):
     """Make `<model_save_dir>/<dataset>/<encoder>_<decoder>/<name>/` and return its path.
 
-    No two calls return the same directory, not even from two processes in one second: mkdir is what decides, and
-    the later one gets `_2`, `_3`, ... `timestamp` is the local time unless given as `YYYYMMDD_HHMMSS`.
+    mkdir decides, so that no two calls return the same directory, not even from two processes in
+    one second: the later one gets `_2`, `_3`, ... `timestamp` is the local time unless given as
+    `YYYYMMDD_HHMMSS`.
     """
     encoder = {"resnet50": "resnet"}.get(config["encoder"], config["encoder"])
     family = Path(model_save_dir) / config["dataset_type"] / f"{encoder}_{config['decoder']}"
@@ -152,147 +144,146 @@ def create_run_dir(model_save_dir, config, timestamp=None):
 
 
 def git_info():
-    """The commit, branch and whether tracked files differ from it, of the program's own folder; None where unknown."""
-
-    def git(*arguments):
-        command = [
-            "git",
-            "--no-optional-locks",
-            "-C",
-            str(Path(__file__).resolve().parent),
-            *arguments,
-        ]
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=10
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
-            return None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    """The program's commit and branch, and whether tracked files differ; None where unknown."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": git("rev-parse", "--verify", "HEAD"),
-        "branch": git("branch", "--show-current") or None,  # empty on a detached HEAD
+        "commit": _git("rev-parse", "--verify", "HEAD"),
+        "branch": _git("branch", "--show-current") or None,  # empty on a detached HEAD
         "dirty": None if changes is None else bool(changes),
     }
 
 
+def _git(*arguments):
+    """What git prints in the program's own folder; None without git, a repository or a commit."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
 def environment():
-    """What the numbers of a run depend on outside its configuration: versions, platform, processor and devices."""
-
-    def version(package):
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
+    """What a run's results depend on beside its configuration: versions, processor, devices."""
     return {
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "torchvision", "numpy")},
+        **{package: _version(package) for package in ("torch", "torchvision", "numpy")},
         "platform": platform.platform(),
         "cpu_model": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        + (["mps"] if torch.backends.mps.is_available() else []),
+        "devices": _devices(),
     }
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model():
     with contextlib.suppress(OSError):  # /proc is Linux only
-        found = re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
-        if found:
-            return found.group(1)
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        if match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE):
+            return match.group(1)
     return platform.processor() or platform.machine()
 
 
-def run_summary(run_dir_name, config, command):
-    """The text of run_summary.txt: what was run, and the command that runs it again (a list of arguments)."""
+def _devices():
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return gpus + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+def run_summary(run_dir_name, config, command, schedule_options=()):
+    """The text of run_summary.txt: what was run, and the command that runs it again.
+
+    Args:
+        command: list of arguments.
+        schedule_options: names of the options of this run's schedule, in the order to print.
+    """
     scheduler = config["scheduler_type"] if config["use_scheduler"] else "none"
     attention = "Enabled" if config["save_attention_viz"] else "Disabled"
+    schedule_labels = {name: SCHEDULE_LABELS[name] for name in schedule_options}
+    attention_labels = ATTENTION_LABELS if config["save_attention_viz"] else {}
 
     def lines(labels, indent=""):
-        return [f"{indent}{label}: {config[key]}" for label, key in labels.items() if key in config]
+        return [f"{indent}{label}: {config[key]}" for key, label in labels.items() if key in config]
 
     return "\n".join([
         "Training Run Summary", "===================", "",
         f"Run Directory: {run_dir_name}", f"Timestamp: {_timestamp(run_dir_name)}", "",
-        *lines(SUMMARY_LINES), "",
-        f"Learning Rate Scheduler: {scheduler}", *lines(SCHEDULER_LINES.get(scheduler, {}), "  "), "",
-        f"Attention Visualization: {attention}", *(lines(ATTENTION_LINES, "  ") if attention == "Enabled" else []), "",
+        *lines(SUMMARY_LABELS), "",
+        f"Learning Rate Scheduler: {scheduler}", *lines(schedule_labels, "  "), "",
+        f"Attention Visualization: {attention}", *lines(attention_labels, "  "), "",
         "Full configuration saved to: run_config.json", "",
         "Command to reproduce:", f"  {shlex.join(map(str, command))}", "",
     ])  # fmt: skip
 
 
 def _timestamp(run_dir_name):
-    found = RUN_NAME_END.search(run_dir_name)
-    return found.group(1) if found else None
+    match = RUN_NAME_END.search(run_dir_name)
+    return match.group(1) if match else None
 
 
 class RunTracker:
-    """Writes a run's configuration once and its curves after every epoch. `history` is the list of rows so far.
+    """Writes a run's configuration once, and its curves after every epoch.
+
+    `history` is the list of the epochs' rows so far.
 
     Args:
         run_dir: the run's directory, which exists.
         config: every option's resolved value under its flag's name.
         command: the list of arguments that reproduces the run.
         history: the rows of the run that this one resumes.
+        schedule_options: names of the options of this run's schedule, in the order to print.
     """
 
-    def __init__(self, run_dir, config, command, history=()):
+    def __init__(self, run_dir, config, command, history=(), schedule_options=()):
         self.run_dir = Path(run_dir)
         self.history = list(history)
-        values = {
-            ("decoder_type" if key == "decoder" else key): value for key, value in config.items()
-        }
+        self._write_config(config, command)
+        summary = run_summary(self.run_dir.name, config, command, schedule_options)
+        write_text(self.run_dir / "run_summary.txt", summary)
+
+    def _write_config(self, config, command):
+        values = {"decoder_type" if key == "decoder" else key: config[key] for key in config}
         values["timestamp"] = _timestamp(self.run_dir.name)
         ordered = {key: values[key] for key in CONFIG_KEYS if key in values} | values
-        extra = {
+        origin = {
             "command": shlex.join(map(str, command)),
             "git": git_info(),
             "environment": environment(),
         }
-        write_json(self.run_dir / "run_config.json", ordered | extra)
-        write_text(
-            self.run_dir / "run_summary.txt", run_summary(self.run_dir.name, config, command)
-        )
+        write_json(self.run_dir / "run_config.json", ordered | origin)
 
     def log_epoch(self, row):
         """Add one epoch and rewrite the curves.
 
-        `row` has the ROW_KEYS (losses in nats per token) and any metrics: `BLEU-4`, `CIDEr`, `share_unique`, ...
-        Metrics may come and go between epochs: where a row lacks one, its place is null, or empty in metrics.csv.
+        `row` has the ROW_KEYS (losses in nats per token) and any metrics: `BLEU-4`, `CIDEr`,
+        `share_unique`, ... Metrics may come and go between epochs: where a row lacks one, its place
+        is null, or empty in metrics.csv.
         """
-        self.history.append(
-            plain_values(row)
-        )  # plain floats: checkpoints hold the history and refuse numpy's
+        self.history.append(plain_values(row))  # checkpoints hold it and refuse numpy's floats
         columns = dict.fromkeys([*ROW_KEYS, *itertools.chain.from_iterable(self.history)])
-        table = {name: [past.get(name) for past in self.history] for name in columns}
-        curve = {"epochs": "epoch", "train_losses": "train_loss", "val_losses": "val_loss",
-                 "learning_rates": "learning_rate"}  # fmt: skip
-        metrics = {"epochs": table["epoch"]} | {
-            name: table[name] for name in columns if name not in ROW_KEYS
-        }
-        write_json(
-            self.run_dir / "loss_curve.json", {name: table[key] for name, key in curve.items()}
-        )
-        write_json(self.run_dir / "metrics_history.json", metrics)
-        write_text(
-            self.run_dir / "metrics.csv",
-            pd.DataFrame(table).to_csv(index=False, lineterminator="\n"),
-        )
+        table = {name: [epoch.get(name) for epoch in self.history] for name in columns}
+        curves = {name: table[key] for name, key in CURVES.items()}
+        metrics = {name: values for name, values in table.items() if name not in ROW_KEYS}
+        csv = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
+        write_json(self.run_dir / "loss_curve.json", curves)
+        write_json(self.run_dir / "metrics_history.json", {"epochs": table["epoch"]} | metrics)
+        write_text(self.run_dir / "metrics.csv", csv)
         plot_losses(self.run_dir / "training_losses.png", self.history)
         plot_learning_rate(self.run_dir / "learning_rate.png", self.history)
 
 
-# ------------------------------------------------------------------------------------------------------------- plots
+# -------------------------------------------------------------------------------------------- plots
 
 
 def best_epoch(history):
-    """The row whose model is best.pt: the first with the highest CIDEr, or without CIDEr with the lowest val_loss."""
+    """The row whose model is best.pt: the first of highest CIDEr, or else of lowest val_loss."""
     scored = [row for row in history if row.get("CIDEr") is not None]
     if scored:
         return max(scored, key=lambda row: row["CIDEr"])
@@ -301,12 +292,10 @@ def best_epoch(history):
 
 
 def plot_losses(path, history):
-    """Draw training and validation loss over epochs into the PNG `path`, with the epoch of best.pt marked."""
+    """Draw training and validation loss over epochs into the PNG `path`."""
     figure, axes = _epoch_axes("Training and validation loss", "Loss (nats per token)")
-    for key, label, colour in (
-        ("train_loss", "Training", BLUE),
-        ("val_loss", "Validation", ORANGE),
-    ):
+    curves = (("train_loss", "Training", BLUE), ("val_loss", "Validation", ORANGE))
+    for key, label, colour in curves:
         points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=label, **LINE)
@@ -314,7 +303,7 @@ def plot_losses(path, history):
 
 
 def plot_learning_rate(path, history):
-    """Draw the learning rate over epochs into the PNG `path`; on a logarithmic axis when it spans over a decade."""
+    """Draw the learning rate over epochs into the PNG `path`; logarithmic if it spans a decade."""
     figure, axes = _epoch_axes("Learning rate", "Learning rate")
     rates = [row["learning_rate"] for row in history]
     axes.plot([row["epoch"] for row in history], rates, color=BLUE, label="Learning rate", **LINE)
@@ -328,9 +317,8 @@ def plot_learning_rate(path, history):
 
 
 def _epoch_axes(title, y_label):
-    from matplotlib.figure import (
-        Figure,
-    )  # not pyplot: no display, no global state; here because it takes a second
+    # Not pyplot, which needs a display and has global state; here because it takes a second.
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 4.0), dpi=200, layout="constrained")
@@ -347,25 +335,17 @@ def _finish(path, figure, axes, history):
     """Mark the best epoch, add the legend and write the PNG `path`."""
     best = best_epoch(history)
     if best is not None:
-        score = (
-            f"CIDEr {best['CIDEr']:.3f}"
-            if best.get("CIDEr") is not None
-            else f"loss {best['val_loss']:.3f}"
-        )
+        scored = best.get("CIDEr") is not None
+        score = f"CIDEr {best['CIDEr']:.3f}" if scored else f"loss {best['val_loss']:.3f}"
         label = f"Best epoch {best['epoch']} ({score})"
-        axes.axvline(
-            best["epoch"], color=GREY, linestyle="--", linewidth=1.2, zorder=1, label=label
-        )
+        style = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "zorder": 1}
+        axes.axvline(best["epoch"], label=label, **style)
     first, last = history[0]["epoch"], history[-1]["epoch"]
     margin = max(0.5, 0.03 * (last - first))
     axes.set_xlim(first - margin, last + margin)
-    figure.legend(
-        loc="outside lower center", ncols=3, frameon=False
-    )  # outside: it never covers a curve
+    # outside the axes, where it covers no curve
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     with replace_file(path) as file:
         file.write(picture.getbuffer())
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints

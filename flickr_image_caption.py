@@ -1655,8 +1655,19 @@ def open_run_dir(run):
     args, progress = run.args, run.progress
     config = plain_config(args)
     run.run_dir = experiment_utils.create_run_dir(args.model_save_dir, config)
+    schedule_options = {
+        "reduce_lr_on_plateau": ("scheduler_patience", "scheduler_factor", "min_lr"),
+        "step": ("scheduler_step_size", "scheduler_gamma"),
+        "cosine": ("scheduler_t_max", "min_lr"),
+        "exponential": ("scheduler_gamma",),
+        "one_cycle": ("warmup_epochs",),
+    }
     run.tracker = experiment_utils.RunTracker(
-        run.run_dir, config, [Path(sys.executable).name, *sys.argv], run.history
+        run.run_dir,
+        config,
+        [Path(sys.executable).name, *sys.argv],
+        run.history,
+        schedule_options[args.scheduler_type] if args.use_scheduler else (),
     )
     print(f"run directory: {run.run_dir}")
     size = (

@@ -24,21 +24,25 @@ from experiment_utils import (
     create_run_dir,
     environment,
     git_info,
+    plot_losses,
     random_state,
     run_name,
+    run_summary,
     set_random_state,
     set_seed,
 )
 
 STAMP = "20241201_143022"
-CONFIG = {  # document A's example
-    "seed": 7, "encoder": "resnet50", "dataset_type": "flickr30k", "decoder": "attention", "epochs": 20,
-    "batch_size": 32, "learning_rate": 0.0005, "embed_size": 512, "hidden_size": 1024, "num_layers": 3,
-    "attention_dim": 512, "drop_prob": 0.3, "num_workers": 4, "use_scheduler": True, "scheduler_type": "cosine",
-    "scheduler_t_max": 20, "min_lr": 1e-6, "save_attention_viz": True, "attention_viz_samples": 5,
-    "advanced_attention_viz": True,
+CONFIG = {
+    "seed": 7, "encoder": "resnet50", "dataset_type": "flickr30k", "decoder": "attention",
+    "epochs": 20, "batch_size": 32, "learning_rate": 0.0005, "embed_size": 512, "hidden_size": 1024,
+    "num_layers": 3, "attention_dim": 512, "drop_prob": 0.3, "num_workers": 4,
+    "use_scheduler": True, "scheduler_type": "cosine", "scheduler_t_max": 20, "min_lr": 1e-6,
+    "save_attention_viz": True, "attention_viz_samples": 5, "advanced_attention_viz": True,
 }  # fmt: skip
-DOCUMENT_CONFIG = """{
+COSINE_OPTIONS = ("scheduler_t_max", "min_lr")
+# run_config.json and run_summary.txt as they were specified, for CONFIG.
+SPECIFIED_CONFIG = """{
   "dataset_type": "flickr30k",
   "decoder_type": "attention",
   "epochs": 20,
@@ -59,7 +63,7 @@ DOCUMENT_CONFIG = """{
   "advanced_attention_viz": true,
   "timestamp": "20241201_143022"
 }"""
-DOCUMENT_SUMMARY = """Training Run Summary
+SPECIFIED_SUMMARY = """Training Run Summary
 ===================
 
 Run Directory: flickr30k_attention_ep20_bs32_lr5e-04_cosine_att_20241201_143022
@@ -91,34 +95,30 @@ COMMAND = ["python", "flickr_image_caption.py", "--image_dir", "my pictures"]
 
 
 def row(epoch, **metrics):
-    return {
-        "epoch": epoch, "train_loss": 4 / epoch, "val_loss": 1 + 3 / epoch, "learning_rate": 1e-3 / epoch,
-        "epoch_time_seconds": 1.5,
-    } | metrics  # fmt: skip
+    losses = {"train_loss": 4 / epoch, "val_loss": 1 + 3 / epoch}
+    rest = {"learning_rate": 1e-3 / epoch, "epoch_time_seconds": 1.5}
+    return {"epoch": epoch} | losses | rest | metrics
 
 
-# ------------------------------------------------------------------------------------------------- the run directory
+# -------------------------------------------------------------------------------- the run directory
 
 
-@pytest.mark.parametrize(
-    ("changes", "stamp", "expected"),
-    [
-        (
-            {"dataset_type": "flickr8k", "decoder": "lstm", "epochs": 15, "batch_size": 64, "learning_rate": 0.001,
-             "save_attention_viz": False},
-            STAMP,
-            "flickr8k_lstm_ep15_bs64_lr1e-03_cosine_20241201_143022",
-        ),
-        (
-            {"epochs": 30, "batch_size": 128, "learning_rate": 0.0001, "use_scheduler": False},
-            "20241201_143045",
-            "flickr30k_attention_ep30_bs128_lr1e-04_att_20241201_143045",
-        ),
-        ({}, STAMP, "flickr30k_attention_ep20_bs32_lr5e-04_cosine_att_20241201_143022"),
-    ],
-)  # fmt: skip
-def test_run_name_is_document_a_s(changes, stamp, expected):
-    assert run_name(CONFIG | changes, stamp) == expected
+def test_run_name_holds_the_parameters_and_the_time():
+    assert run_name(CONFIG, STAMP) == (
+        "flickr30k_attention_ep20_bs32_lr5e-04_cosine_att_20241201_143022"
+    )
+
+
+def test_run_name_leaves_out_what_is_off():
+    lstm = {"dataset_type": "flickr8k", "decoder": "lstm", "epochs": 15, "batch_size": 64}
+    changes = lstm | {"learning_rate": 0.001, "save_attention_viz": False}
+    assert run_name(CONFIG | changes, STAMP) == (
+        "flickr8k_lstm_ep15_bs64_lr1e-03_cosine_20241201_143022"
+    )
+    changes = {"epochs": 30, "batch_size": 128, "learning_rate": 0.0001, "use_scheduler": False}
+    assert run_name(CONFIG | changes, "20241201_143045") == (
+        "flickr30k_attention_ep30_bs128_lr1e-04_att_20241201_143045"
+    )
 
 
 def test_run_name_keeps_every_digit_of_the_learning_rate():
@@ -127,37 +127,32 @@ def test_run_name_keeps_every_digit_of_the_learning_rate():
 
 
 def test_resnet50_writes_resnet_and_other_encoders_their_own_name(tmp_path):
-    assert (
-        create_run_dir(tmp_path, CONFIG, STAMP).parent
-        == tmp_path / "flickr30k" / "resnet_attention"
-    )
-    mobile = create_run_dir(
-        tmp_path, CONFIG | {"encoder": "mobilenet_v2", "decoder": "lstm"}, STAMP
-    )
+    resnet = create_run_dir(tmp_path, CONFIG, STAMP)
+    assert resnet.parent == tmp_path / "flickr30k" / "resnet_attention"
+    changes = {"encoder": "mobilenet_v2", "decoder": "lstm"}
+    mobile = create_run_dir(tmp_path, CONFIG | changes, STAMP)
     assert mobile.parent == tmp_path / "flickr30k" / "mobilenet_v2_lstm"
 
 
 def test_run_directories_of_one_second_and_two_processes_are_distinct(tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         made = pool.starmap(create_run_dir, [(tmp_path, CONFIG, STAMP)] * 40, chunksize=1)
-    name = run_name(CONFIG, STAMP)
-    assert sorted(run_dir.name for run_dir in made) == sorted(
-        [name] + [f"{name}_{n}" for n in range(2, 41)]
-    )
+    first = run_name(CONFIG, STAMP)
+    names = [first] + [f"{first}_{n}" for n in range(2, 41)]
+    assert sorted(run_dir.name for run_dir in made) == sorted(names)
 
 
 def test_run_directory_carries_the_local_time_of_its_making(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        experiment_utils.time, "strftime", lambda layout: {"%Y%m%d_%H%M%S": STAMP}[layout]
-    )
+    local_time = {"%Y%m%d_%H%M%S": STAMP}.__getitem__
+    monkeypatch.setattr(experiment_utils.time, "strftime", local_time)
     assert create_run_dir(tmp_path, CONFIG).name.endswith("_att_20241201_143022")
 
 
-def test_run_config_opens_with_document_a_s_keys_and_keeps_everything_else(tmp_path):
+def test_run_config_opens_with_the_specified_keys_and_keeps_everything_else(tmp_path):
     run_dir = create_run_dir(tmp_path, CONFIG, STAMP)
     RunTracker(run_dir, CONFIG | {"cache_dir": Path("feature_cache")}, COMMAND)
     written = json.loads((run_dir / "run_config.json").read_text())
-    expected = json.loads(DOCUMENT_CONFIG)
+    expected = json.loads(SPECIFIED_CONFIG)
     assert list(written.items())[: len(expected)] == list(expected.items())
     rest = list(written)[len(expected) :]
     assert rest == ["seed", "encoder", "cache_dir", "command", "git", "environment"]
@@ -166,39 +161,37 @@ def test_run_config_opens_with_document_a_s_keys_and_keeps_everything_else(tmp_p
     assert written["environment"]["torch"] == torch.__version__.split("+")[0]
 
 
-def test_run_summary_is_document_a_s_and_the_command(tmp_path):
+def test_run_summary_is_as_specified_and_ends_with_the_command(tmp_path):
     run_dir = create_run_dir(tmp_path, CONFIG, STAMP)
-    RunTracker(run_dir, CONFIG, COMMAND)
-    command = (
-        "\nCommand to reproduce:\n  python flickr_image_caption.py --image_dir 'my pictures'\n"
-    )
-    assert (run_dir / "run_summary.txt").read_text() == DOCUMENT_SUMMARY + command
+    RunTracker(run_dir, CONFIG, COMMAND, schedule_options=COSINE_OPTIONS)
+    command = "  python flickr_image_caption.py --image_dir 'my pictures'\n"
+    expected = f"{SPECIFIED_SUMMARY}\nCommand to reproduce:\n{command}"
+    assert (run_dir / "run_summary.txt").read_text() == expected
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "flags", "lines"),
+    ("scheduler", "options", "lines"),
     [
-        ("step", {"scheduler_step_size": 7, "scheduler_gamma": 0.1}, ["  Step Size: 7", "  Gamma: 0.1"]),
-        ("reduce_lr_on_plateau", {"scheduler_patience": 3, "scheduler_factor": 0.5},
-         ["  Patience: 3", "  Factor: 0.5", "  Min LR: 1e-06"]),
-        ("exponential", {"scheduler_gamma": 0.1}, ["  Gamma: 0.1"]),
-        ("one_cycle", {"warmup_epochs": 2}, ["  Warmup Epochs: 2"]),
+        ("step", {"scheduler_step_size": 7, "scheduler_gamma": 0.1},
+         "  Step Size: 7\n  Gamma: 0.1"),
+        ("reduce_lr_on_plateau",
+         {"scheduler_patience": 3, "scheduler_factor": 0.5, "min_lr": 1e-6},
+         "  Patience: 3\n  Factor: 0.5\n  Min LR: 1e-06"),
+        ("exponential", {"scheduler_gamma": 0.1}, "  Gamma: 0.1"),
+        ("one_cycle", {"warmup_epochs": 2}, "  Warmup Epochs: 2"),
     ],
 )  # fmt: skip
-def test_run_summary_shows_the_chosen_scheduler_s_own_parameters(scheduler, flags, lines):
-    text = experiment_utils.run_summary(
-        "run", CONFIG | flags | {"scheduler_type": scheduler}, COMMAND
-    )
-    assert f"Learning Rate Scheduler: {scheduler}\n" + "\n".join(lines) + "\n\nAttention" in text
+def test_run_summary_shows_the_schedule_s_options_in_the_given_order(scheduler, options, lines):
+    config = CONFIG | options | {"scheduler_type": scheduler}
+    text = run_summary("run", config, COMMAND, schedule_options=tuple(options))
+    assert f"Learning Rate Scheduler: {scheduler}\n{lines}\n\nAttention" in text
 
 
 def test_run_summary_without_scheduler_and_pictures():
     changes = {"use_scheduler": False, "save_attention_viz": False}
-    text = experiment_utils.run_summary("run", CONFIG | changes, COMMAND)
-    assert (
-        "Learning Rate Scheduler: none\n\nAttention Visualization: Disabled\n\nFull configuration"
-        in text
-    )
+    text = run_summary("run", CONFIG | changes, COMMAND)
+    middle = "Learning Rate Scheduler: none\n\nAttention Visualization: Disabled\n\nFull config"
+    assert middle in text
 
 
 def test_git_info_in_a_repository_with_a_change_and_outside_one(tmp_path, monkeypatch):
@@ -207,11 +200,7 @@ def test_git_info_in_a_repository_with_a_change_and_outside_one(tmp_path, monkey
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    for name in (
-        "GIT_DIR",
-        "GIT_WORK_TREE",
-        "GIT_INDEX_FILE",
-    ):  # set where a git hook runs the tests
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # a git hook sets them
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(experiment_utils, "__file__", str(tmp_path / "experiment_utils.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -228,15 +217,15 @@ def test_git_info_in_a_repository_with_a_change_and_outside_one(tmp_path, monkey
 
 
 def test_environment_says_what_the_numbers_depend_on():
-    told = environment()
-    assert told["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert told["torch_threads"] == torch.get_num_threads()
-    assert len(told["devices"]) >= torch.cuda.device_count()
-    assert told["cpu_count"] == os.cpu_count()
-    assert told["cpu_model"]
+    snapshot = environment()
+    assert snapshot["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert snapshot["torch_threads"] == torch.get_num_threads()
+    assert len(snapshot["devices"]) >= torch.cuda.device_count()
+    assert snapshot["cpu_count"] == os.cpu_count()
+    assert snapshot["cpu_model"]
 
 
-# ----------------------------------------------------------------------------------------------------------- history
+# ------------------------------------------------------------------------------------------ history
 
 
 def test_curves_and_metrics_of_three_epochs(tmp_path):
@@ -259,7 +248,7 @@ def test_curves_and_metrics_of_three_epochs(tmp_path):
 
 
 def test_metrics_csv_keeps_a_right_header_when_columns_come_and_go(tmp_path):
-    """System B appended rows under its first header: a metric that came later shifted the columns."""
+    """Rows appended under the first header would shift once a metric comes later."""
     tracker = RunTracker(tmp_path, CONFIG, COMMAND)
     tracker.log_epoch(row(1, CIDEr=0.25))
     tracker.log_epoch(row(2, WER=0.75, CIDEr=0.5))
@@ -292,15 +281,13 @@ def test_history_of_numpy_scores_can_be_loaded_from_a_checkpoint(tmp_path):
 
 def test_best_epoch_is_the_first_with_the_highest_cider_else_the_lowest_loss():
     assert best_epoch([row(1, CIDEr=0.1), row(2, CIDEr=0.3), row(3, CIDEr=0.3)])["epoch"] == 2
-    assert (
-        best_epoch([row(1, val_loss=2.0), row(2, val_loss=1.0), row(3, val_loss=None)])["epoch"]
-        == 2
-    )
+    unscored = [row(1, val_loss=2.0), row(2, val_loss=1.0), row(3, val_loss=None)]
+    assert best_epoch(unscored)["epoch"] == 2
     assert best_epoch([row(1, val_loss=None)]) is None
 
 
 def colours(path):
-    """How many pixels of each saturated curve colour (blue, orange) and of anything but white the PNG has."""
+    """How many pixels of a PNG are blue, how many orange, and how many anything but white."""
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert picture.size == (1280, 800)
@@ -334,15 +321,13 @@ def test_plots_of_one_epoch_without_validation(tmp_path, rate):
 
 
 def test_plots_need_neither_pyplot_nor_a_display(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "matplotlib.pyplot", None
-    )  # importing it is now an ImportError
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # makes its import an error
     monkeypatch.delenv("DISPLAY", raising=False)
-    experiment_utils.plot_losses(tmp_path / "losses.png", [row(1), row(2)])
+    plot_losses(tmp_path / "losses.png", [row(1), row(2)])
     assert colours(tmp_path / "losses.png")[0] > 500
 
 
-# ------------------------------------------------------------------------------------------- random numbers, folders
+# ----------------------------------------------------------------------------------- random numbers
 
 
 def test_seed_fixes_all_three_generators_and_the_state_goes_on_where_it_stopped(tmp_path):
