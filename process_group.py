@@ -1,11 +1,10 @@
-"""Several processes as one run, as `torchrun` starts them: who am I, what is my share, what do the others say.
+"""Several processes as one run, as `torchrun` starts them: rank, shards and collectives.
 
     torchrun --nproc_per_node=2 flickr_image_caption.py ...
 
-Every function also works in a process that is alone, where it costs nothing. Collective ones
-(`broadcast`, `all_gather`, `all_reduce_sum`, `all_reduce_max`) must be called by all processes, in
-the same order; they use gloo on the CPU, while gradients use nccl on GPUs. Rank 0 writes files and
-prints; the others compute.
+Collectives (`broadcast`, `all_gather`, `all_reduce_sum`, `all_reduce_max`) must be called by all
+processes, in the same order; they use gloo on the CPU, while gradients use nccl on GPUs. In a
+process that is alone they cost nothing. Rank 0 writes files and prints; the others compute.
 """
 
 import contextlib
@@ -29,36 +28,36 @@ def world_size():
 
 
 def rank():
-    """Which of them this is; 0 writes."""
+    """Which process this is, from 0; rank 0 writes."""
     return int(os.environ.get("RANK", 0))
 
 
 @contextlib.contextmanager
 def joined(device):
-    """While the block runs, the processes that torchrun started are one group; all but rank 0 are silent on stdout."""
+    """Make the processes that torchrun started one group while the block runs.
+
+    All but rank 0 are silent on stdout, and `cuda` without a number means this process's own GPU.
+    """
     if world_size() == 1:
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(
-            int(os.environ["LOCAL_RANK"])
-        )  # what `cuda` without a number means from here on
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with lost_peers():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere if rank() else sys.stdout),
-    ):
-        yield
+    with Path(os.devnull).open("w") as devnull:
+        stdout = devnull if rank() else sys.stdout
+        with contextlib.redirect_stdout(stdout):
+            yield
     distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def lost_peers():
-    """Turns what torch says when a peer is gone into one line. Raises: ConnectionError."""
+    """Turn torch's error when a peer is gone into one line. Raises: ConnectionError."""
     try:
         yield
-    except RuntimeError as error:  # gloo's are plain ones
+    except RuntimeError as error:  # gloo raises plain ones
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         raise ConnectionError(LOST) from error
@@ -68,24 +67,24 @@ def broadcast(value):
     """Rank 0's value, on every rank."""
     if world_size() == 1:
         return value
-    box = [value]
+    values = [value]
     with lost_peers():
-        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+        distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def all_gather(value):
     """The values of all ranks, in their order, on every rank."""
     if world_size() == 1:
         return [value]
-    found = [None] * world_size()
+    values = [None] * world_size()
     with lost_peers():
-        distributed.all_gather_object(found, value)
-    return found
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(values):
-    """Sums over the ranks of a list of numbers."""
+    """Elementwise sums of the ranks' lists of numbers."""
     return [math.fsum(column) for column in zip(*all_gather(values), strict=True)]
 
 
@@ -93,26 +92,26 @@ def all_reduce_max(number):
     """The largest of the ranks' whole numbers: cheap enough for every step."""
     if world_size() == 1:
         return number
-    found = torch.tensor(number)
+    largest = torch.tensor(number)
     with lost_peers():
-        distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return int(found)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)
 
 
 def send(value, to):
-    """Hand an object to rank `to`, which waits for it with `receive`."""
+    """Send an object to rank `to`, which waits for it in `receive`."""
     with lost_peers():
         distributed.send_object_list([value], to)
 
 
 def receive(sender):
     """The object that rank `sender` sends."""
-    box = [None]
+    values = [None]
     with lost_peers():
-        distributed.recv_object_list(box, sender)
-    return box[0]
+        distributed.recv_object_list(values, sender)
+    return values[0]
 
 
 def shard(count):
-    """This rank's slice of `count` things in order: the ranks' slices cover all, and differ by one at most."""
+    """This rank's slice of `count` items; the ranks' slices cover all and differ by one at most."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())

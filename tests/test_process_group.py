@@ -1,4 +1,4 @@
-"""process_group.py and training by several processes, started by torchrun on this machine's CPU (gloo)."""
+"""process_group.py, and training by several processes that torchrun starts on the CPU (gloo)."""
 
 import os
 import runpy
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_end_to_end import TINY, load, program, run_dir, train
 
 import checkpoints
+from caption_batches import CaptionBatches
 
 PROGRAM = Path(experiment_utils.__file__).with_name("flickr_image_caption.py")
 pytestmark = pytest.mark.usefixtures("shop")
@@ -28,7 +29,7 @@ FIRST_GRADIENTS = """
 import sys, torch
 import flickr_image_caption as program, process_group
 
-def first_gradients(args):  # a function, as in the program: a reducer left to the end of the interpreter may abort it
+def first_gradients(args):  # a function, as a reducer alive at the interpreter's end may abort it
     run = program.set_up(args, None)
     run.optimizer = torch.optim.SGD(run.decoder.parameters(), lr=0.0)
     run.args.grad_clip = 0.0
@@ -47,28 +48,20 @@ with process_group.joined(args.device):
 
 def environment():
     """One thread per process; a torchrun above this test must not be seen by the one below it."""
-    ours = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    return ours | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parent)}
+    outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    variables = {name: value for name, value in os.environ.items() if name not in outer}
+    return variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parent)}
 
 
 def torchrun(processes, script, *words, start=subprocess.run, **options):
     """Run `script` as torchrun does, in the test's folder."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
-    return start([*command, str(script), *map(str, words)], env=environment(), text=True, **options)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc_per_node={processes}", str(script), *map(str, words)]
+    return start(command, env=environment(), text=True, **options)
 
 
 def test_two_processes_are_one_run(tmp_path):
-    """Weights after an epoch to 1e-4, the same scores, one run directory, one cache that both have filled."""
+    """Weights after an epoch to 1e-4, the same scores, one run directory, one cache of both."""
     alone = train(PLAIN, "--epochs 1")
     Path("feature_cache").unlink()  # the link to the workshop's: an empty one instead
     done = torchrun(2, PROGRAM, *PLAIN.split(), "--batch_size", 40, capture_output=True)
@@ -79,27 +72,20 @@ def test_two_processes_are_one_run(tmp_path):
     ours, theirs = load(alone / "best.pt"), load(together / "best.pt")
     for name, weight in ours["model"].items():
         torch.testing.assert_close(theirs["model"][name], weight, atol=1e-4, rtol=0, msg=name)
-    assert theirs["history"][0]["val_loss"] == pytest.approx(
-        ours["history"][0]["val_loss"], abs=1e-4
-    )
-    assert theirs["history"][0]["train_loss"] == pytest.approx(
-        ours["history"][0]["train_loss"], abs=1e-4
-    )
-    assert theirs["history"][0]["CIDEr"] == pytest.approx(ours["history"][0]["CIDEr"], abs=1e-3)
+    for name, tolerance in (("val_loss", 1e-4), ("train_loss", 1e-4), ("CIDEr", 1e-3)):
+        expected = pytest.approx(ours["history"][0][name], abs=tolerance)
+        assert theirs["history"][0][name] == expected, name
     (cache,) = Path("feature_cache").iterdir()
     stored = (cache / "features.f16").stat().st_size
-    assert (
-        stored == 36 * 7 * 7 * theirs["encoder"]["channels"] * 2
-    )  # training and validation images, each once
+    # 36 training and validation images, each once
+    assert stored == 36 * 7 * 7 * theirs["encoder"]["channels"] * 2
     assert np.isfinite(np.fromfile(cache / "features.f16", np.float16)).all()
     # from which two processes of an LSTM run take their means
-    taken = torchrun(2, PROGRAM, *PLAIN.split(), "--decoder", "lstm", capture_output=True)
-    assert taken.returncode == 0, taken.stderr
+    lstm = torchrun(2, PROGRAM, *PLAIN.split(), "--decoder", "lstm", capture_output=True)
+    assert lstm.returncode == 0, lstm.stderr
     (means,) = Path("feature_cache").glob("*_pooled/features.f32")
-    assert (
-        means.stat().st_size == 2 * stored // 49
-        and stored == (cache / "features.f16").stat().st_size
-    )
+    assert means.stat().st_size == 2 * stored // 49
+    assert stored == (cache / "features.f16").stat().st_size
     assert np.isfinite(np.fromfile(means, np.float32)).all()
     # and one process goes on where two stopped
     resumed = program("--resume", together / "model_epoch_1.pt", "--epochs 1")
@@ -110,10 +96,9 @@ def test_two_processes_are_one_run(tmp_path):
 def test_the_first_steps_gradients_are_those_of_one_process(tmp_path, monkeypatch):
     script = tmp_path / "gradients.py"
     script.write_text(FIRST_GRADIENTS)
-    typed = PLAIN.split()
-    monkeypatch.setattr(sys, "argv", [str(script), "one.pt", *typed])
+    monkeypatch.setattr(sys, "argv", [str(script), "one.pt", *PLAIN.split()])
     runpy.run_path(str(script))
-    two = torchrun(2, script, "two.pt", *typed, capture_output=True)
+    two = torchrun(2, script, "two.pt", *PLAIN.split(), capture_output=True)
     assert two.returncode == 0, two.stderr
     alone, together = load("one.pt"), load("two.pt")
     norm = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
@@ -123,40 +108,30 @@ def test_the_first_steps_gradients_are_those_of_one_process(tmp_path, monkeypatc
 
 def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpoint():
     with Path("err.txt").open("w") as err:
-        running = torchrun(2, PROGRAM, *PLAIN.split(), "--epochs", 500, start=subprocess.Popen, stderr=err,
-                           stdout=subprocess.DEVNULL)  # fmt: skip
+        streams = {"stderr": err, "stdout": subprocess.DEVNULL}
+        words = [*PLAIN.split(), "--epochs", 500]
+        running = torchrun(2, PROGRAM, *words, start=subprocess.Popen, **streams)
         try:
-            victim = wait_for(
-                lambda: (
-                    rank_1_of(running.pid)
-                    if list(Path().glob("saved_models/**/model_epoch_2.pt"))
-                    else None
-                )
-            )
-            os.kill(victim, signal.SIGKILL)
+            wait_for(lambda: list(Path().glob("saved_models/**/model_epoch_2.pt")))
+            os.kill(wait_for(lambda: rank_1_of(running.pid)), signal.SIGKILL)
             assert running.wait(60) != 0
         finally:
             running.kill()
-    said = [
-        line
-        for line in Path("err.txt").read_text().splitlines()
-        if line.startswith("flickr_image_caption.py")
-    ]
-    assert said == [f"flickr_image_caption.py: error: {process_group.LOST}"]
+    lines = Path("err.txt").read_text().splitlines()
+    errors = [line for line in lines if line.startswith("flickr_image_caption.py")]
+    assert errors == [f"flickr_image_caption.py: error: {process_group.LOST}"]
     last = checkpoints.resolve_checkpoint("saved_models", "newest")
     assert load(last)["epoch"] >= 2
     assert not list(last.parent.glob("*.partial"))
 
 
+GLOO = "[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+
+
 @pytest.mark.parametrize(
     ("error", "becomes"),
     [
-        (
-            RuntimeError(
-                "[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
-            ),
-            ConnectionError,
-        ),
+        (RuntimeError(GLOO), ConnectionError),
         (torch.distributed.DistNetworkError("the server socket has failed"), ConnectionError),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
@@ -171,7 +146,7 @@ def test_a_fault_of_ones_own_is_not_blamed_on_a_lost_peer(error, becomes):
 def test_what_one_process_raises_ends_it_without_waiting_for_the_others(monkeypatch):
     args = program_module.parse_args(TINY.split())
     args.device, args.precision = torch.device("cpu"), "float32"
-    run, asked = program_module.set_up(args, None), []
+    run, gathered = program_module.set_up(args, None), []
     step = program_module.train_step
 
     def failing(run, *given):
@@ -182,10 +157,12 @@ def test_what_one_process_raises_ends_it_without_waiting_for_the_others(monkeypa
     monkeypatch.setattr(program_module, "train_step", failing)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(process_group, "all_reduce_max", lambda number: number)
-    monkeypatch.setattr(process_group, "all_gather", lambda value: asked.append(value) or [value])
+    monkeypatch.setattr(
+        process_group, "all_gather", lambda value: gathered.append(value) or [value]
+    )
     with pytest.raises(ValueError, match="of this process alone"):
         program_module.train_epoch(run, [])
-    assert run.progress["step"] == 1 and not asked
+    assert run.progress["step"] == 1 and not gathered
 
 
 def rank_1_of(launcher):
@@ -219,25 +196,22 @@ def test_testing_and_captioning_are_for_one_process(monkeypatch, shop):
 @pytest.mark.parametrize(("count", "processes"), [(10, 3), (2, 3), (128, 2), (0, 2)])
 def test_shares_cover_everything_once(count, processes, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    found = []
+    covered = []
     for rank in range(processes):
         monkeypatch.setenv("RANK", str(rank))
-        found += range(count)[process_group.shard(count)]
-    assert found == list(range(count))
+        covered += range(count)[process_group.shard(count)]
+    assert covered == list(range(count))
 
 
 def test_a_process_without_captions_takes_part_with_weight_0(monkeypatch):
-    import flickr_image_caption as fic
-    from caption_batches import CaptionBatches
-
     monkeypatch.setenv("WORLD_SIZE", "3")
     batch = next(CaptionBatches([[[4, 5]], [[6]]], 2, 9, seed=0).epoch(0))
     weights = []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        own, (token_weight, caption_weight) = fic.share_of(batch)
-        assert len(own.lengths) == 1
-        weights.append((token_weight * int(own.lengths.sum() > 0), caption_weight))
+        local_batch, (token_weight, caption_weight) = program_module.share_of(batch)
+        assert len(local_batch.lengths) == 1
+        weights.append((token_weight * int(local_batch.lengths.sum() > 0), caption_weight))
     assert sum(weight == (0, 0) for weight in weights) == 1
     assert sum(weight for weight, _ in weights) == pytest.approx(3)
     assert sum(weight for _, weight in weights) == pytest.approx(3)
@@ -245,11 +219,9 @@ def test_a_process_without_captions_takes_part_with_weight_0(monkeypatch):
 
 def test_alone_nothing_is_sent():
     assert (process_group.world_size(), process_group.rank()) == (1, 0)
-    assert (
-        process_group.broadcast("x") == "x"
-        and process_group.all_gather(1) == [1]
-        and process_group.all_reduce_max(15) == 15
-    )
+    assert process_group.broadcast("x") == "x"
+    assert process_group.all_gather(1) == [1]
+    assert process_group.all_reduce_max(15) == 15
     assert process_group.all_reduce_sum([1.5, 2]) == [1.5, 2]
     with process_group.joined(torch.device("cpu")):
         assert not torch.distributed.is_initialized()
