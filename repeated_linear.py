@@ -1,9 +1,9 @@
-"""A linear layer for recurrent loops, whose gradient is summed over the time steps in one matrix product.
+"""A linear layer for recurrent loops: one matrix product gives its gradient over all time steps.
 
     with summed_once(self.gate, self.project_query):
         for step in steps: ...  # uses the layers
 
-What it computes is nn.Linear's; what changes is how long the way back takes.
+It computes what nn.Linear does; only the backward pass is faster.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ from torch import nn
 
 
 class RepeatedLinear(nn.Linear):
-    """A linear layer used at every time step. Within `summed_once` its gradient is one matrix product over all steps.
+    """A linear layer used at every time step, to be used within `summed_once`.
 
-    Autograd alone adds up T products of few rows, each of the weight's size (Appleyard et al. 2016, section 3.3).
+    Autograd alone adds up T products of few rows, each as large as the weight; one product over all
+    steps takes less time (Appleyard et al. 2016, section 3.3).
     """
 
-    uses = None  # of one sequence: (input, gradient of the output) per step, filled as the gradient comes by
+    # Of one sequence: (input, gradient of the output) per step, filled during the backward pass.
+    uses = None
 
     def forward(self, x):
         """(..., in) -> (..., out)."""
@@ -29,7 +31,10 @@ class RepeatedLinear(nn.Linear):
 
 
 class LinearUse(torch.autograd.Function):
-    """x (..., in) -> x weight^T + bias. Its gradient goes to x; what the weight's needs is put into `uses`."""
+    """x (..., in) -> x weight^T + bias, at one time step.
+
+    Its backward pass gives the gradient of x, and adds to `uses` what the weight's will need.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, uses):
@@ -45,7 +50,10 @@ class LinearUse(torch.autograd.Function):
 
 
 class LinearUses(torch.autograd.Function):
-    """The weight and bias that every LinearUse reads: autograd comes back here once it has been through all of them."""
+    """The weight and bias that every LinearUse reads.
+
+    Autograd runs its backward pass after those of all uses, when `uses` is complete.
+    """
 
     @staticmethod
     def forward(ctx, weight, bias, uses):
@@ -61,23 +69,25 @@ class LinearUses(torch.autograd.Function):
 
 @contextlib.contextmanager
 def summed_once(*layers):
-    """While one sequence runs through RepeatedLinear `layers`: their gradients are summed over its steps at once.
+    """Sum the gradients of RepeatedLinear `layers` once for the one sequence run in the block.
 
-    Within torch.compile they are plain layers: it cannot trace a gradient that is put aside.
+    torch.compile cannot trace this: within it, and without gradients, they are plain layers.
     """
     try:
-        for layer in (
-            layers if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ()
-        ):
-            kind, layer.uses = layer.weight.device.type, []
-            dtype = (
-                torch.get_autocast_dtype(kind)
-                if torch.is_autocast_enabled(kind)
-                else layer.weight.dtype
-            )
-            bias = None if layer.bias is None else layer.bias.to(dtype)
-            layer.shared = LinearUses.apply(layer.weight.to(dtype), bias, layer.uses)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for layer in layers:
+                _share(layer)
         yield
     finally:
         for layer in layers:
             layer.uses = layer.shared = None
+
+
+def _share(layer):
+    """Cast the layer's weight and bias once, where autocast would at every step."""
+    kind = layer.weight.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else layer.weight.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    layer.uses = []
+    layer.shared = LinearUses.apply(layer.weight.to(dtype), bias, layer.uses)
