@@ -2,14 +2,17 @@
 
     python metrics_utils.py --references references.json --hypotheses captions.json
 
-reads COCO's annotation and results formats and prints one JSON object. BLEU-1..4, ROUGE-L and CIDEr-D follow the COCO
-caption toolkit and need no Java; CIDEr takes its document frequencies from the references it is given. WER is jiwer's
-word edits to the nearest reference, over that reference's words. METEOR is nltk's with WordNet: its values are about
-twice those of the Java METEOR 1.5, so never set them beside published figures. Scores lie in 0..1, except CIDEr, 0..10,
+reads COCO's annotation and results formats and prints one JSON object. BLEU-1..4, ROUGE-L and
+CIDEr-D follow the COCO caption toolkit and need no Java; CIDEr takes its document frequencies from
+the references it is given. WER is jiwer's word edits to the nearest reference, over that
+reference's words. METEOR is nltk's with WordNet: its values are about twice those of the Java
+METEOR 1.5, so never set them beside published figures. Scores lie in 0..1, except CIDEr, 0..10,
 and WER, which passes 1 when captions are far too long.
 
-Shapes: N images, S = 16 statistics per image, R bootstrap resamples, T words of a caption, (h, w) grid cells.
-[1] Papineni et al. 2002, BLEU.  [2] Lin 2004, ROUGE.  [3] Vedantam et al. 2015, CIDEr.  [4] Chen et al. 2015, COCO.
+Shapes: N images, S = 16 statistics per image, R bootstrap resamples, T words of a caption,
+(h, w) grid cells.
+[1] Papineni et al. 2002, BLEU.  [2] Lin 2004, ROUGE.
+[3] Vedantam et al. 2015, CIDEr.  [4] Chen et al. 2015, COCO.
 """
 
 import argparse
@@ -31,38 +34,47 @@ METEOR_VARIANT = (
 ROUGE_BETA = 1.2  # [4]: recall weighs more than precision
 CIDER_SIGMA = 6.0  # [3]: words, width of the length penalty
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
-# Scripts without spaces between words, Thai to Chinese; combining marks, which \w lacks; letters and digits of the rest
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
+# Scripts without spaces between words, Thai to Chinese; combining marks, which \w lacks; letters
+# and digits of all other scripts.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\U00020000-\U0003ffff"
+)
 _MARKS = "\u0300-\u036f\u0591-\u05bd\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff\u200c\u200d"
 _LETTER = rf"(?:[^\W_{_UNSPACED}]|[{_MARKS}])"
 _ABBREVIATIONS = (
-    "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|mr|mrs|ms|drs?|profs?|sens?|reps?|govs?|lt|col"
-    "|gen|adm|rev|maj|sgt|cpl|pvt|mt|capt|ste?|ave|pres|hon|jr|sr|bros|esq|blvd|rd|inc|cos?|corp|ltd|plc|dept|univ|intl|assn"
-    "|etc|al|vs|cf|est|ext|sq|tel|ft|ala|ariz|calif|colo|conn|dak|del|fla|ga|ind|kans?|ky|la|md|mich|minn|mo|mont|neb|nev"
-    "|okla|pa|penn|tenn|tex|va|vt|wisc?|wyo"
+    "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri|mr|mrs|ms|drs?"
+    "|profs?|sens?|reps?|govs?|lt|col|gen|adm|rev|maj|sgt|cpl|pvt|mt|capt|ste?|ave|pres|hon|jr|sr"
+    "|bros|esq|blvd|rd|inc|cos?|corp|ltd|plc|dept|univ|intl|assn|etc|al|vs|cf|est|ext|sq|tel|ft|ala"
+    "|ariz|calif|colo|conn|dak|del|fla|ga|ind|kans?|ky|la|md|mich|minn|mo|mont|neb|nev|okla|pa|penn"
+    "|tenn|tex|va|vt|wisc?|wyo"
 )
 
-# One alternative per kind of token, the first that matches wins. What none of them matches is dropped: spaces,
-# quotation marks and the toolkit's list of punctuation (. , : ; ? ! - -- ...).
+# One alternative per kind of token; the first that matches wins. What none of them matches is
+# dropped: spaces, quotation marks and the toolkit's list of punctuation (. , : ; ? ! - -- ...).
 _PTB_TOKEN = re.compile(
     rf"""
-      https?://[^\s"<>|()]*[^\s"<>|.!?(){{}},-] | (?:[a-z0-9-]{{1,63}}\.){{1,4}}(?:com|net|org|edu)\b  # web addresses
-    | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b)    # two words written as one
-    | [a-z]*[a-mo-z](?=n't\b) | n't\b                                           # ca n't
-    | 'n' | '(?:[smdn]|re|ve|ll|em|till?|cause|[2-9]0s)\b | '\d\d(?!\S)         # 's 'n' '70s
-    | 't(?=(?:is|was)\b) | y'(?=[a-z]) | ol' | c'mon | s'mores                  # 't is, y' all
-    | [a-z]+[aeiouy]'(?:[aeiou]|(?-i:[A-Z]))[a-z]* | (?-i:[A-HJ-XZ])'[a-z]{{2,}} # ma'am O'Brien
-    | (?-i:[A-Z]+(?:[+&][A-Z]+)+)                                               # AT&T, in capitals only
-    | [a-z](?:\.[a-z])+(?!\S) | [a-z](?:\.[a-z])*\. | (?:{_ABBREVIATIONS})\. | nos?\.(?=\s*\d)  # u.s. p. mr.
-    | {_LETTER}+(?:-{_LETTER}+)*(?:/{_LETTER}+(?:-{_LETTER}+)*){{1,2}}          # hot-dog/soda 1/2
-    | [a-z0-9][a-z0-9.,]{{0,40}}(?:-[a-z0-9]+)+                                   # 2.5-inch
-    | [-+]?\d*(?:[.:,]\d+)+ | [-+]\d+                                           # 2,000 5:30 -5
-    | (?:[dol]'(?={_LETTER}{{2}}))?{_LETTER}+(?:[-_]{_LETTER}+)*(?:\.(?=[,;:]))?  # words: t-shirt o'clock
-    | [{_UNSPACED}]                                                             # one character each: Chinese, Thai
-    | [?!]{{2,}} | -[lr][rsc]b- | @\w+ | @+ | \#[a-z]+ | \#+ | \*+ | _+          # !! -lrb- @name #tag
-    | [][(){{}}$%&+/<=>\\^|~\u00a2-\u00a9\u00ac-\u00ba\u00bc-\u00be\u20a0-\u20cf\u2100-\u2bff]  # brackets and symbols
+      https?://[^\s"<>|()]*[^\s"<>|.!?(){{}},-]                   # web addresses
+    | (?:[a-z0-9-]{{1,63}}\.){{1,4}}(?:com|net|org|edu)\b         # flickr.com
+    | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b)  # two words in one
+    | [a-z]*[a-mo-z](?=n't\b) | n't\b                             # ca n't
+    | 'n' | '(?:[smdn]|re|ve|ll|em|till?|cause|[2-9]0s)\b | '\d\d(?!\S)  # 's 'n' '70s
+    | 't(?=(?:is|was)\b) | y'(?=[a-z]) | ol' | c'mon | s'mores    # 't is, y' all
+    | [a-z]+[aeiouy]'(?:[aeiou]|(?-i:[A-Z]))[a-z]*                # ma'am
+    | (?-i:[A-HJ-XZ])'[a-z]{{2,}}                                 # O'Brien
+    | (?-i:[A-Z]+(?:[+&][A-Z]+)+)                                 # AT&T, in capitals only
+    | [a-z](?:\.[a-z])+(?!\S) | [a-z](?:\.[a-z])*\.               # u.s. p.
+    | (?:{_ABBREVIATIONS})\. | nos?\.(?=\s*\d)                    # mr.
+    | {_LETTER}+(?:-{_LETTER}+)*(?:/{_LETTER}+(?:-{_LETTER}+)*){{1,2}}  # hot-dog/soda 1/2
+    | [a-z0-9][a-z0-9.,]{{0,40}}(?:-[a-z0-9]+)+                   # 2.5-inch
+    | [-+]?\d*(?:[.:,]\d+)+ | [-+]\d+                             # 2,000 5:30 -5
+    | (?:[dol]'(?={_LETTER}{{2}}))?{_LETTER}+(?:[-_]{_LETTER}+)*(?:\.(?=[,;:]))?  # t-shirt o'clock
+    | [{_UNSPACED}]                                               # one character: Chinese, Thai
+    | [?!]{{2,}} | -[lr][rsc]b- | @\w+ | @+ | \#[a-z]+ | \#+ | \*+ | _+  # !! -lrb- @name #tag
+    | [][(){{}}$%&+/<=>\\^|~]                                     # brackets and symbols
+    | [\u00a2-\u00a9\u00ac-\u00ba\u00bc-\u00be\u20a0-\u20cf\u2100-\u2bff]
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -70,25 +82,27 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 
 
 def tokenize(caption):
-    """Split a raw caption as the COCO toolkit's PTBTokenizer does (Stanford's 3.4.1), without its Java.
+    """Split a raw caption as the COCO toolkit's PTBTokenizer (Stanford's 3.4.1) does, without Java.
 
-    Lower case; punctuation dropped; "can't" is ca n't; "(" is -lrb-; hyphens and British spellings stay.
-    One departure: Chinese, Japanese, Thai and other scripts without spaces give a token per character, where Stanford's
-    makes one token of a whole sentence and every n-gram metric would be 0 or 1.
+    Lower case; punctuation dropped; "can't" is ca n't; "(" is -lrb-; hyphens and British spellings
+    stay. One departure: scripts without spaces (Chinese, Japanese, Thai, ...) give a token per
+    character. Stanford's makes one token of a sentence: every n-gram metric would be 0 or 1.
     """
     tokens = _PTB_TOKEN.findall(caption.replace("\u2019", "'"))
     return [_BRACKETS.get(token, token.lower()) for token in tokens]
 
 
-# ------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 class CaptionScorer:
-    """Score captions against one fixed set of references; what follows from these alone is computed once, when needed.
+    """Score captions against one fixed set of references.
+
+    What follows from the references alone is computed once, when it is first needed.
 
     Args:
-        references: {image id: [raw caption, ...]}, at least one caption per image. These images are the scored split:
-            their captions give CIDEr's document frequencies.
+        references: {image id: [raw caption, ...]}, at least one caption per image. These images are
+            the scored split: their captions give CIDEr's document frequencies.
         training_captions: raw captions of the training images, for "share_copied", or None.
     Raises: ValueError naming the first image without reference captions.
     """
@@ -96,36 +110,36 @@ class CaptionScorer:
     def __init__(self, references, training_captions=None):
         for image, captions in references.items():
             if not captions:
-                raise ValueError(
-                    f"image {image!r} has no reference captions; each scored image needs at least one"
-                )
+                reason = "has no reference captions; each scored image needs at least one"
+                raise ValueError(f"image {image!r} {reason}")
         self.raw_references, self.training_captions = references, training_captions
 
     @functools.cached_property
     def references(self):
         """{image id: [tokens of a caption, ...]}."""
-        return {
-            image: [tokenize(c) for c in captions]
-            for image, captions in self.raw_references.items()
-        }
+        raw = self.raw_references.items()
+        return {image: [tokenize(caption) for caption in captions] for image, captions in raw}
 
     @functools.cached_property
     def document_frequency(self):
-        """Counter: in how many images' references an n-gram stands."""
-        found = (set().union(*map(count_ngrams, captions)) for captions in self.references.values())
-        return Counter(itertools.chain.from_iterable(found))
+        """Counter: the number of images whose references hold an n-gram."""
+        per_image = (set().union(*map(count_ngrams, c)) for c in self.references.values())
+        return Counter(itertools.chain.from_iterable(per_image))
 
     @functools.cached_property
     def cider_vectors(self):
         """{image id: [`_cider_vectors` of a caption, ...]}."""
-        counts = {image: map(count_ngrams, captions) for image, captions in self.references.items()}
         return {
-            image: [self._cider_vectors(c) for c in captions] for image, captions in counts.items()
+            image: [self._cider_vectors(count_ngrams(caption)) for caption in captions]
+            for image, captions in self.references.items()
         }
 
     @functools.cached_property
     def known_captions(self):
-        """Hashes of the training captions (n,), 8 bytes each where the words of one take a kilobyte; or None."""
+        """Hashes of the training captions (n,), or None.
+
+        A hash takes 8 bytes, a caption's words a kilobyte.
+        """
         if self.training_captions is None:
             return None
         return np.fromiter((hash(tuple(tokenize(c))) for c in self.training_captions), np.int64)
@@ -135,48 +149,53 @@ class CaptionScorer:
 
         Args:
             hypotheses: {image id: caption}, exactly the images of `references`.
-            meteor: also compute METEOR, which takes seconds; None without WordNet, and stderr says how to get it.
+            meteor: also compute METEOR, which takes seconds. Without WordNet it is None, and stderr
+                says how to get it.
             bootstrap: resamples for "intervals", 0 for none; drawn from `seed`.
         Returns:
-            scores: METRIC_NAMES first, floats (METEOR may be None); then "caption_length" (mean words),
-                "vocabulary_used" (distinct words), "share_unique" (distinct captions over captions), "share_copied"
-                (share of captions that stand verbatim in the training captions; None where none were given) and, with
-                `bootstrap`, "intervals": {metric: [low, high]}, 95 % percentile intervals over images, document
-                frequencies held fixed.
-            per_image: {image id: {"BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "WER"}}. Only here BLEU-4 is a sentence BLEU,
-                with 1 added to the 2..4-gram counts (Lin and Och 2004), as most captions match no reference's 4-grams.
-        Raises: ValueError naming the first image that has a caption but no references, or references but no caption.
+            scores: METRIC_NAMES first, floats (METEOR may be None); then what `_caption_statistics`
+                returns and, with `bootstrap`, "intervals": {metric: [low, high]}, 95 % percentile
+                intervals over images, document frequencies held fixed.
+            per_image: {image id: {"BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "WER"}}. Only here BLEU-4
+                is a sentence BLEU, with 1 added to the 2..4-gram counts (Lin and Och 2004), as most
+                captions match no reference's 4-grams.
+        Raises: ValueError naming the first image that has a caption but no references, or
+            references but no caption.
         """
-        for image in (*hypotheses, *self.references):
-            if image not in self.references:
-                raise ValueError(
-                    f"image {image!r} has a caption but no references; both must name the same images"
-                )
-            if image not in hypotheses:
-                raise ValueError(
-                    f"image {image!r} has references but no caption; both must name the same images"
-                )
+        self._check_images(hypotheses)
         captions = [tokenize(hypotheses[image]) for image in self.references]
         statistics = self._statistics(captions, meteor and wordnet_is_available())
-        scores = {
-            name: as_plain(x) for name, x in metrics_from_sums(statistics.sum(axis=0)).items()
-        }
+        corpus = metrics_from_sums(statistics.sum(axis=0))
+        scores = {name: as_plain(value) for name, value in corpus.items()}
         scores |= self._caption_statistics(captions)
         if bootstrap:
             scores["intervals"] = bootstrap_intervals(statistics, bootstrap, seed)
+        return scores, self._per_image(statistics)
+
+    def _check_images(self, hypotheses):
+        for image in (*hypotheses, *self.references):
+            if image not in self.references:
+                reason = "has a caption but no references; both must name the same images"
+                raise ValueError(f"image {image!r} {reason}")
+            if image not in hypotheses:
+                reason = "has references but no caption; both must name the same images"
+                raise ValueError(f"image {image!r} {reason}")
+
+    def _per_image(self, statistics):
+        """Statistics (N, S) -> {image id: {metric: value}}, with a sentence BLEU."""
         rows = metrics_from_sums(statistics, smoothing=1)
-        images = enumerate(self.references)
-        return scores, {
+        return {
             image: {name: as_plain(rows[name][i]) for name in METRIC_NAMES[3:]}
-            for i, image in images
+            for i, image in enumerate(self.references)
         }
 
     def _statistics(self, captions, meteor):
-        """Captions (N token lists, in the order of `references`) -> (N, S) float, as `metrics_from_sums` reads them."""
-        from nltk.translate.bleu_score import (
-            closest_ref_length,
-            modified_precision,
-        )  # nltk takes a second to import
+        """Captions (N token lists, in the order of `references`) -> (N, S) float.
+
+        Columns are those of `metrics_from_sums`.
+        """
+        # nltk takes a second to import
+        from nltk.translate.bleu_score import closest_ref_length, modified_precision
         from nltk.translate.meteor_score import meteor_score
 
         edits = word_edits(list(self.references.values()), captions)
@@ -184,9 +203,8 @@ class CaptionScorer:
         images = zip(table, self.references.items(), captions, edits, strict=True)
         for row, (image, references), caption, nearest in images:
             row[0:4] = [modified_precision(references, caption, n).numerator for n in range(1, 5)]
-            row[4:8] = np.maximum(
-                0, len(caption) - np.arange(4)
-            )  # nltk's denominators are 1 where no n-gram fits
+            # not nltk's denominators, which are 1 where no n-gram fits
+            row[4:8] = np.maximum(0, len(caption) - np.arange(4))
             row[8:10] = len(caption), closest_ref_length(references, len(caption))
             row[10:12] = nearest
             row[12:14] = rouge_l(references, caption), self._cider(image, caption)
@@ -195,7 +213,7 @@ class CaptionScorer:
         return table
 
     def _cider_vectors(self, counts):
-        """Counter of n-grams -> (for n 1..4 a pair: dict {n-gram: tf-idf} and its norm; number of bigrams)."""
+        """Counter of n-grams -> ([({n-gram: tf-idf}, its norm) for n 1..4], number of bigrams)."""
         vectors = [{}, {}, {}, {}]
         for ngram, count in counts.items():
             idf = math.log(len(self.references) / max(1, self.document_frequency[ngram]))
@@ -204,50 +222,59 @@ class CaptionScorer:
         return pairs, sum(count for ngram, count in counts.items() if len(ngram) == 2)
 
     def _cider(self, image, caption):
-        """CIDEr-D of one caption, 0..10 [3]: clipped cosine of tf-idf vectors, mean over n 1..4 and references."""
+        """CIDEr-D of one caption, 0..10 [3]: 10 x mean similarity over n 1..4 and references."""
         pairs, length = self._cider_vectors(count_ngrams(caption))
         score = 0.0
         for reference_pairs, reference_length in self.cider_vectors[image]:
             penalty = math.exp(-((length - reference_length) ** 2) / (2 * CIDER_SIGMA**2))
-            for (vector, norm), (reference, reference_norm) in zip(
-                pairs, reference_pairs, strict=True
-            ):
-                # in the caption's order: a set's order changes from run to run, and with it the sum's last bit
-                shared = sum(
-                    min(x, reference[n]) * reference[n] for n, x in vector.items() if n in reference
-                )
-                score += penalty * shared / (norm * reference_norm) if shared else 0.0
+            for pair, reference_pair in zip(pairs, reference_pairs, strict=True):
+                score += self._similarity(pair, reference_pair, penalty)
         return 10 * score / 4 / len(self.references[image])
 
-    def _caption_statistics(self, captions):
-        """Captions (N token lists) -> the scores that look at no reference."""
-        images, known = max(1, len(captions)), self.known_captions
-        copied = (
-            None
-            if known is None
-            else int(np.isin([hash(tuple(c)) for c in captions], known).sum()) / images
+    @staticmethod
+    def _similarity(pair, reference_pair, penalty):
+        """Clipped cosine of two tf-idf vectors, each with its norm, times the length penalty."""
+        (vector, norm), (reference, reference_norm) = pair, reference_pair
+        # in the caption's order: a set's differs from run to run, and with it the sum's last bit
+        shared = sum(
+            min(x, reference[n]) * reference[n] for n, x in vector.items() if n in reference
         )
+        return penalty * shared / (norm * reference_norm) if shared else 0.0
+
+    def _caption_statistics(self, captions):
+        """Captions (N token lists) -> the scores that need no references.
+
+        Returns: "caption_length" (mean words), "vocabulary_used" (distinct words), "share_unique"
+            (distinct captions over captions) and "share_copied" (share of captions that stand
+            verbatim in the training captions; None where none were given).
+        """
+        images = max(1, len(captions))
         return {
             "caption_length": sum(map(len, captions)) / images,
             "vocabulary_used": len(set().union(*captions)),
             "share_unique": len(set(map(tuple, captions))) / images,
-            "share_copied": copied,
+            "share_copied": self._share_copied(captions),
         }
+
+    def _share_copied(self, captions):
+        if self.known_captions is None:
+            return None
+        hashes = [hash(tuple(caption)) for caption in captions]
+        return int(np.isin(hashes, self.known_captions).sum()) / max(1, len(captions))
 
 
 def metrics_from_sums(sums, smoothing=0):
-    """Every metric from sums of per-image statistics: one image, a corpus or each of R resamples alike.
+    """Every metric from sums of per-image statistics: of an image, a corpus or each of R resamples.
 
     Args:
-        sums: (..., S) float: matching n-grams and all n-grams, n 1..4; words of captions and of the references closest
-            in length; WER's edits and reference words; ROUGE-L, CIDEr and METEOR (NaN: not computed); images.
+        sums: (..., S) float: matching n-grams and all n-grams, n 1..4; words of captions and of the
+            references closest in length; WER's edits and reference words; ROUGE-L, CIDEr and METEOR
+            (NaN: not computed); images.
         smoothing: added to matches and totals for n 2..4.
-    Returns: {metric: (...) float} in the order of METRIC_NAMES. BLEU is 0 where no n-gram matches [1].
+    Returns: {metric: (...) float} as in METRIC_NAMES. BLEU is 0 where no n-gram matches [1].
     """
-    matches, totals = sums[..., 0:4], sums[..., 4:8]
-    words, closest_words, edits, best_words, rouge, cider, meteor, images = np.moveaxis(
-        sums[..., 8:], -1, 0
-    )
+    matches, totals, rest = sums[..., 0:4], sums[..., 4:8], np.moveaxis(sums[..., 8:], -1, 0)
+    words, closest_words, edits, best_words, rouge, cider, meteor, images = rest
     added = smoothing * np.array([0, 1, 1, 1])
     with np.errstate(divide="ignore"):  # log 0 = -inf, and exp takes it back to BLEU 0
         log_precision = np.log((matches + added) / np.maximum(1, totals + added))
@@ -260,22 +287,22 @@ def metrics_from_sums(sums, smoothing=0):
 
 
 def bootstrap_intervals(statistics, resamples, seed):
-    """Per-image statistics (N, S) -> {metric: [low, high]}: 2.5 and 97.5 percentiles over resamples of the N images."""
+    """Per-image statistics (N, S) -> {metric: [low, high]}.
+
+    The limits are 2.5 and 97.5 percentiles over resamples of the N images.
+    """
     images, rng = len(statistics), np.random.default_rng(seed)
     if not images:
         return {}
-    draws = (
-        np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(resamples)
-    )
-    metrics = metrics_from_sums(
-        np.stack([counts @ statistics for counts in draws])
-    )  # counts (N,), sums (R, S)
+    draws = (rng.integers(images, size=images) for _ in range(resamples))
+    counts = (np.bincount(draw, minlength=images) for draw in draws)  # (N,) each
+    metrics = metrics_from_sums(np.stack([count @ statistics for count in counts]))  # of (R, S)
     limits = {name: np.percentile(values, (2.5, 97.5)).tolist() for name, values in metrics.items()}
     return {name: limit for name, limit in limits.items() if not math.isnan(limit[0])}
 
 
 def as_plain(value):
-    """A number as JSON knows it: float, and None for NaN, which marks a metric that was not computed."""
+    """A number as JSON holds it: float, or None for NaN, which marks a metric not computed."""
     return None if math.isnan(value) else float(value)
 
 
@@ -287,7 +314,10 @@ def count_ngrams(tokens):
 
 
 def rouge_l(references, caption):
-    """ROUGE-L of one caption, 0..1 [2]: F measure of the best precision and the best recall over references [4]."""
+    """ROUGE-L of one caption, 0..1 [2].
+
+    It is the F measure of the best precision and the best recall over the references [4].
+    """
     common = [longest_common_subsequence(reference, caption) for reference in references]
     if not any(common):
         return 0.0
@@ -307,25 +337,25 @@ def longest_common_subsequence(first, second):
 
 
 def word_edits(references, captions):
-    """WER's parts: each caption's edits to its nearest reference (fewest edits, then longest) and that one's words.
+    """Each caption's edits to its nearest reference (fewest edits, then longest), and its words.
 
     references: N lists of token lists; captions: N token lists -> list of N pairs (edits, words).
     """
+    edits = iter(_edits_of_pairs(references, captions))
+    candidates = [[(next(edits), -len(r)) for r in refs] for refs in references]
+    return [(fewest, -negative_words) for fewest, negative_words in map(min, candidates)]
+
+
+def _edits_of_pairs(references, captions):
+    """The edits between every reference and its image's caption, image after image."""
     import jiwer
 
-    pairs = [
-        (" ".join(r), " ".join(c))
-        for refs, c in zip(references, captions, strict=True)
-        for r in refs
-    ]
-    alignments = iter(
-        jiwer.process_words(*map(list, zip(*pairs, strict=True))).alignments if pairs else ()
-    )
-    edits = [
-        [(sum(map(edit_length, next(alignments))), -len(reference)) for reference in refs]
-        for refs in references
-    ]
-    return [(fewest, -negative_words) for fewest, negative_words in map(min, edits)]
+    images = zip(references, captions, strict=True)
+    pairs = [(" ".join(r), " ".join(caption)) for refs, caption in images for r in refs]
+    if not pairs:
+        return []
+    alignments = jiwer.process_words(*map(list, zip(*pairs, strict=True))).alignments
+    return [sum(map(edit_length, alignment)) for alignment in alignments]
 
 
 def edit_length(chunk):
@@ -336,14 +366,15 @@ def edit_length(chunk):
 
 
 def wordnet_is_available():
-    """Whether nltk finds WordNet. If not, one line on stderr says how to get it; nothing is downloaded."""
+    """Whether nltk finds WordNet; if not, stderr says in one line how to get it."""
     from nltk.corpus import wordnet
 
     try:
         wordnet.ensure_loaded()
     except LookupError:
         print(
-            "METEOR is not computed: nltk finds no WordNet; get it with `python -m nltk.downloader wordnet`, "
+            "METEOR is not computed: nltk finds no WordNet; get it with "
+            "`python -m nltk.downloader wordnet`, "
             "or set NLTK_DATA to a folder that has corpora/wordnet.zip",
             file=sys.stderr,
         )
@@ -351,78 +382,81 @@ def wordnet_is_available():
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def peak_in_box(records):
     """How often the attention peak of a noun falls on its object.
 
     Args:
-        records: tuples (words, maps, boxes), one per caption. words: T str; maps: (T, h, w) attention, one per word;
-            boxes: list of {"names": [noun, ...], "box": [x0, y0, x1, y1]}, fractions of the picture's width and height.
+        records: tuples (words, maps, boxes), one per caption. words: T str; maps: (T, h, w)
+            attention, one per word; boxes: list of {"names": [noun, ...], "box": [x0, y0, x1, y1]},
+            fractions of the picture's width and height.
     Returns:
-        {"peak_in_box": share of nouns whose peak's cell has its centre in a box of that name, "chance": mean share of
-        the picture that the noun's boxes cover, "ratio": the first over the second, "nouns": words that name a box}.
-        The first three are None where no word names a box.
+        {"peak_in_box": share of nouns whose peak's cell has its centre in a box of that name,
+        "chance": mean share of the picture that the noun's boxes cover, "ratio": the first over the
+        second, "nouns": words that name a box}. The first three are None where no word names a box.
     """
     hits, shares = [], []
     for words, maps, boxes in records:
         for word, attention in zip(words, maps, strict=True):
             named = np.array([box["box"] for box in boxes if word in box["names"]])  # (M, 4)
             if len(named):
-                height, width = attention.shape
-                row, column = np.unravel_index(np.argmax(attention), attention.shape)
-                hits.append(
-                    is_covered(named, [(column + 0.5) / width], [(row + 0.5) / height]).item()
-                )
+                hits.append(is_covered(named, *_peak(attention)).item())
                 shares.append(union_area(named))
     if not hits:
         return {"peak_in_box": None, "chance": None, "ratio": None, "nouns": 0}
     rate, chance = float(np.mean(hits)), float(np.mean(shares))
-    return {
-        "peak_in_box": rate,
-        "chance": chance,
-        "ratio": rate / chance if chance else None,
-        "nouns": len(hits),
-    }
+    ratio = rate / chance if chance else None
+    return {"peak_in_box": rate, "chance": chance, "ratio": ratio, "nouns": len(hits)}
+
+
+def _peak(attention):
+    """Map (h, w) -> [x], [y]: the centre of its largest cell, as fractions of the picture."""
+    height, width = attention.shape
+    row, column = np.unravel_index(np.argmax(attention), attention.shape)
+    return [(column + 0.5) / width], [(row + 0.5) / height]
 
 
 def is_covered(boxes, x, y):
-    """Boxes (M, 4) as x0, y0, x1, y1; x (X,); y (Y,) -> (Y, X) bool: whether a point of that grid lies in any box."""
+    """Whether any box covers the points of a grid: boxes (M, 4), x (X,), y (Y,) -> (Y, X) bool.
+
+    A box is x0, y0, x1, y1.
+    """
     x0, y0, x1, y1 = boxes.T[..., None, None]  # (M, 1, 1) each
     x, y = np.asarray(x), np.asarray(y)[:, None]
     return ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).any(axis=0)
 
 
 def union_area(boxes):
-    """Area that boxes (M, 4) cover together: their edges cut the plane into a grid whose cells are covered or not."""
+    """Area that boxes (M, 4) cover together.
+
+    Their edges cut the plane into a grid whose cells are covered or not.
+    """
     x, y = np.unique(boxes[:, 0::2]), np.unique(boxes[:, 1::2])
     covered = is_covered(boxes, (x[1:] + x[:-1]) / 2, (y[1:] + y[:-1]) / 2)
     return float((covered * np.outer(np.diff(y), np.diff(x))).sum())
 
 
 def scores_table(scores):
-    """What `CaptionScorer.score` found with `bootstrap`, as lines for a console: each metric with its interval."""
+    """Scores from `CaptionScorer.score` with `bootstrap` as a console's lines, with intervals."""
     lines = ["0-1 scale, CIDEr 0-10; bootstrap 95 % intervals over images"]
     for name in METRIC_NAMES:
         low, high = scores["intervals"].get(name, (0.0, 0.0))
-        value = (
-            "not computed"
-            if scores[name] is None
-            else f"{scores[name]:.4f}  [{low:.4f}, {high:.4f}]"
-        )
+        value = "not computed"
+        if scores[name] is not None:
+            value = f"{scores[name]:.4f}  [{low:.4f}, {high:.4f}]"
         lines.append(f"  {name + ' (nltk)' * (name == 'METEOR'):17}{value}")
     plain = ("caption_length", "vocabulary_used", "share_unique", "share_copied", "share_cut")
     lines += [f"  {name:17}{scores[name]:.4g}" for name in plain if scores.get(name) is not None]
-    if scores.get("attention", {}).get("nouns"):
-        found = scores["attention"]
-        lines.append(
-            f"  attention peak in its noun's box: {found['peak_in_box']:.3f}, {found['ratio']:.1f} times chance"
-        )
+    attention = scores.get("attention", {})
+    if attention.get("nouns"):
+        share, ratio = attention["peak_in_box"], attention["ratio"]
+        lines.append(f"  attention peak in its noun's box: {share:.3f}, {ratio:.1f} times chance")
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------ command
+# ------------------------------------------------------------------------------------------ command
 
 
 def read_json(path):
@@ -436,15 +470,12 @@ def read_json(path):
 
 
 def read_captions(path, entries):
-    """Yield (image id, caption) from a list of COCO entries. Raises ValueError naming file and first bad entry."""
+    """Yield (image id, caption) from COCO entries. Raises ValueError naming the first bad entry."""
     if not isinstance(entries, list):
         raise ValueError(f'{path}: expected a list of {{"image_id": 1, "caption": "..."}}')
     for number, entry in enumerate(entries, 1):
-        image, caption = (
-            (entry.get("image_id"), entry.get("caption"))
-            if isinstance(entry, dict)
-            else (None, None)
-        )
+        values = entry if isinstance(entry, dict) else {}
+        image, caption = values.get("image_id"), values.get("caption")
         if not isinstance(image, (int, str)) or not isinstance(caption, str):
             raise ValueError(
                 f'{path}: entry {number} is not {{"image_id": number or text, "caption": text}}'
@@ -466,7 +497,10 @@ def read_references(path):
 
 
 def read_hypotheses(path):
-    """COCO results file -> {image id: caption}. Raises ValueError naming the file, also if an image comes twice."""
+    """COCO results file -> {image id: caption}.
+
+    Raises ValueError naming the file, also if an image comes twice.
+    """
     hypotheses = {}
     for image, caption in read_captions(path, read_json(path)):
         if image in hypotheses:
@@ -478,7 +512,8 @@ def read_hypotheses(path):
 def main(argv=None):
     """The command: one JSON object on stdout. A wrong file is one line on stderr and status 2."""
     parser = argparse.ArgumentParser(
-        description="Score captions: BLEU, METEOR (nltk's), ROUGE-L, CIDEr-D, WER; one JSON object on stdout.",
+        description="Score captions: BLEU, METEOR (nltk's), ROUGE-L, CIDEr-D, WER; "
+        "one JSON object on stdout.",
         usage="metrics_utils.py --references R.json --hypotheses H.json",
     )
     parser.add_argument("--references", metavar="FILE", required=True, help="COCO annotation file")

@@ -1,6 +1,6 @@
-"""Tests of metrics_utils.py: hand-worked values; nltk, pycocoevalcap and published scores as independent references.
+"""metrics_utils.py against hand-worked values, nltk, pycocoevalcap and published scores.
 
-pycocoevalcap's own tokenizer needs Java and is not used: its scorers get captions that are already tokenised.
+pycocoevalcap's own tokenizer needs Java: its scorers get captions that are already tokenised.
 """
 
 import json
@@ -39,24 +39,22 @@ def read_oracle(name):
 
 
 def random_captions(seed, images=60, shortest=4, words=5):
-    """References (five each) and a hypothesis per image from so few words that n-grams of every length match."""
+    """References (five each) and a hypothesis per image, of few words: n-grams of any n match."""
     draw = random.Random(seed)
 
     def caption():
         return " ".join(f"word{draw.randrange(words)}" for _ in range(draw.randint(shortest, 12)))
 
-    return {i: [caption() for _ in range(5)] for i in range(images)}, {
-        i: caption() for i in range(images)
-    }
+    references = {i: [caption() for _ in range(5)] for i in range(images)}
+    return references, {i: caption() for i in range(images)}
 
 
 def as_token_lists(references, hypotheses):
-    return [[c.split() for c in captions] for captions in references.values()], [
-        h.split() for h in hypotheses.values()
-    ]
+    reference_tokens = [[c.split() for c in captions] for captions in references.values()]
+    return reference_tokens, [h.split() for h in hypotheses.values()]
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 @pytest.mark.parametrize(
@@ -112,7 +110,7 @@ def test_tokenize_agrees_with_the_toolkit():
     assert agreeing / len(samples) >= 0.999
 
 
-# --------------------------------------------------------------------------------------- against other implementations
+# -------------------------------------------------------------------- against other implementations
 
 
 @needs_oracle
@@ -156,9 +154,8 @@ def test_bleu_equals_nltk_on_the_corpus_and_on_a_resample():
     rows = np.random.default_rng(0).integers(len(tokens), size=len(tokens))
     statistics = CaptionScorer(references)._statistics(tokens, meteor=False)
     resampled = metrics_from_sums(np.bincount(rows, minlength=len(tokens)) @ statistics)
-    expected = corpus_bleu(
-        [reference_tokens[i] for i in rows], [tokens[i] for i in rows], BLEU_WEIGHTS
-    )
+    drawn_references, drawn = [reference_tokens[i] for i in rows], [tokens[i] for i in rows]
+    expected = corpus_bleu(drawn_references, drawn, BLEU_WEIGHTS)
     assert [resampled[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(expected, abs=1e-12)
 
 
@@ -167,7 +164,7 @@ def test_sentence_bleu_adds_one_to_longer_ngrams():
     assert per_image[0]["BLEU-4"] == pytest.approx((3 / 4 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
 
 
-# ---------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_rouge_takes_best_precision_and_best_recall():
@@ -177,37 +174,30 @@ def test_rouge_takes_best_precision_and_best_recall():
 
 def test_cider_is_ten_for_the_only_reference_and_zero_without_shared_words():
     references = {0: ["a dog runs over grass"], 1: ["two men play with cards"]}
-    scores, per_image = CaptionScorer(references).score(
-        {0: "a dog runs over grass", 1: "some women sing"}
-    )
+    hypotheses = {0: "a dog runs over grass", 1: "some women sing"}
+    scores, per_image = CaptionScorer(references).score(hypotheses)
     assert per_image[0]["CIDEr"] == pytest.approx(10)
     assert per_image[1]["CIDEr"] == 0
     assert scores["CIDEr"] == pytest.approx(5)
 
 
 def test_wer_is_edits_over_words_of_the_nearest_reference_summed_over_images():
-    references = {
-        0: ["a dog runs", "a cat sits on the red grass"],
-        1: ["two men", "two old men sit"],
-    }
-    scores, per_image = CaptionScorer(references).score({0: "a dog walks fast", 1: "two old men"})
-    assert (per_image[0]["WER"], per_image[1]["WER"]) == (
-        pytest.approx(2 / 3),
-        pytest.approx(1 / 4),
-    )  # 1 / 2 is shorter
+    dogs, men = ["a dog runs", "a cat sits on the red grass"], ["two men", "two old men sit"]
+    hypotheses = {0: "a dog walks fast", 1: "two old men"}
+    scores, per_image = CaptionScorer({0: dogs, 1: men}).score(hypotheses)
+    assert per_image[0]["WER"] == pytest.approx(2 / 3)
+    assert per_image[1]["WER"] == pytest.approx(1 / 4)  # not 1 / 2, of the shorter reference
     assert scores["WER"] == pytest.approx(3 / 7)
 
 
 def test_caption_statistics():
     references = {i: ["a dog runs"] for i in range(4)}
     hypotheses = {0: "A dog runs.", 1: "a dog runs", 2: "a cat", 3: "two men sit down"}
-    scores, _ = CaptionScorer(references, training_captions=["A cat .", "two men"]).score(
-        hypotheses
-    )
+    scorer = CaptionScorer(references, training_captions=["A cat .", "two men"])
+    scores, _ = scorer.score(hypotheses)
     assert scores["caption_length"] == (3 + 3 + 2 + 4) / 4
-    assert scores["vocabulary_used"] == len(
-        {"a", "dog", "runs", "cat", "two", "men", "sit", "down"}
-    )
+    vocabulary = {"a", "dog", "runs", "cat", "two", "men", "sit", "down"}
+    assert scores["vocabulary_used"] == len(vocabulary)
     assert (scores["share_unique"], scores["share_copied"]) == (3 / 4, 1 / 4)
     assert CaptionScorer(references).score(hypotheses)[0]["share_copied"] is None
 
@@ -216,9 +206,8 @@ def test_caption_statistics():
 def test_captions_without_matches_score_low_without_a_warning(caption, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores, per_image = CaptionScorer({0: ["a dog runs over grass"], 1: ["..."]}).score(
-            {0: caption, 1: caption}
-        )
+        scorer = CaptionScorer({0: ["a dog runs over grass"], 1: ["..."]})
+        scores, per_image = scorer.score({0: caption, 1: caption})
     assert scores["BLEU-2"] == scores["BLEU-3"] == scores["BLEU-4"] == 0
     assert (scores["BLEU-1"] > 0) == (scores["CIDEr"] > 0) == ("a" in caption.split())
     assert per_image[0]["WER"] >= 4 / 5
@@ -242,26 +231,17 @@ def test_images_must_agree():
 
 
 def test_scores_are_the_same_to_the_last_bit_in_every_process():
-    """Python shuffles sets of words anew in each process; a resumed run must still find the same best CIDEr."""
+    """Each process orders sets of words anew; a resumed run must still find the same best CIDEr."""
     references, _ = random_captions(3, words=30)
-    hypotheses = {
-        image: " ".join(captions[:2]) for image, captions in references.items()
-    }  # many shared words
-    code = f"import metrics_utils; print(metrics_utils.CaptionScorer({references}).score({hypotheses}))"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in "1234"
-    }
+    hypotheses = {i: " ".join(captions[:2]) for i, captions in references.items()}  # much shared
+    score = f"metrics_utils.CaptionScorer({references}).score({hypotheses})"
+    command = [sys.executable, "-c", f"import metrics_utils; print({score})"]
+    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in "1234"]
+    outputs = {subprocess.check_output(command, cwd=ROOT, env=env) for env in environments}
     assert len(outputs) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- bootstrap
+# ---------------------------------------------------------------------------------------- bootstrap
 
 
 def test_intervals_hold_the_score_and_depend_on_the_seed_alone():
@@ -276,34 +256,29 @@ def test_intervals_hold_the_score_and_depend_on_the_seed_alone():
 
 
 def test_intervals_have_the_width_of_the_standard_error():
-    """WER of images that are all wrong or all right is a mean of coin flips, whose standard error is known."""
+    """WER of images all wrong or all right is a mean of coin flips, of known standard error."""
     references = {i: ["dog"] for i in range(400)}
-    scores, _ = CaptionScorer(references).score(
-        {i: "dog" if i % 2 else "cat" for i in range(400)}, bootstrap=2000
-    )
+    hypotheses = {i: "dog" if i % 2 else "cat" for i in range(400)}
+    scores, _ = CaptionScorer(references).score(hypotheses, bootstrap=2000)
     low, high = scores["intervals"]["WER"]
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.1)
 
 
-# ------------------------------------------------------------------------------------------------------------- METEOR
+# ------------------------------------------------------------------------------------------- METEOR
 
 
 def test_meteor_is_nltks(monkeypatch):
     import nltk
 
-    monkeypatch.setattr(
-        nltk.data, "path", [*nltk.data.path, str(ROOT.parent / "shared" / "nltk_data")]
-    )
+    shared = str(ROOT.parent / "shared" / "nltk_data")
+    monkeypatch.setattr(nltk.data, "path", [*nltk.data.path, shared])
     if not metrics_utils.wordnet_is_available():
         pytest.skip("nltk finds no WordNet here")
     scorer = CaptionScorer({0: ["a dog runs fast"], 1: ["an auto"]})
     scores, per_image = scorer.score({0: "a dog runs fast", 1: "one car"}, meteor=True, bootstrap=5)
-    assert per_image[0]["METEOR"] == pytest.approx(
-        1 - 0.5 * (1 / 4) ** 3
-    )  # one chunk of four matches
-    assert per_image[1]["METEOR"] == pytest.approx(
-        0.5 * (1 - 0.5)
-    )  # synonyms: one match of two words, one chunk
+    # one chunk of four matches; synonyms: one match of two words, one chunk
+    assert per_image[0]["METEOR"] == pytest.approx(1 - 0.5 * (1 / 4) ** 3)
+    assert per_image[1]["METEOR"] == pytest.approx(0.5 * (1 - 0.5))
     assert scores["METEOR"] == pytest.approx((per_image[0]["METEOR"] + per_image[1]["METEOR"]) / 2)
     assert "METEOR" in scores["intervals"]
     assert scorer.score({0: "a dog", 1: "a car"})[0]["METEOR"] is None
@@ -312,9 +287,8 @@ def test_meteor_is_nltks(monkeypatch):
 def test_meteor_without_wordnet_is_none_with_one_line(monkeypatch, capsys):
     import nltk
 
-    missing = nltk.corpus.util.LazyCorpusLoader(
-        "no_such_wordnet", nltk.corpus.WordNetCorpusReader, None
-    )
+    loader, reader = nltk.corpus.util.LazyCorpusLoader, nltk.corpus.WordNetCorpusReader
+    missing = loader("no_such_wordnet", reader, None)
     monkeypatch.setattr(nltk.corpus, "wordnet", missing)
     scores, _ = CaptionScorer({0: ["a dog"]}).score({0: "a dog"}, meteor=True)
     stderr = capsys.readouterr().err
@@ -324,7 +298,7 @@ def test_meteor_without_wordnet_is_none_with_one_line(monkeypatch, capsys):
     assert "NLTK_DATA" in stderr
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def test_peak_in_box_by_hand():
@@ -346,15 +320,11 @@ def test_peak_in_box_by_hand():
 
 
 def test_peak_in_box_without_nouns():
-    assert peak_in_box([(["a"], np.ones((1, 2, 2)), [])]) == {
-        "peak_in_box": None,
-        "chance": None,
-        "ratio": None,
-        "nouns": 0,
-    }
+    result = peak_in_box([(["a"], np.ones((1, 2, 2)), [])])
+    assert result == {"peak_in_box": None, "chance": None, "ratio": None, "nouns": 0}
 
 
-# ------------------------------------------------------------------------------------------------------------ command
+# ------------------------------------------------------------------------------------------ command
 
 REFERENCES = {
     "images": [{"id": 1}],
@@ -364,32 +334,23 @@ HYPOTHESES = [{"image_id": 1, "caption": "a dog runs over grass"}]
 
 
 def run_command(tmp_path, references, hypotheses):
-    """Run the command in this process on two files with these contents (bytes as they are; None: no file)."""
-    for name, content in (("references.json", references), ("hypotheses.json", hypotheses)):
+    """Run the command in this process on files of these contents (bytes as is; None: no file)."""
+    arguments = []
+    for name, content in (("references", references), ("hypotheses", hypotheses)):
+        path = tmp_path / f"{name}.json"
+        arguments += [f"--{name}", str(path)]
         if content is not None:
-            (tmp_path / name).write_bytes(
-                content if isinstance(content, bytes) else json.dumps(content).encode()
-            )
-    main(
-        [
-            "--references",
-            str(tmp_path / "references.json"),
-            "--hypotheses",
-            str(tmp_path / "hypotheses.json"),
-        ]
-    )
+            raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+            path.write_bytes(raw)
+    main(arguments)
 
 
 def test_command_prints_one_json_object(tmp_path, capsys):
     run_command(tmp_path, REFERENCES, HYPOTHESES)
     scores = json.loads(capsys.readouterr().out)
     assert tuple(scores)[: len(METRIC_NAMES)] == METRIC_NAMES
-    assert (scores["BLEU-4"], scores["ROUGE-L"], scores["WER"], scores["caption_length"]) == (
-        1,
-        1,
-        0,
-        5,
-    )
+    assert (scores["BLEU-4"], scores["ROUGE-L"], scores["WER"]) == (1, 1, 0)
+    assert scores["caption_length"] == 5
     assert scores["METEOR_variant"].startswith("nltk")
 
 
@@ -418,13 +379,11 @@ def test_command_refuses_bad_files_with_one_line(tmp_path, capsys, references, h
 
 
 def test_import_and_help_load_no_heavy_package():
-    code = "import sys, metrics_utils; print([m for m in ('nltk', 'jiwer', 'torch', 'pandas') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"
-    done = subprocess.run(
-        [sys.executable, "metrics_utils.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    heavy = {"nltk", "jiwer", "torch", "pandas"}
+    code = f"import sys, metrics_utils; print({heavy} & sys.modules.keys())"
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert loaded == "set()\n"
+    command = [sys.executable, "metrics_utils.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--hypotheses FILE" in done.stdout
