@@ -21,9 +21,8 @@ def one_hot(row, column, h=7, w=7):
 
 
 def photograph(width=90, height=60):
-    return Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
+    draw = np.random.default_rng(0)
+    return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def pixels(path):
@@ -32,7 +31,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("cell", [(0, 0), (0, 3), (2, 1), (4, 6)])
 def test_the_peak_stays_at_the_centre_of_its_cell(cell):
-    """5 x 7 cells of 9 x 11 pixels: pixel (9 i + 4, 11 j + 5) is the centre of cell (i, j) and has its weight."""
+    """5 x 7 cells of 9 x 11 pixels: pixel (9 i + 4, 11 j + 5) is the centre of cell (i, j)."""
     attention_map = np.random.default_rng(1).random((5, 7))
     attention_map[cell] = 2
     large = upsample_map(attention_map, (45, 77))
@@ -48,7 +47,7 @@ def test_upsampling_invents_no_weight_below_or_above_the_cells_and_keeps_the_mea
 
 
 def test_upsampling_between_two_cells_worked_by_hand():
-    """Cells 0 and 1: 3t^2 - 2t^3 between their centres, constant outside; pixels lie at t = -1/4, 1/4, 3/4, 5/4."""
+    """3t^2 - 2t^3 between the centres of the cells 0 and 1, constant outside; t = -1/4 to 5/4."""
     assert upsample_map([[0.0, 1.0]], (1, 4)).tolist() == [[0, 10 / 64, 54 / 64, 1]]
 
 
@@ -72,9 +71,8 @@ def test_peak_is_row_and_column_and_a_tie_has_none():
     ("cell", "corner"), [((0, 0), (0, 0)), ((0, 6), (0, -1)), ((6, 0), (-1, 0)), ((6, 6), (-1, -1))]
 )
 def test_overlay_is_brightest_in_the_corner_attended_to(cell, corner):
-    picture = overlay(
-        np.full((70, 140, 3), 255, dtype=np.uint8), one_hot(*cell), largest=1
-    )  # white: the hardest background
+    white = np.full((70, 140, 3), 255, dtype=np.uint8)  # the hardest background
+    picture = overlay(white, one_hot(*cell), largest=1)
     light = picture.sum(axis=2)
     assert light[corner] == light.max() > 1.2 * light[35, 70]
     assert picture.min() >= 0 and picture.max() <= 1
@@ -84,21 +82,15 @@ def test_one_colour_scale_serves_all_words(tmp_path):
     """The overlay of a diffuse map is the darker the sharper the caption's sharpest map is."""
     grey = np.full((30, 30, 3), 100, dtype=np.uint8)
     diffuse = np.full((2, 2), 0.25)
-    assert (
-        overlay(grey, diffuse, largest=0.25).mean()
-        > overlay(grey, diffuse, largest=0.5).mean()
-        > overlay(grey, diffuse, 1).mean()
-    )
+    light = [overlay(grey, diffuse, largest).mean() for largest in (0.25, 0.5, 1)]
+    assert light[0] > light[1] > light[2]
 
 
 def test_different_words_give_different_panels_and_equal_maps_equal_ones(tmp_path):
     """Panels 2 x 2: photograph, first / second, third. A peak is the only yellow in the picture."""
     image = Image.new("RGB", (100, 100), (90, 120, 150))
-    first, second, third = (one_hot(*cell) for cell in ((1, 1), (5, 5), (1, 1)))
-    path = save_attention_viz(
-        tmp_path, 1, image, ["x", "x", "x"], np.array([first, second, third])
-    )[0]
-    figure = pixels(path)
+    maps = np.array([one_hot(*cell) for cell in ((1, 1), (5, 5), (1, 1))])
+    figure = pixels(save_attention_viz(tmp_path, 1, image, ["x", "x", "x"], maps)[0])
     bright = (figure.sum(axis=2) > 420) & (figure[..., 0] > figure[..., 2] + 60)  # yellow: a peak
     rows, columns = np.nonzero(bright)
     side = viz.PANEL * viz.DPI
@@ -110,18 +102,13 @@ def test_different_words_give_different_panels_and_equal_maps_equal_ones(tmp_pat
         "third": (rows > figure.shape[0] / 2) & (columns > across),
     }
     centre = {name: (rows[where].mean(), columns[where].mean()) for name, where in peaks.items()}
-    assert centre["first"][1] == pytest.approx(
-        centre["third"][1], abs=2
-    )  # the same map in the same column
-    assert centre["second"][1] + step - centre["third"][1] == pytest.approx(
-        4 / 7 * side, abs=3
-    )  # 4 cells further right
-    assert centre["second"][0] - centre["third"][0] == pytest.approx(
-        4 / 7 * side, abs=3
-    )  # 4 cells lower
-    assert not bright[
-        : int(figure.shape[0] / 2), : int(across)
-    ].any()  # the photograph has no overlay
+    four_cells = pytest.approx(4 / 7 * side, abs=3)
+    # The same map in the same column; the second map's peak four cells further right and down.
+    assert centre["first"][1] == pytest.approx(centre["third"][1], abs=2)
+    assert centre["second"][1] + step - centre["third"][1] == four_cells
+    assert centre["second"][0] - centre["third"][0] == four_cells
+    panel = bright[: int(figure.shape[0] / 2), : int(across)]
+    assert not panel.any()  # the photograph has no overlay
 
 
 def test_files_and_their_round_trip(tmp_path):
@@ -135,26 +122,15 @@ def test_files_and_their_round_trip(tmp_path):
         "advanced_attention_viz_sample_7.png",
     ]
     assert [path.name for path in written] == names
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
-        names
-    )  # no temporary file left
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(names)
     with np.load(written[1], allow_pickle=False) as raw:
         assert raw["words"].tolist() == ["a", "dög"] and raw["log_prob"] == -2.5
         assert raw["maps"] == pytest.approx(maps, abs=1e-7)
         assert (raw["photograph"] == np.asarray(photograph())).all()
-        again = save_attention_viz(
-            tmp_path,
-            7,
-            raw["photograph"],
-            list(raw["words"]),
-            raw["maps"],
-            advanced=True,
-            log_prob=raw["log_prob"],
-        )
-    assert (
-        pixels(again[0]) == pixels(written[0])
-    ).mean() > 0.999  # float32 maps may move a colour by one step
-    assert (pixels(again[2]) == pixels(written[2])).mean() > 0.999
+        stored = raw["photograph"], list(raw["words"]), raw["maps"]
+        again = save_attention_viz(tmp_path, 7, *stored, advanced=True, log_prob=raw["log_prob"])
+    for picture in (0, 2):  # float32 maps may move a colour by one step
+        assert (pixels(again[picture]) == pixels(written[picture])).mean() > 0.999
 
 
 def test_basic_alone_writes_no_advanced_picture(tmp_path):
@@ -177,10 +153,8 @@ def test_basic_alone_writes_no_advanced_picture(tmp_path):
     ],
 )
 def test_pictures_of_any_shape_have_a_sane_size(tmp_path, size, count, grid):
-    maps = np.full((count, *grid), 1 / (grid[0] * grid[1]))
-    for path in save_attention_viz(
-        tmp_path, 1, Image.new("RGB", size, "green"), ["word"] * count, maps, advanced=True
-    ):
+    maps, image = np.full((count, *grid), 1 / (grid[0] * grid[1])), Image.new("RGB", size, "green")
+    for path in save_attention_viz(tmp_path, 1, image, ["word"] * count, maps, advanced=True):
         assert path.stat().st_size < 2_000_000
         if path.suffix == ".png":
             width, height = Image.open(path).size
@@ -200,31 +174,20 @@ def test_an_empty_caption_still_gives_pictures(tmp_path):
 
 
 def test_words_in_other_scripts_and_mathtext_signs_draw_without_a_warning(tmp_path):
-    words = [
-        "$x_1$",
-        "$\\frac{",
-        "a_b",
-        "собака",
-        "犬が",
-        "कुत्ता",
-        "\U0001f436",
-        "",
-        "Donaudampfschifffahrtsgesellschaftskapitän",
-    ]
+    words = ["$x_1$", "$\\frac{", "a_b", "собака", "犬が", "कुत्ता", "\U0001f436", ""]
+    words.append("Donaudampfschifffahrtsgesellschaftskapitän")
+    maps = np.array([one_hot(2, 2)] * len(words))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_attention_viz(
-            tmp_path, 1, photograph(), words, np.array([one_hot(2, 2)] * len(words)), advanced=True
-        )
+        save_attention_viz(tmp_path, 1, photograph(), words, maps, advanced=True)
 
 
 def test_a_font_that_has_the_missing_character_is_found_and_a_removed_one_passed_over(monkeypatch):
     """U+20D2 is in STIXGeneral, which comes with matplotlib, and not in DejaVu Sans."""
     fonts = viz.fontManager.ttflist
     gone = type(fonts[0])(fname="/nowhere/gone.ttf", name="Gone")
-    monkeypatch.setattr(
-        viz.fontManager, "ttflist", [gone, *(font for font in fonts if font.name == "STIXGeneral")]
-    )
+    stix = [font for font in fonts if font.name == "STIXGeneral"]
+    monkeypatch.setattr(viz.fontManager, "ttflist", [gone, *stix])
     assert viz._fonts_for("dog") == ["DejaVu Sans"]
     assert viz._fonts_for("dog \u20d2") == ["DejaVu Sans", "STIXGeneral"]
 
