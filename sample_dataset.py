@@ -1,6 +1,9 @@
-"""The sample dataset: scenes of one to three objects, drawn here, with captions and boxes; nothing is downloaded.
+"""The sample dataset, drawn: scenes of one to three objects, with captions and boxes.
 
-draw_sample_dataset("data/sample")    # 900 scenes of 224 x 224 pixels, five captions each, the objects' boxes
+    write_sample_dataset(Path("data/sample"), seed=0, names=["0.jpg", "1.jpg", ...])
+
+draws a scene of 224 x 224 pixels per name, with five captions and the boxes of its objects.
+download_datasets.py makes the folder.
 """
 
 import csv
@@ -13,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SAMPLE_SIDE = 224  # pixels
-TILE = 300  # pixels: an object is drawn large once, then scaled down for each picture, which smooths its edges
+TILE = 300  # pixels: an object is drawn large once and scaled down, which smooths its edges
 SAMPLE_COLOURS = {
     "red": (222, 44, 52),
     "orange": (250, 140, 20),
@@ -31,7 +34,7 @@ def polar(centre, radius, turns):
     return centre[0] + radius * math.sin(angle), centre[1] - radius * math.cos(angle)
 
 
-# Objects are drawn in a square whose sides run from 0 to 100; `pen(shape, points, fill)` scales and outlines.
+# Objects are drawn in a square of side 100; `pen(shape, points, fill)` scales and outlines.
 def draw_ball(pen, colour):
     """A ball with two highlights."""
     pen("ellipse", [(4, 4), (96, 96)], colour)
@@ -41,11 +44,9 @@ def draw_ball(pen, colour):
 
 def draw_star(pen, colour):
     """A smiling five-pointed star."""
-    pen(
-        "polygon",
-        [polar((50, 53), 50 if corner % 2 == 0 else 23, corner / 10) for corner in range(10)],
-        colour,
-    )
+    radii = [50, 23] * 5
+    corners = [polar((50, 53), radius, corner / 10) for corner, radius in enumerate(radii)]
+    pen("polygon", corners, colour)
     pen("ellipse", [(38, 44), (44, 52)], INK, outline=False)
     pen("ellipse", [(56, 44), (62, 52)], INK, outline=False)
     pen("arc", [(40, 48), (60, 66)], INK, start=20, end=160)
@@ -53,15 +54,13 @@ def draw_star(pen, colour):
 
 def draw_heart(pen, colour):
     """A heart with a highlight."""
-    turns = [2 * math.pi * step / 60 for step in range(60)]
-    curve = [
-        (
-            16 * math.sin(t) ** 3,
-            13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t),
-        )
-        for t in turns
-    ]
-    pen("polygon", [(50 + 2.9 * x, 46 - 2.9 * y) for x, y in curve], colour)
+    curve = []
+    for step in range(60):
+        t = 2 * math.pi * step / 60
+        x = 16 * math.sin(t) ** 3
+        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        curve.append((50 + 2.9 * x, 46 - 2.9 * y))
+    pen("polygon", curve, colour)
     pen("ellipse", [(20, 20), (36, 36)], CREAM, outline=False)
 
 
@@ -126,7 +125,7 @@ OBJECTS = {  # noun -> (plural, how to draw it)
 
 
 def draw_tile(noun, colour):
-    """One object on a transparent ground, cropped to its outline: an RGBA picture about TILE pixels wide."""
+    """One object, cropped to its outline: an RGBA picture, transparent around it."""
     tile = Image.new("RGBA", (TILE, TILE))
     draw = ImageDraw.Draw(tile)
     line = TILE // 42
@@ -138,9 +137,8 @@ def draw_tile(noun, colour):
         if shape == "arc":
             draw.arc(scaled, fill=fill, width=line, **options)
         else:
-            getattr(draw, shape)(
-                scaled, fill=fill, outline=INK if outline else None, width=line, **options
-            )
+            options["outline"] = INK if outline else None
+            getattr(draw, shape)(scaled, fill=fill, width=line, **options)
 
     OBJECTS[noun][1](pen, SAMPLE_COLOURS[colour])
     return tile.crop(tile.getbbox()).reduce(2)
@@ -156,10 +154,10 @@ def ground(picture, rng, height, top, bottom):
     """Cover the picture below about `height` (a fraction of its side) with rolling ground."""
     side = picture.width
     phase, waves = rng.random(), rng.uniform(0.5, 1.1)
-    edge = [
-        (x, side * (height + 0.03 * math.sin(2 * math.pi * (phase + waves * x / side))))
-        for x in range(0, side + 4, 4)
-    ]
+    edge = []
+    for x in range(0, side + 4, 4):
+        wave = math.sin(2 * math.pi * (phase + waves * x / side))
+        edge.append((x, side * (height + 0.03 * wave)))
     mask = Image.new("L", picture.size)
     ImageDraw.Draw(mask).polygon([*edge, (side, side), (0, side)], fill=255)
     picture.paste(gradient(side, top, bottom), mask=mask)
@@ -169,11 +167,8 @@ def dots(picture, rng, count, top, colours, radius):
     """Strew small round dots below `top` (a fraction of the side); `radius` in pixels."""
     draw, side = ImageDraw.Draw(picture), picture.width
     for _ in range(count):
-        x, y, size = (
-            rng.uniform(0, side),
-            rng.uniform(top * side, side),
-            rng.uniform(0.5, 1) * radius,
-        )
+        x, y = rng.uniform(0, side), rng.uniform(top * side, side)
+        size = rng.uniform(0.5, 1) * radius
         draw.ellipse([x - size, y - size, x + size, y + size], fill=rng.choice(colours))
 
 
@@ -194,13 +189,8 @@ def draw_sea(side, rng):
     draw = ImageDraw.Draw(picture)
     for _ in range(26):
         x, y = rng.uniform(-0.05, 1) * side, rng.uniform(horizon + 0.05, 1) * side
-        draw.arc(
-            [x, y, x + side * 0.08, y + side * 0.03],
-            200,
-            340,
-            fill=(190, 226, 238),
-            width=side // 110,
-        )
+        box = [x, y, x + side * 0.08, y + side * 0.03]
+        draw.arc(box, 200, 340, fill=(190, 226, 238), width=side // 110)
     return picture
 
 
@@ -231,22 +221,22 @@ def draw_night(side, rng):
     x, y, size = rng.uniform(0.08, 0.86) * side, rng.uniform(0.04, 0.10) * side, side * 0.09
     draw = ImageDraw.Draw(picture)
     draw.ellipse([x, y, x + size, y + size], fill=(250, 246, 214))
-    draw.ellipse(
-        [x + size * 0.3, y - size * 0.1, x + size * 1.2, y + size * 0.8], fill=(22, 25, 62)
-    )
+    shade = [x + size * 0.3, y - size * 0.1, x + size * 1.2, y + size * 0.8]
+    draw.ellipse(shade, fill=(22, 25, 62))
     ground(picture, rng, rng.uniform(0.72, 0.80), (28, 32, 66), (18, 20, 46))
     return picture
 
 
+WALLPAPERS = (  # two colours of stripes
+    ((248, 228, 214), (240, 212, 194)),
+    ((244, 236, 214), (234, 222, 190)),
+    ((240, 226, 236), (228, 208, 224)),
+)
+
+
 def draw_room(side, rng):
     """Striped wallpaper over a wooden floor."""
-    light, dark = rng.choice(
-        [
-            ((248, 228, 214), (240, 212, 194)),
-            ((244, 236, 214), (234, 222, 190)),
-            ((240, 226, 236), (228, 208, 224)),
-        ]
-    )
+    light, dark = rng.choice(WALLPAPERS)
     picture = Image.new("RGB", (side, side), light)
     draw = ImageDraw.Draw(picture)
     for left in range(0, side, side // 8):
@@ -278,8 +268,10 @@ SENTENCES = (
     "we see {subject} {relation} {where}",
     "someone drew {subject} {relation} {where}",
 )
-# How often each layout is drawn, the centres of its objects as fractions of the side, the share of the picture that
-# each object's box covers, and its wordings. Objects with the same letter are alike.
+BESIDE = ["{a} next to {b}", "{a} next to {b}", "{a} to the left of {b}", "{b} to the right of {a}"]
+ABOVE = ["{a} above {b}"] * 3 + ["{b} below {a}"]
+# How often each layout is drawn, the centres of its objects as fractions of the side, the share of
+# the picture that each object's box covers, and its wordings. Objects of one letter are alike.
 LAYOUTS = (
     (6, {"a": [(0.26, 0.5)]}, (0.08, 0.12), ["{a} on the left"]),
     (6, {"a": [(0.74, 0.5)]}, (0.08, 0.12), ["{a} on the right"]),
@@ -287,72 +279,56 @@ LAYOUTS = (
     (6, {"a": [(0.5, 0.74)]}, (0.08, 0.12), ["{a} at the bottom"]),
     (14, {"a": [(0.26, 0.5), (0.74, 0.5)]}, (0.06, 0.10), ["{a} side by side"]),
     (12, {"a": [(0.18, 0.5), (0.5, 0.5), (0.82, 0.5)]}, (0.05, 0.06), ["{a} in a row"]),
-    (
-        20,
-        {"a": [(0.26, 0.5)], "b": [(0.74, 0.5)]},
-        (0.06, 0.10),
-        ["{a} next to {b}", "{a} next to {b}", "{a} to the left of {b}", "{b} to the right of {a}"],
-    ),
-    (
-        20,
-        {"a": [(0.5, 0.26)], "b": [(0.5, 0.74)]},
-        (0.06, 0.09),
-        ["{a} above {b}"] * 3 + ["{b} below {a}"],
-    ),
-    (
-        10,
-        {"a": [(0.5, 0.26)], "b": [(0.26, 0.74), (0.74, 0.74)]},
-        (0.05, 0.08),
-        ["{a} above {b}"] * 3 + ["{b} below {a}"],
-    ),
+    (20, {"a": [(0.26, 0.5)], "b": [(0.74, 0.5)]}, (0.06, 0.10), BESIDE),
+    (20, {"a": [(0.5, 0.26)], "b": [(0.5, 0.74)]}, (0.06, 0.09), ABOVE),
+    (10, {"a": [(0.5, 0.26)], "b": [(0.26, 0.74), (0.74, 0.74)]}, (0.05, 0.08), ABOVE),
 )
 
 
 def write_captions(rng, wordings, things, where):
     """Five different captions of one scene. `things`: {"a": (noun, colour, count), ...}."""
-    phrases, verbs = {}, {}
-    for key, (noun, colour, count) in things.items():
-        article = "an" if colour[0] in "aeiou" else "a"
-        number, named = {
-            1: (article, noun),
-            2: ("two", OBJECTS[noun][0]),
-            3: ("three", OBJECTS[noun][0]),
-        }[count]
-        phrases[key] = f"{number} {colour} {named}"
-        verbs[key] = "is" if count == 1 else "are"
+    phrases = {key: noun_phrase(*thing) for key, thing in things.items()}
     captions = []
     for sentence in rng.sample(SENTENCES, 5):
-        subject, relation = rng.choice(wordings).split(" ", 1)
-        caption = sentence.format(
-            subject=subject, relation=relation, verb=verbs[subject[1]], where=where
-        ).format(**phrases)
+        subject, relation = rng.choice(wordings).split(" ", 1)  # "{a}", "next to {b}"
+        verb = "is" if things[subject[1]][2] == 1 else "are"
+        wording = sentence.format(subject=subject, relation=relation, verb=verb, where=where)
+        caption = wording.format(**phrases)
         captions.append(caption[0].upper() + caption[1:] + ".")
     return captions
 
 
+def noun_phrase(noun, colour, count):
+    """Such as "an orange car" or "two red balls"."""
+    if count == 1:
+        return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {noun}"
+    return f"{('two', 'three')[count - 2]} {colour} {OBJECTS[noun][0]}"
+
+
 def paste_object(picture, rng, tile, centre, area):
-    """Paste `tile` near `centre`, its box `area` of the picture large. Returns the box in 0..1: [x0, y0, x1, y1]."""
+    """Paste `tile` near `centre`, its box covering the share `area` of the picture.
+
+    Returns: the box, [x0, y0, x1, y1] in 0..1.
+    """
     tile = tile.rotate(rng.uniform(-7, 7), Image.Resampling.BICUBIC, expand=True)
     tile = tile.crop(tile.getbbox())
     scale = math.sqrt(area * picture.width * picture.height / (tile.width * tile.height))
-    tile = tile.resize(
-        (round(tile.width * scale), round(tile.height * scale)), Image.Resampling.LANCZOS
-    )
+    size = round(tile.width * scale), round(tile.height * scale)
+    tile = tile.resize(size, Image.Resampling.LANCZOS)
     left, top = (
-        min(
-            max(round((middle + rng.uniform(-0.05, 0.05)) * side - length / 2), 2),
-            side - length - 2,
-        )
-        for middle, side, length in zip(centre, picture.size, tile.size, strict=True)
+        place_along(rng, *axis) for axis in zip(centre, picture.size, tile.size, strict=True)
     )
-    shadow = (
-        tile.getchannel("A").filter(ImageFilter.GaussianBlur(2)).point(lambda alpha: alpha // 3)
-    )
-    picture.paste(INK, (left + 3, top + 4), shadow)
+    opacity = tile.getchannel("A").filter(ImageFilter.GaussianBlur(2))
+    picture.paste(INK, (left + 3, top + 4), opacity.point(lambda alpha: alpha // 3))  # a shadow
     picture.paste(tile, (left, top), tile)
-    return [
-        round(edge / SAMPLE_SIDE, 4) for edge in (left, top, left + tile.width, top + tile.height)
-    ]
+    box = (left, top, left + tile.width, top + tile.height)
+    return [round(edge / SAMPLE_SIDE, 4) for edge in box]
+
+
+def place_along(rng, centre, side, length):
+    """First pixel, along one axis, of a tile near `centre` that stays inside the picture."""
+    first = round((centre + rng.uniform(-0.05, 0.05)) * side - length / 2)
+    return min(max(first, 2), side - length - 2)
 
 
 def apart(first, second, gap=0.012):
@@ -367,36 +343,47 @@ def draw_scene(rng, tiles):
     """One random scene: an RGB picture, its five captions, and its objects' names and boxes."""
     _, places, areas, wordings = rng.choices(LAYOUTS, weights=[weight for weight, *_ in LAYOUTS])[0]
     where = rng.choice(list(BACKGROUNDS))
-    nouns, colours = (
-        rng.sample(list(OBJECTS), len(places)),
-        rng.sample(list(SAMPLE_COLOURS), len(places)),
-    )
+    nouns = rng.sample(list(OBJECTS), len(places))
+    colours = rng.sample(list(SAMPLE_COLOURS), len(places))
     things = {
         key: (noun, colour, len(places[key]))
         for key, noun, colour in zip(places, nouns, colours, strict=True)
     }
     captions = write_captions(rng, wordings, things, where)
     background = BACKGROUNDS[where](2 * SAMPLE_SIDE, rng).reduce(2)
-    while True:  # until no two objects touch
+    picture, objects = place_objects(rng, tiles, background, things, places, areas)
+    return add_grain(rng, picture), captions, objects
+
+
+def place_objects(rng, tiles, background, things, places, areas):
+    """Draw the objects over the background, again and again until no two touch."""
+    while True:
         picture, objects = background.copy(), []
         for key, (noun, colour, _) in things.items():
             area = rng.uniform(*areas)
             for centre in places[key]:
                 box = paste_object(picture, rng, tiles[noun, colour], centre, area)
                 objects.append({"names": sorted({noun, OBJECTS[noun][0]}), "box": box})
-        if all(
-            apart(one["box"], other["box"]) for one, other in itertools.combinations(objects, 2)
-        ):
-            break
-    grain = np.random.default_rng(rng.getrandbits(64)).integers(
-        -4, 5, (SAMPLE_SIDE, SAMPLE_SIDE, 1), np.int16
-    )
-    picture = Image.fromarray((np.asarray(picture, np.int16) + grain).clip(0, 255).astype(np.uint8))
-    return picture, captions, objects
+        boxes = [thing["box"] for thing in objects]
+        if all(apart(*pair) for pair in itertools.combinations(boxes, 2)):
+            return picture, objects
+
+
+def add_grain(rng, picture):
+    """The picture with noise of up to four grey levels."""
+    grain_rng = np.random.default_rng(rng.getrandbits(64))
+    grain = grain_rng.integers(-4, 5, (SAMPLE_SIDE, SAMPLE_SIDE, 1), np.int16)
+    pixels = np.asarray(picture, np.int16) + grain
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def write_sample_dataset(folder, seed, names):
-    """Draw one picture per name into `folder`, with captions, boxes and split lists (0.8 / 0.1 / 0.1) beside them."""
+    """Draw one picture per name into folder/Images, which exists; write the other files beside it.
+
+    These are captions.txt (CSV `image,caption`), sample.{train,dev,test}Images.txt (0.8, 0.1 and
+    0.1 of the names) and boxes.json: {file name: [{"names": [noun, plural], "box": [x0, y0, x1,
+    y1]}, ...]}, x and y in 0..1.
+    """
     tiles = {kind: draw_tile(*kind) for kind in itertools.product(OBJECTS, SAMPLE_COLOURS)}
     boxes = {}
     with (folder / "captions.txt").open("w", encoding="utf-8", newline="") as file:
@@ -408,10 +395,6 @@ def write_sample_dataset(folder, seed, names):
             rows.writerows([name, caption] for caption in captions)
     (folder / "boxes.json").write_text(json.dumps(boxes, indent=1))
     held_out = len(names) // 10
-    splits = {
-        "dev": names[:held_out],
-        "test": names[held_out : 2 * held_out],
-        "train": names[2 * held_out :],
-    }
-    for split, members in splits.items():
+    dev, test, train = names[:held_out], names[held_out : 2 * held_out], names[2 * held_out :]
+    for split, members in (("dev", dev), ("test", test), ("train", train)):
         (folder / f"sample.{split}Images.txt").write_text("".join(f"{name}\n" for name in members))
