@@ -1,16 +1,18 @@
-"""Get the datasets and weights the captioner trains on: download, check, unpack; draw the built-in sample dataset.
+"""Get the datasets and encoder weights: download, check and unpack; draw the sample dataset.
 
-    python download_datasets.py                          # Flickr8k and Flickr30k into ./data (1.1 and 4.4 GB to fetch)
+    python download_datasets.py                     # Flickr8k and Flickr30k (1.1 and 4.4 GB)
     python download_datasets.py --dataset flickr8k
     python download_datasets.py --dataset flickr8k --verify_only
-    python download_datasets.py --dataset sample         # drawn in seconds, no network
-    python download_datasets.py --dataset resnet50       # document A's ../../resources/models/resnet50-19c8e357.pth
+    python download_datasets.py --dataset sample    # drawn in seconds, no network
+    python download_datasets.py --dataset resnet50  # ../../resources/models/resnet50-19c8e357.pth
 
-A dataset lies in DATA_DIR/NAME: `Images/`, a captions file as its authors wrote it, and the official split. Every file
-is pinned by size and checksum, so any mirror may serve it. Where these come from: Flickr8k's MD5s are pinned by
-torchvision for R, the SHA-256s stand in Hugging Face's LFS pointers, resnet50's begins with the digits in its name.
-A broken download goes on where it stopped (HTTP Range); a wrong file is deleted and the next source is tried; TLS
-certificates are checked. Flickr8k and Flickr30k are for non-commercial research: their authors hand them out at MANUAL.
+A dataset lies in DATA_DIR/NAME (./data/NAME): `Images/`, a captions file as its authors wrote it,
+and the official split. Every file is pinned by size and checksum, so any mirror may serve it:
+Flickr8k's MD5s are those that torchvision for R pins, the SHA-256s stand in Hugging Face's LFS
+pointers, and resnet50's begins with the digits in its name. A broken download goes on where it
+stopped (HTTP Range); a wrong file is deleted and the next source tried; TLS certificates are
+checked. Flickr8k and Flickr30k are for non-commercial research: their authors hand them out at
+MANUAL.
 
 Exit status: 0 all well, 1 something failed (one line each on stderr), 2 misuse, 130 interrupted.
 """
@@ -63,7 +65,7 @@ GITHUB_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flick
 
 
 def karpathy_splits(name):
-    """Karpathy's captions with the official splits: one archive for Flickr8k, Flickr30k and COCO."""
+    """Karpathy's captions and the official splits: one archive for Flickr8k, Flickr30k and COCO."""
     return Remote(
         "caption_datasets.zip",
         36_745_453,
@@ -77,7 +79,7 @@ def karpathy_splits(name):
     )
 
 
-# dataset -> its parts (images, captions) -> the archives that hold this part, in the order they are tried
+# dataset -> its parts (images, captions) -> the archives that hold the part, in the order of trial
 DATASETS = {
     "flickr8k": (
         (
@@ -94,7 +96,8 @@ DATASETS = {
                 "sha256:497c137eaf599f85c8cc3fd71202c220f1299a19c05351d112ec8cc99c33252f",
                 (
                     f"{HUGGING_FACE}/datasets/shivangibithel/Flickr8k/resolve/main/Images.zip",
-                    f"{HUGGING_FACE}/spaces/shivangibithel/Text2ImageRetrieval/resolve/main/Images.zip",
+                    f"{HUGGING_FACE}/spaces/shivangibithel/Text2ImageRetrieval"
+                    "/resolve/main/Images.zip",
                 ),
                 ("*.jpg",),
             ),
@@ -127,7 +130,8 @@ DATASETS = {
                 4_375_349_371,
                 "sha256:051f4ddfa010caf652f74210c9aa34561251a72d00a03b0cb696b21a6d57953c",
                 (
-                    f"{HUGGING_FACE}/datasets/JimmyUnleashed/Flickr30k/resolve/main/flickr30k-images.tar.gz",
+                    f"{HUGGING_FACE}/datasets/JimmyUnleashed/Flickr30k"
+                    "/resolve/main/flickr30k-images.tar.gz",
                 ),
                 ("*.jpg",),
             ),
@@ -135,8 +139,9 @@ DATASETS = {
         (karpathy_splits("flickr30k"),),
     ),
 }
-# (images, captions) a folder must hold at least. Copies differ: of Flickr8k's 8,091 images 8,000 are in a split, of
-# Flickr30k's 31,783 Karpathy's captions cover 31,014; the smaller number is complete for every published experiment.
+# (images, captions) a folder must hold at least. Copies differ: of Flickr8k's 8,091 images 8,000
+# are in a split, of Flickr30k's 31,783 Karpathy's captions cover 31,014. The smaller number is
+# complete for every published experiment.
 EXPECTED = {"flickr8k": (8_000, 40_000), "flickr30k": (31_014, 155_070)}
 PICTURES = {".jpg", ".jpeg", ".png"}
 CAPTION_FILES = ("captions.txt", "results.csv", "Flickr8k.token.txt", "dataset_*.json")
@@ -150,27 +155,18 @@ RESNET50 = Remote(
     "sha256:19c8e3572231adff6824a2da93fd67b5986919a2e65f8b6007eab4edee220097",
     ("https://download.pytorch.org/models/resnet50-19c8e357.pth",),
 )
-WEIGHTS_DIR = Path(
-    "../../resources/models"
-)  # from the folder the commands run in, as document A's curl has it
+WEIGHTS_DIR = Path("../../resources/models")  # from the folder the commands run in
 
 ATTEMPTS = 5  # in a row without a new byte
 RETRY_SECONDS = 2.0  # before the second attempt; doubles with each one
 TIMEOUT_SECONDS = 60
-DAMAGE = (
-    gzip.BadGzipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    RuntimeError,
-)  # what decompressors raise
-MAX_MEMBERS, MAX_UNPACKED_BYTES = (
-    100_000,
-    20_000_000_000,
-)  # beyond every archive above; a bomb's are more
+# What decompressors raise for a damaged archive.
+DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+# More than every archive above has; an archive that has still more is a bomb.
+MAX_MEMBERS, MAX_UNPACKED_BYTES = 100_000, 20_000_000_000
 
 
-# ---- folders that appear complete or not at all ----
+# ------------------------------------------------------- folders that appear complete or not at all
 
 
 def holds_something(folder):
@@ -180,13 +176,12 @@ def holds_something(folder):
 
 @contextmanager
 def new_folder(folder, replace=False):
-    """An empty sibling folder to fill, renamed to `folder` on leaving and removed on an exception.
+    """Yield an empty sibling folder; it becomes `folder` at the end, or is removed on an exception.
 
     What `folder` holds by then is kept (another process was faster) unless `replace` is on.
     """
-    partial, old = (
-        folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old")
-    )
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -199,13 +194,14 @@ def new_folder(folder, replace=False):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-# ---- downloading ----
+# -------------------------------------------------------------------------------------- downloading
 
 
 def fetch(url, part, size):
-    """Download `url` into the file `part` until it has `size` bytes, going on where an earlier attempt stopped.
+    """Download `url` into `part` until it has `size` bytes, going on where an attempt stopped.
 
-    Raises: DownloadError if the server refuses, offers another size, or sends nothing new ATTEMPTS times in a row.
+    Raises: DownloadError if the server refuses, offers another size, or sends nothing new ATTEMPTS
+    times in a row.
     """
     failures, best = 0, part.stat().st_size if part.exists() else 0
     while True:
@@ -215,11 +211,9 @@ def fetch(url, part, size):
             if error.code < 500 and error.code != 429:
                 raise DownloadError(f"{url}: HTTP {error.code} {error.reason}") from None
             reason = f"HTTP {error.code} {error.reason}"
-        except (
-            urllib.error.URLError
-        ) as error:  # no connection: not worth repeating for a wrong name or certificate
+        except urllib.error.URLError as error:  # no connection
             if isinstance(error.reason, socket.gaierror | ssl.SSLCertVerificationError):
-                raise DownloadError(f"{url}: {error.reason}") from None
+                raise DownloadError(f"{url}: {error.reason}") from None  # will not mend itself
             reason = error.reason
         except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             reason = error
@@ -232,55 +226,69 @@ def fetch(url, part, size):
 
 
 def fetch_once(url, part, size):
-    """One request for the bytes that `part` still lacks. Raises ConnectionError if the connection ends early."""
-    have = part.stat().st_size if part.exists() else 0
-    if have >= size:
+    """One request for the bytes that `part` lacks. Raises ConnectionError if it ends early."""
+    received = part.stat().st_size if part.exists() else 0
+    if received >= size:
         return
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "download_datasets.py", "Range": f"bytes={have}-"}
-    )
+    headers = {"User-Agent": "download_datasets.py", "Range": f"bytes={received}-"}
+    request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        )
-        if response.status == 206 and not resumed:
-            raise DownloadError(
-                f"{url}: sent another range than asked for: {response.headers.get('Content-Range')}"
-            )
-        have = have if resumed else 0
-        if response.length is not None and have + response.length != size:
-            raise DownloadError(
-                f"{url}: offers {have + response.length:,} bytes, expected {size:,}"
-            )
-        bar = tqdm(
-            total=size,
-            initial=have,
-            unit="B",
-            unit_scale=True,
-            desc=part.stem,
-            disable=None,
-            leave=False,
-        )
-        with bar, part.open("ab" if resumed else "wb") as file:
-            while have < size and (chunk := response.read(min(1 << 20, size - have))):
-                file.write(chunk)
-                have += len(chunk)
-                bar.update(len(chunk))
-    if have < size:
-        raise ConnectionError(f"the connection ended at {have:,} of {size:,} bytes")
+        start = first_byte(url, response, received, size)
+        received = append_response(response, part, start, size)
+    if received < size:
+        raise ConnectionError(f"the connection ended at {received:,} of {size:,} bytes")
+
+
+def first_byte(url, response, asked, size):
+    """Where the response begins: at the byte asked for, or at 0 if the server ignores ranges.
+
+    Raises: DownloadError for another range, or a file of another size.
+    """
+    content_range = response.headers.get("Content-Range")
+    resumed = response.status == 206 and (content_range or "").startswith(f"bytes {asked}-")
+    if response.status == 206 and not resumed:
+        raise DownloadError(f"{url}: sent another range than asked for: {content_range}")
+    start = asked if resumed else 0
+    if response.length is not None and start + response.length != size:
+        offered = start + response.length
+        raise DownloadError(f"{url}: offers {offered:,} bytes, expected {size:,}")
+    return start
+
+
+def append_response(response, part, start, size):
+    """Write the response into `part` from byte `start` on, at most to `size`. Returns its end."""
+    bar = tqdm(
+        total=size,
+        initial=start,
+        desc=part.stem,
+        unit="B",
+        unit_scale=True,
+        disable=None,  # where stderr is no terminal
+        leave=False,
+    )
+    end = start
+    with bar, part.open("ab" if start else "wb") as file:
+        while end < size and (chunk := response.read(min(1 << 20, size - end))):
+            file.write(chunk)
+            end += len(chunk)
+            bar.update(len(chunk))
+    return end
 
 
 def check_file(path, remote):
     """Raise DownloadError unless `path` has the size and checksum of `remote`."""
     algorithm, _, expected = remote.checksum.partition(":")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-    if path.stat().st_size != remote.size or found != expected:
-        raise DownloadError(f"{path}: {algorithm} is {found}, expected {expected}")
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    if path.stat().st_size != remote.size or digest != expected:
+        raise DownloadError(f"{path}: {algorithm} is {digest}, expected {expected}")
 
 
 def download(remote, folder):
-    """`remote` as a checked file in `folder`, from the first address that serves it; DownloadError if none does."""
+    """`remote` as a checked file in `folder`, from the first address that serves it.
+
+    Raises: DownloadError if none does.
+    """
     target = folder / remote.name
     part = folder / f"{remote.name}.part"
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,7 +310,7 @@ def download(remote, folder):
     raise DownloadError(f"{remote.name}: no source works")
 
 
-# ---- unpacking: archives are hostile until checked ----
+# ---------------------------------------------------- unpacking: archives are hostile until checked
 
 
 def members_of_zip(archive):
@@ -322,11 +330,13 @@ def members_of_tar(archive):
 
 
 def unpack(path, folder, keep):
-    """Unpack what fits a pattern in `keep` from a zip or tar: pictures into folder/Images, the rest into `folder`.
+    """Unpack what fits a pattern in `keep` from a zip or tar, without the folders inside it.
 
-    Folders inside the archive are dropped, so nothing can land elsewhere; an archive that tries is refused whole.
-    Raises: DownloadError for a damaged archive, an absolute or `..` path, a link, device or encrypted member, two
-    members of one name, more than MAX_MEMBERS members or more than MAX_UNPACKED_BYTES bytes.
+    Pictures go into folder/Images, the rest into `folder`; an archive that tries to write elsewhere
+    is refused whole. Returns the number of files.
+    Raises: DownloadError for a damaged archive, an absolute or `..` path, a link, device or
+    encrypted member, two members of one name, more than MAX_MEMBERS members or more than
+    MAX_UNPACKED_BYTES bytes.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -335,45 +345,39 @@ def unpack(path, folder, keep):
         with tarfile.open(path) as archive:
             return write_members(path, members_of_tar(archive), folder, keep)
     except (zipfile.BadZipFile, tarfile.TarError, *DAMAGE) as error:
-        raise DownloadError(
-            f"{path}: not a whole zip or tar archive: {str(error).partition(chr(10))[0]}"
-        ) from None
+        reason = str(error).partition("\n")[0]
+        raise DownloadError(f"{path}: not a whole zip or tar archive: {reason}") from None
 
 
 def write_members(path, members, folder, keep):
     """The checks and copies of `unpack`. Returns the number of files written."""
     written = total = 0
     for number, (name, size, plain, open_member) in enumerate(members, start=1):
-        parts = PurePosixPath(name.replace("\\", "/"))
-        if not plain or parts.is_absolute() or ".." in parts.parts or ":" in name:
-            raise DownloadError(
-                f"{path}: refused, it holds a link, a device, or a path that leads outside: {name[:60]!r}"
-            )
+        inner = PurePosixPath(name.replace("\\", "/"))
+        if not plain or inner.is_absolute() or ".." in inner.parts or ":" in name:
+            reason = "it holds a link, a device, or a path that leads outside"
+            raise DownloadError(f"{path}: refused, {reason}: {name[:60]!r}")
         total += size
         if number > MAX_MEMBERS or total > MAX_UNPACKED_BYTES:
-            raise DownloadError(
-                f"{path}: refused, it unpacks to more than {MAX_MEMBERS:,} files or {MAX_UNPACKED_BYTES:,} bytes"
-            )
-        if parts.name.startswith(".") or not any(fnmatch(parts.name, pattern) for pattern in keep):
+            limits = f"{MAX_MEMBERS:,} files or {MAX_UNPACKED_BYTES:,} bytes"
+            raise DownloadError(f"{path}: refused, it unpacks to more than {limits}")
+        if inner.name.startswith(".") or not any(fnmatch(inner.name, pattern) for pattern in keep):
             continue
-        target = (
-            folder / "Images" / parts.name
-            if parts.suffix.lower() in PICTURES
-            else folder / parts.name
-        )
+        is_picture = inner.suffix.lower() in PICTURES
+        target = (folder / "Images" if is_picture else folder) / inner.name
         target.parent.mkdir(exist_ok=True)
         try:
             with open_member() as source, target.open("xb") as copy:
                 shutil.copyfileobj(source, copy)
         except FileExistsError:
-            raise DownloadError(f"{path}: refused, it holds {parts.name!r} twice") from None
+            raise DownloadError(f"{path}: refused, it holds {inner.name!r} twice") from None
         written += 1
     if not written:
         raise DownloadError(f"{path}: holds no {' or '.join(keep)}")
     return written
 
 
-# ---- datasets ----
+# ----------------------------------------------------------------------------------------- datasets
 
 
 def images_in(folder):
@@ -389,7 +393,10 @@ def starts_as_picture(path):
 
 
 def count_captions(folder):
-    """The number of captions in the folder's captions file. Raises ValueError if there is none or it cannot be read."""
+    """The number of captions in the folder's captions file.
+
+    Raises: ValueError if there is none or it cannot be read.
+    """
     path = next((path for pattern in CAPTION_FILES for path in sorted(folder.glob(pattern))), None)
     if path is None:
         raise ValueError(f"{folder}: no captions file, expected one of {', '.join(CAPTION_FILES)}")
@@ -406,14 +413,15 @@ def count_captions(folder):
 def draw_sample_dataset(folder, seed=0, num_images=900, force=False):
     """Draw the sample dataset into `folder`, in Flickr8k's layout, or find it there and do nothing.
 
-    Scenes of one to three toy objects, 224 x 224 pixels, five captions each. Every picture depends only on `seed` and
-    its number: captions and splits are the same on every machine, pixels and boxes up to the Pillow version's rounding.
-    The folder appears complete or not at all.
+    Scenes of one to three toy objects, 224 x 224 pixels, five captions each. Every picture depends
+    only on `seed` and its number: captions and splits are the same on every machine, pixels and
+    boxes up to the Pillow version's rounding. The folder appears complete or not at all.
 
     Args:
-        seed: any int.   num_images: at least 10, so that no split is empty.   force: draw again over what is there.
-    Returns: `folder` as a Path. It holds Images/, captions.txt (CSV `image,caption`), sample.{train,dev,test}Images.txt
-        and boxes.json: {file name: [{"names": [noun, plural], "box": [x0, y0, x1, y1]}, ...]}, x and y in 0..1.
+        seed: any int.
+        num_images: at least 10, so that no split is empty.
+        force: draw again over what is there.
+    Returns: `folder` as a Path, with the files of `write_sample_dataset`.
     Raises: ValueError for too few images, or if `folder` holds something else.
     """
     folder = Path(folder)
@@ -430,18 +438,17 @@ def draw_sample_dataset(folder, seed=0, num_images=900, force=False):
 
 
 def verify_sample(folder, names=None):
-    """(images, captions) of a sample dataset. Raises ValueError unless it is whole (and has these file names)."""
+    """(images, captions) of a sample dataset.
+
+    Raises: ValueError unless it is whole and, if given, has these file names.
+    """
     try:
         boxes = json.loads((folder / "boxes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         boxes = {}
     present = {path.name for path in images_in(folder)}
-    if (
-        not boxes
-        or not isinstance(boxes, dict)
-        or boxes.keys() != present
-        or present != set(names or boxes)
-    ):
+    whole = boxes and isinstance(boxes, dict) and boxes.keys() == present
+    if not whole or present != set(names or boxes):
         raise ValueError(
             f"{folder}: not the complete sample dataset with these settings; "
             "draw it again with: python download_datasets.py --dataset sample --force"
@@ -455,28 +462,28 @@ def verify_sample(folder, names=None):
 
 
 def verify_dataset(name, folder):
-    """(images, captions) in the folder of a dataset. Raises ValueError if it is absent or holds less than EXPECTED."""
+    """(images, captions) in a dataset's folder. Raises ValueError if fewer than EXPECTED."""
     if not folder.is_dir():
         raise ValueError(
             f"{folder}: not there; get it with: python download_datasets.py --dataset {name}"
         )
     if name == "sample":
         return verify_sample(folder)
-    found = len(images_in(folder)), count_captions(folder)
-    for what, count, expected in zip(("images", "captions"), found, EXPECTED[name], strict=True):
+    counts = len(images_in(folder)), count_captions(folder)
+    for what, count, expected in zip(("images", "captions"), counts, EXPECTED[name], strict=True):
         if count < expected:
-            raise ValueError(
-                f"{folder}: {count:,} {what}, expected at least {expected:,}; get it again with --force"
-            )
-    return found
+            shortage = f"{count:,} {what}, expected at least {expected:,}"
+            raise ValueError(f"{folder}: {shortage}; get it again with --force")
+    return counts
 
 
 def download_dataset(name, data_dir, force=False):
-    """Flickr8k or Flickr30k, downloaded, unpacked and checked into data_dir/name, unless it is there already.
+    """Flickr8k or Flickr30k, downloaded, unpacked and checked in data_dir/name, unless it is there.
 
-    Archives stay in data_dir/.downloads until the dataset is complete: a second call goes on where the first stopped.
-    Raises: DownloadError if no source works; ValueError if the folder holds something incomplete and `force` is off;
-    OSError if the disk is too small.
+    Archives stay in data_dir/.downloads until the dataset is complete, so that a second call goes
+    on where the first stopped. Returns (images, captions).
+    Raises: DownloadError if no source works; ValueError if the folder holds something incomplete
+    and `force` is off; OSError if the disk is too small.
     """
     folder, downloads = data_dir / name, data_dir / ".downloads"
     if not force and holds_something(folder):
@@ -486,11 +493,11 @@ def download_dataset(name, data_dir, force=False):
     with new_folder(folder, replace=force) as partial:
         for alternatives in DATASETS[name]:
             get_part(name, alternatives, downloads, partial)
-        found = verify_dataset(name, partial)
+        counts = verify_dataset(name, partial)
     for alternatives in DATASETS[name]:
         for remote in alternatives:
             (downloads / remote.name).unlink(missing_ok=True)
-    return found
+    return counts
 
 
 def get_part(name, alternatives, downloads, folder):
@@ -508,8 +515,9 @@ def get_part(name, alternatives, downloads, folder):
         (folder / remote.name).rmdir()
         return
     raise DownloadError(
-        f"{name}: no source of {alternatives[0].name} works; ask for it at {MANUAL[name]} and put the pictures into "
-        f"{folder.parent / name / 'Images'} and the captions file beside that folder"
+        f"{name}: no source of {alternatives[0].name} works; ask for it at {MANUAL[name]} and put "
+        f"the pictures into {folder.parent / name / 'Images'} and the captions file beside "
+        "that folder"
     )
 
 
@@ -526,7 +534,7 @@ def check_free_space(folder, needed):
 
 
 def download_weights(folder, force=False):
-    """Document A's ResNet50 weights in `folder`, checked. Returns their path; DownloadError if there is no source."""
+    """The path of the ResNet50 weights in `folder`, downloaded if absent and checked."""
     if (folder / RESNET50.name).exists() and not force:
         return verify_weights(folder)
     check_free_space(folder, RESNET50.size)
@@ -534,7 +542,7 @@ def download_weights(folder, force=False):
 
 
 def verify_weights(folder):
-    """The path of the ResNet50 weights in `folder`. Raises DownloadError unless they are the published ones."""
+    """The path of the ResNet50 weights in `folder`. Raises DownloadError unless as published."""
     path = folder / RESNET50.name
     if not path.exists():
         raise DownloadError(
@@ -544,17 +552,14 @@ def verify_weights(folder):
     return path
 
 
-# ---- command line ----
+# ------------------------------------------------------------------------------------- command line
 
 
 def get(name, args):
     """Get or verify one thing. Returns the line to print."""
     if name == "resnet50":
-        path = (
-            verify_weights(WEIGHTS_DIR)
-            if args.verify_only
-            else download_weights(WEIGHTS_DIR, args.force)
-        )
+        folder = WEIGHTS_DIR
+        path = verify_weights(folder) if args.verify_only else download_weights(folder, args.force)
         return f"resnet50: {path}, checksum as published"
     folder = args.data_dir / name
     if args.verify_only:
@@ -570,11 +575,11 @@ def parse_args(argv=None):
     """The options; a mistake exits with status 2 and one line."""
     parser = argparse.ArgumentParser(
         usage="download_datasets.py [--dataset NAME] [--data_dir DIR] [--force | --verify_only]",
-        description="Download, check and unpack the datasets and weights, or draw the sample dataset.",
+        description="Download, check and unpack the datasets and weights, "
+        "or draw the sample dataset.",
     )
-    parser.add_argument(
-        "--dataset", default="both", choices=["flickr8k", "flickr30k", "both", "sample", "resnet50"]
-    )
+    names = ["flickr8k", "flickr30k", "both", "sample", "resnet50"]
+    parser.add_argument("--dataset", default="both", choices=names)
     parser.add_argument(
         "--data_dir",
         type=Path,
@@ -600,20 +605,19 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """The command. Returns its exit status; a failure of one dataset does not keep the next from being got."""
+    """The command; where one dataset fails, the next is still got. Returns its exit status."""
     args = parse_args(argv)
     status = 0
-    for name in ("flickr8k", "flickr30k") if args.dataset == "both" else (args.dataset,):
+    names = ("flickr8k", "flickr30k") if args.dataset == "both" else (args.dataset,)
+    for name in names:
         try:
             print(get(name, args))
         except (OSError, ValueError) as error:
             print(f"download_datasets.py: error: {error}", file=sys.stderr)
             status = 1
         except KeyboardInterrupt:
-            print(
-                "download_datasets.py: interrupted; the same command goes on from here",
-                file=sys.stderr,
-            )
+            message = "download_datasets.py: interrupted; the same command goes on from here"
+            print(message, file=sys.stderr)
             return 130
     return status
 

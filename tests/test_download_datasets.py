@@ -1,13 +1,9 @@
-"""Tests of download_datasets.py: a local server that misbehaves, hostile archives, and the sample dataset.
+"""download_datasets.py against a misbehaving local server, hostile archives, damaged folders.
 
-python -m pytest tests/test_download_datasets.py
-
-DEFECT 16 of CAPABILITIES.md (success printed after a failed extraction, unreachable verification, a wrong file checked,
-quota pages stored as data, `curl -k`) is kept away by test_no_source_works_says_where_to_ask_and_goes_on_later,
-test_verify_only_names_what_is_damaged, test_verify_only_accepts_each_captions_format,
-test_a_page_in_place_of_the_file_is_refused_before_it_is_stored and test_certificates_are_checked.
+What the sample dataset's pictures and captions hold is in test_sample_dataset.py.
 """
 
+import functools
 import hashlib
 import http.server
 import io
@@ -21,9 +17,7 @@ import threading
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import download_datasets as dd
@@ -32,11 +26,11 @@ import sample_dataset
 JPEG = b"\xff\xd8\xff\xe0 a picture"
 
 
-# ---- a server whose paths misbehave as asked ----
+# ---------------------------------------------------------- a server whose paths misbehave as asked
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files[path]: content, status, drops (bytes sent before the connection ends, per request), ..."""
+    """Serves server.files[path]: content, status, drops (bytes sent before a lost connection)."""
 
     protocol_version = "HTTP/1.1"
 
@@ -86,14 +80,13 @@ def server(monkeypatch):
 
 
 def remote(content, *urls, name="file.zip", keep=("*.jpg",)):
-    return dd.Remote(
-        name, len(content), f"sha256:{hashlib.sha256(content).hexdigest()}", urls, keep
-    )
+    checksum = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    return dd.Remote(name, len(content), checksum, urls, keep)
 
 
-CONTENT = (
-    bytes(range(256)) * 1000
-)  # 256,000 bytes, no two neighbouring blocks of which can be exchanged unnoticed
+# 256,000 bytes, no two neighbouring blocks of which can be exchanged unnoticed
+CONTENT = bytes(range(256)) * 1000
+HTML_PAGE = {"content": b"<html>Sign in</html>", "status": 200, "type": "text/html"}
 
 
 def test_a_dropped_connection_goes_on_where_it_stopped(server, tmp_path):
@@ -146,33 +139,25 @@ def test_nothing_is_left_when_the_only_source_is_wrong(server, tmp_path):
     ("behaviour", "message"),
     [
         ({"status": 404}, "HTTP 404"),
-        (
-            {"content": b"<html>Sign in</html>", "status": 200, "type": "text/html"},
-            "offers 20 bytes, expected 256,000",
-        ),
+        (HTML_PAGE, "offers 20 bytes, expected 256,000"),
         ({"content": CONTENT + b"x"}, "offers 256,001 bytes, expected 256,000"),
     ],
 )
 def test_a_page_in_place_of_the_file_is_refused_before_it_is_stored(
     server, tmp_path, capsys, behaviour, message
 ):
-    path = dd.download(
-        remote(CONTENT, server.url("/page", **behaviour), server.url("/a", content=CONTENT)),
-        tmp_path,
-    )
+    page, right = server.url("/page", **behaviour), server.url("/a", content=CONTENT)
+    path = dd.download(remote(CONTENT, page, right), tmp_path)
     assert path.read_bytes() == CONTENT
     assert message in capsys.readouterr().err
     assert server.requests == [("/page", "bytes=0-"), ("/a", "bytes=0-")]
 
 
 def test_a_page_of_unknown_length_is_refused_by_its_content(server, tmp_path):
-    page = server.url(
-        "/page", content=b"<html>" * 100_000, no_length=True, ignores_range=True
-    )  # longer than the file
-    assert (
-        dd.download(remote(CONTENT, page, server.url("/a", content=CONTENT)), tmp_path).read_bytes()
-        == CONTENT
-    )
+    longer = b"<html>" * 100_000
+    page = server.url("/page", content=longer, no_length=True, ignores_range=True)
+    right = server.url("/a", content=CONTENT)
+    assert dd.download(remote(CONTENT, page, right), tmp_path).read_bytes() == CONTENT
 
 
 def test_a_damaged_leftover_does_not_condemn_the_only_source(server, tmp_path):
@@ -185,20 +170,14 @@ def test_a_damaged_leftover_does_not_condemn_the_only_source(server, tmp_path):
 
 def test_certificates_are_checked():
     source = Path(dd.__file__).read_text(encoding="utf-8")
-    assert not any(
-        word in source for word in ("_create_unverified", "CERT_NONE", "check_hostname", "context=")
-    )
-    urls = [
-        url
-        for parts in dd.DATASETS.values()
-        for part in parts
-        for file in part
-        for url in file.urls
-    ]
+    unsafe = ("_create_unverified", "CERT_NONE", "check_hostname", "context=")
+    assert not any(word in source for word in unsafe)
+    parts = itertools.chain.from_iterable(dd.DATASETS.values())
+    urls = [url for file in itertools.chain.from_iterable(parts) for url in file.urls]
     assert all(url.startswith("https://") for url in (*urls, *dd.RESNET50.urls))
 
 
-# ---- archives ----
+# ----------------------------------------------------------------------------------------- archives
 
 
 def zip_of(*members):
@@ -303,10 +282,8 @@ def test_a_hostile_archive_is_refused_and_writes_nothing_outside(
     with pytest.raises(dd.DownloadError, match=message) as failure:
         dd.unpack(path, folder, ("*.jpg",))
     assert "\n" not in str(failure.value)
-    outside = {
-        file for file in tmp_path.rglob("*") if file.is_file() and folder not in file.parents
-    }
-    assert outside == {path}
+    files = {file for file in tmp_path.rglob("*") if file.is_file()}
+    assert files - set(folder.rglob("*")) == {path}
     assert not any(file.is_symlink() for file in folder.rglob("*"))
 
 
@@ -318,11 +295,10 @@ def test_a_flipped_bit_is_noticed_by_the_archive_itself(tmp_path):
         dd.unpack(tmp_path / "archive", tmp_path, ("*.jpg",))
 
 
-# ---- whole datasets ----
+# ----------------------------------------------------------------------------------- whole datasets
 
-TOKENS = "".join(
-    f"{number}.jpg#{k}\ta dog runs .\n" for number in range(4) for k in range(5)
-).encode()
+ROWS = list(itertools.product(range(4), range(5)))  # image, caption
+TOKENS = "".join(f"{image}.jpg#{k}\ta dog runs .\n" for image, k in ROWS).encode()
 IMAGES_ZIP = zip_of(*((f"Flicker8k_Dataset/{number}.jpg", JPEG) for number in range(4)))
 TEXT_ZIP = zip_of(
     ("Flickr8k.token.txt", TOKENS),
@@ -337,9 +313,8 @@ def tiny(server, monkeypatch):
     images = remote(IMAGES_ZIP, server.url("/images", content=IMAGES_ZIP), name="images.zip")
     keep = ("Flickr8k.token.txt", "Flickr_8k.*Images.txt")
     text = remote(TEXT_ZIP, server.url("/text", content=TEXT_ZIP), name="text.zip", keep=keep)
-    monkeypatch.setattr(
-        dd, "DATASETS", {"flickr8k": ((images,), (text,)), "flickr30k": ((images,), (text,))}
-    )
+    parts = ((images,), (text,))
+    monkeypatch.setattr(dd, "DATASETS", {"flickr8k": parts, "flickr30k": parts})
     monkeypatch.setattr(dd, "EXPECTED", {"flickr8k": (4, 20), "flickr30k": (5, 25)})
     return images, text
 
@@ -349,17 +324,10 @@ def test_a_dataset_is_downloaded_once(server, tiny, tmp_path, capsys):
     assert dd.main(command) == 0
     folder = tmp_path / "data" / "flickr8k"
     assert capsys.readouterr().out == f"flickr8k: 4 images and 20 captions in {folder}\n"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "Flickr8k.token.txt",
-        "Flickr_8k.trainImages.txt",
-        "Images",
-    ]
-    assert sorted(path.name for path in (folder / "Images").iterdir()) == [
-        "0.jpg",
-        "1.jpg",
-        "2.jpg",
-        "3.jpg",
-    ]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"Flickr8k.token.txt", "Flickr_8k.trainImages.txt", "Images"}
+    pictures = {path.name for path in (folder / "Images").iterdir()}
+    assert pictures == {"0.jpg", "1.jpg", "2.jpg", "3.jpg"}
     assert list((tmp_path / "data" / ".downloads").iterdir()) == []
     assert dd.main(command) == 0 and len(server.requests) == 2
     (folder / "mine.txt").touch()
@@ -429,12 +397,11 @@ def test_resnet50_is_checked(server, tmp_path, monkeypatch, capsys):
 
 
 def test_resnet50s_checksum_begins_with_the_digits_in_its_name():
-    assert (
-        dd.RESNET50.checksum.startswith("sha256:19c8e357") and len(dd.RESNET50.checksum) == 7 + 64
-    )
+    assert dd.RESNET50.checksum.startswith("sha256:19c8e357")
+    assert len(dd.RESNET50.checksum) == len("sha256:") + 64
 
 
-# ---- --verify_only ----
+# ------------------------------------------------------------------------------------ --verify_only
 
 
 @pytest.fixture
@@ -445,9 +412,8 @@ def flickr8k(tmp_path, monkeypatch):
     (folder / "Images").mkdir(parents=True)
     for number in range(4):
         (folder / "Images" / f"{number}.jpg").write_bytes(JPEG)
-    (folder / "captions.txt").write_bytes(
-        b"image,caption\n" + b"".join(b"%d.jpg,a dog .\n" % (row // 5) for row in range(20))
-    )
+    rows = "".join(f"{image}.jpg,a dog .\n" for image, _ in ROWS)
+    (folder / "captions.txt").write_bytes(f"image,caption\n{rows}".encode())
     return folder
 
 
@@ -458,18 +424,15 @@ def verify(folder):
 def test_verify_only_accepts_each_captions_format(flickr8k, capsys):
     assert verify(flickr8k) == 0
     (flickr8k / "captions.txt").unlink()
-    (flickr8k / "results.csv").write_text(
-        "image_name| comment_number| comment\n"
-        + "".join(f"{row // 5}.jpg| {row % 5}| a dog .\n" for row in range(20))
-    )
+    rows = "".join(f"{image}.jpg| {k}| a dog .\n" for image, k in ROWS)
+    (flickr8k / "results.csv").write_text(f"image_name| comment_number| comment\n{rows}")
     assert verify(flickr8k) == 0
     (flickr8k / "results.csv").unlink()
     (flickr8k / "Flickr8k.token.txt").write_bytes(TOKENS)
     assert verify(flickr8k) == 0
     (flickr8k / "Flickr8k.token.txt").unlink()
-    images = [
-        {"filename": f"{number}.jpg", "sentences": [{"raw": "a dog ."}] * 5} for number in range(4)
-    ]
+    sentences = [{"raw": "a dog ."}] * 5
+    images = [{"filename": f"{number}.jpg", "sentences": sentences} for number in range(4)]
     (flickr8k / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     assert verify(flickr8k) == 0
     assert capsys.readouterr().out == f"flickr8k: 4 images and 20 captions in {flickr8k}\n" * 4
@@ -508,10 +471,7 @@ def remove_everything(folder):
         (cut_the_captions, "captions, expected at least 20"),
         (remove_the_captions, "no captions file"),
         (spoil_the_json, "not one of Karpathy's dataset files"),
-        (
-            remove_everything,
-            "not there; get it with: python download_datasets.py --dataset flickr8k",
-        ),
+        (remove_everything, "get it with: python download_datasets.py --dataset flickr8k"),
     ],
 )
 def test_verify_only_names_what_is_damaged(flickr8k, capsys, damage, message):
@@ -533,139 +493,22 @@ def test_verify_only_names_what_is_damaged(flickr8k, capsys, damage, message):
 def test_misuse_is_one_line_and_status_2(tmp_path, arguments):
     (tmp_path / "file").touch()
     arguments = [argument.format(file=tmp_path / "file") for argument in arguments]
-    run = subprocess.run(
-        [sys.executable, dd.__file__, *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, dd.__file__, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2 and run.stdout == ""
     usage, error = run.stderr.splitlines()
     assert usage.startswith("usage:") and "error:" in error
 
 
-# ---- the sample dataset ----
+# ------------------------------------------------------------------------------- the sample dataset
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    return dd.draw_sample_dataset(tmp_path_factory.mktemp("data") / "sample", seed=3, num_images=60)
-
-
-def read_captions(folder):
-    """{file name: its captions}, read without the csv module: no caption here needs quotes."""
-    header, *rows = (folder / "captions.txt").read_text(encoding="utf-8").splitlines()
-    assert header == "image,caption"
-    captions = {}
-    for row in rows:
-        name, caption = row.split(",", 1)
-        captions.setdefault(name, []).append(caption)
-    return captions
-
-
-def test_the_sample_dataset_is_the_same_again_and_each_picture_depends_on_its_number_alone(
-    sample, tmp_path
-):
-    again = dd.draw_sample_dataset(tmp_path / "again", seed=3, num_images=20)
-    for path in sorted((again / "Images").iterdir()):
-        assert path.read_bytes() == (sample / "Images" / path.name).read_bytes()
-    assert read_captions(again).items() <= read_captions(sample).items()
-    other = dd.draw_sample_dataset(tmp_path / "other", seed=4, num_images=20)
-    assert list(read_captions(other).values()) != list(read_captions(again).values())
-
-
-def test_the_captions_of_seed_0_are_pinned(tmp_path):
-    captions = read_captions(dd.draw_sample_dataset(tmp_path / "sample", num_images=10))
-    assert captions["sample_0_0000.jpg"] == [
-        "The picture shows a green car above a purple house in the snow.",
-        "This is a picture of a green car above a purple house in the snow.",
-        "Someone drew a purple house below a green car in the snow.",
-        "There is a green car above a purple house in the snow.",
-        "A green car is above a purple house in the snow.",
-    ]
-
-
-def test_every_sample_picture_has_five_different_captions_and_a_split(sample):
-    captions = read_captions(sample)
-    names = [path.name for path in sorted((sample / "Images").iterdir())]
-    assert list(captions) == names and len(names) == 60
-    assert all(len(set(five)) == 5 for five in captions.values())
-    lists = [
-        (sample / f"sample.{split}Images.txt").read_text().split()
-        for split in ("dev", "test", "train")
-    ]
-    assert [len(members) for members in lists] == [6, 6, 48]
-    assert sorted(itertools.chain(*lists)) == names
-    with Image.open(sample / "Images" / names[0]) as picture:
-        assert picture.size == (224, 224) and picture.mode == "RGB"
-
-
-def test_sample_boxes_lie_inside_apart_and_are_named_in_every_caption(sample):
-    captions, boxes = read_captions(sample), json.loads((sample / "boxes.json").read_text())
-    counts = {"a": 1, "an": 1, "two": 2, "three": 3}
-    for name, objects in boxes.items():
-        for thing in objects:
-            x0, y0, x1, y1 = thing["box"]
-            assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
-            assert 0.045 < (x1 - x0) * (y1 - y0) < 0.125
-            for caption in captions[name]:
-                words = caption.lower().rstrip(".").split()
-                noun = next(word for word in words if word in thing["names"])
-                number = words[words.index(noun) - 2]  # "two red balls"
-                assert counts[number] == sum(other["names"] == thing["names"] for other in objects)
-        for one, other in itertools.combinations((thing["box"] for thing in objects), 2):
-            assert one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
-
-
-def test_sample_captions_say_where_things_are(sample):
-    captions, boxes = read_captions(sample), json.loads((sample / "boxes.json").read_text())
-    told = 0
-    for name, objects in boxes.items():
-        centre = {
-            noun: ((t["box"][0] + t["box"][2]) / 2, (t["box"][1] + t["box"][3]) / 2)
-            for t in objects
-            for noun in t["names"]
-        }
-        for caption in captions[name]:
-            for phrase, axis, sign in (
-                (" above ", 1, 1),
-                (" below ", 1, -1),
-                ("the left of", 0, 1),
-                ("the right of", 0, -1),
-            ):
-                before, found, after = caption.lower().rstrip(".").partition(phrase)
-                if found:
-                    first, second = (
-                        next(w for w in half.split() if w in centre) for half in (before, after)
-                    )
-                    assert sign * (centre[second][axis] - centre[first][axis]) > 0, caption
-                    told += 1
-    assert told > 50
-
-
-def test_sample_objects_have_the_colour_the_caption_names(sample):
-    captions, boxes = read_captions(sample), json.loads((sample / "boxes.json").read_text())
-    for name, objects in boxes.items():
-        with Image.open(sample / "Images" / name) as picture:
-            for thing in objects:
-                words = captions[name][0].lower().rstrip(".").split()
-                named = words[next(i for i, word in enumerate(words) if word in thing["names"]) - 1]
-                box = np.asarray(picture.crop([round(edge * 224) for edge in thing["box"]])).astype(
-                    int
-                )
-                close = {  # share of the box within 40 of a colour in every channel
-                    colour: (abs(box - rgb).max(axis=-1) < 40).mean()
-                    for colour, rgb in sample_dataset.SAMPLE_COLOURS.items()
-                }
-                assert close[named] > 0.15 and close[named] == max(close.values()), (
-                    name,
-                    thing,
-                    close,
-                )
-
-
-def test_a_complete_sample_is_left_alone_and_another_is_refused(sample):
+def test_a_complete_sample_is_left_alone_and_another_is_refused(tmp_path):
+    sample = dd.draw_sample_dataset(tmp_path / "sample", seed=3, num_images=10)
     before = {path: path.stat().st_mtime_ns for path in sample.rglob("*")}
-    assert dd.draw_sample_dataset(sample, seed=3, num_images=60) == sample
+    assert dd.draw_sample_dataset(sample, seed=3, num_images=10) == sample
     with pytest.raises(ValueError, match="not the complete sample dataset with these settings"):
-        dd.draw_sample_dataset(sample, seed=3, num_images=70)
+        dd.draw_sample_dataset(sample, seed=3, num_images=11)
     assert {path: path.stat().st_mtime_ns for path in sample.rglob("*")} == before
 
 
@@ -685,10 +528,7 @@ def test_a_drawing_that_finishes_second_keeps_the_first(tmp_path):
         (partial / "slow").touch()
         folder.mkdir()
         (folder / "fast").touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
-        "sample",
-        "sample/fast",
-    ]
+    assert set(tmp_path.rglob("*")) == {folder, folder / "fast"}
 
 
 def test_too_few_images_are_refused(tmp_path):
@@ -697,18 +537,14 @@ def test_too_few_images_are_refused(tmp_path):
 
 
 def test_the_sample_command_draws_verifies_and_mends(tmp_path, monkeypatch, capsys):
-    draw = dd.draw_sample_dataset
-    monkeypatch.setattr(
-        dd, "draw_sample_dataset", lambda folder, force: draw(folder, num_images=10, force=force)
-    )
+    draw_ten = functools.partial(dd.draw_sample_dataset, num_images=10)
+    monkeypatch.setattr(dd, "draw_sample_dataset", draw_ten)
     command = ["--dataset", "sample", "--data_dir", str(tmp_path)]
     assert dd.main([*command, "--verify_only"]) == 1
     assert dd.main(command) == 0
     assert dd.main([*command, "--verify_only"]) == 0
-    assert (
-        capsys.readouterr().out
-        == f"sample: 10 images and 50 captions in {tmp_path / 'sample'}\n" * 2
-    )
+    line = f"sample: 10 images and 50 captions in {tmp_path / 'sample'}\n"
+    assert capsys.readouterr().out == line * 2
     (tmp_path / "sample" / "Images" / "sample_0_0003.jpg").unlink()
     assert dd.main([*command, "--verify_only"]) == 1
     assert dd.main(command) == 1
