@@ -1,6 +1,6 @@
 """Different parameters, and the same parameters in the same second, get directories of their own.
 
-python tests/test_unique_directories.py     makes them in a temporary folder and shows each with its files
+python tests/test_unique_directories.py     shows each, with its files
 """
 
 import sys
@@ -14,38 +14,28 @@ from experiment_utils import RunTracker, create_run_dir
 
 STAMP = "20241201_143022"
 BASE = {
-    "dataset_type": "flickr8k", "encoder": "resnet50", "decoder": "lstm", "epochs": 10, "batch_size": 128,
-    "learning_rate": 1e-4, "use_scheduler": False, "scheduler_type": "step", "save_attention_viz": False,
+    "dataset_type": "flickr8k", "encoder": "resnet50", "decoder": "lstm", "epochs": 10,
+    "batch_size": 128, "learning_rate": 1e-4, "use_scheduler": False, "scheduler_type": "step",
+    "save_attention_viz": False,
 }  # fmt: skip
+ONE_CYCLE = {"use_scheduler": True, "scheduler_type": "one_cycle"}
+PICTURES = {"decoder": "attention", "save_attention_viz": True}
 CHANGES = {  # one parameter at a time -> where the run goes
     "as it is": ({}, "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1e-04"),
-    "dataset": (
-        {"dataset_type": "flickr30k"},
-        "flickr30k/resnet_lstm/flickr30k_lstm_ep10_bs128_lr1e-04",
-    ),
-    "encoder": (
-        {"encoder": "mobilenet_v2"},
-        "flickr8k/mobilenet_v2_lstm/flickr8k_lstm_ep10_bs128_lr1e-04",
-    ),
-    "decoder": (
-        {"decoder": "attention"},
-        "flickr8k/resnet_attention/flickr8k_attention_ep10_bs128_lr1e-04",
-    ),
+    "dataset": ({"dataset_type": "flickr30k"},
+                "flickr30k/resnet_lstm/flickr30k_lstm_ep10_bs128_lr1e-04"),
+    "encoder": ({"encoder": "mobilenet_v2"},
+                "flickr8k/mobilenet_v2_lstm/flickr8k_lstm_ep10_bs128_lr1e-04"),
+    "decoder": ({"decoder": "attention"},
+                "flickr8k/resnet_attention/flickr8k_attention_ep10_bs128_lr1e-04"),
     "epochs": ({"epochs": 15}, "flickr8k/resnet_lstm/flickr8k_lstm_ep15_bs128_lr1e-04"),
     "batch size": ({"batch_size": 64}, "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs64_lr1e-04"),
-    "learning rate": (
-        {"learning_rate": 0.00015},
-        "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1.5e-04",
-    ),
-    "scheduler": (
-        {"use_scheduler": True, "scheduler_type": "one_cycle"},
-        "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1e-04_one_cycle",
-    ),
-    "attention pictures": (
-        {"decoder": "attention", "save_attention_viz": True},
-        "flickr8k/resnet_attention/flickr8k_attention_ep10_bs128_lr1e-04_att",
-    ),
-}
+    "learning rate": ({"learning_rate": 0.00015},
+                      "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1.5e-04"),
+    "scheduler": (ONE_CYCLE, "flickr8k/resnet_lstm/flickr8k_lstm_ep10_bs128_lr1e-04_one_cycle"),
+    "attention pictures": (PICTURES,
+                           "flickr8k/resnet_attention/flickr8k_attention_ep10_bs128_lr1e-04_att"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("changed", CHANGES)
