@@ -44,10 +44,9 @@ class Features:
 
     def __init__(self, file: Path, rows: np.ndarray, shape: tuple[int, int], dtype: torch.dtype):
         """rows: (images,) int64, where each image lies in the file; -1 for unreadable ones. shape: (P, F)."""
-        size = int(rows.max(initial=-1)) + 1, math.prod(shape) * dtype.itemsize
-        self.data = (
-            np.memmap(file, np.uint8, "r", shape=size) if size[0] else np.empty(size, np.uint8)
-        )
+        size = int(rows.max(initial=-1)) + 1, *shape
+        kind = _name(dtype)
+        self.data = np.memmap(file, kind, "r", shape=size) if size[0] else np.empty(size, kind)
         self.rows, self.shape, self.dtype = rows, shape, dtype
 
     def __len__(self) -> int:
@@ -57,11 +56,7 @@ class Features:
         rows = self.rows[np.asarray(positions)]
         if (rows < 0).any():
             raise IndexError("features of an unreadable image asked for")
-        return (
-            torch.from_numpy(self.data[rows].reshape(-1))
-            .view(self.dtype)
-            .view(len(rows), *self.shape)
-        )
+        return torch.from_numpy(self.data[rows])
 
     @property
     def nbytes(self) -> int:
@@ -94,11 +89,11 @@ def cached_features(
         encode: (n, 3, image_size, image_size) uint8 on the CPU -> (n, P, F) float on any device.
         key: JSON values that decide the features: `encoder` (its name), its weights' SHA-256, geometry.
         grid, channels: (h, w) and F, so P = h * w.
-        dtype: what the features are rounded to: float32, float16, bfloat16 or float8_e4m3fn.
+        dtype: what the features are rounded to: float32 or float16.
         pooled: keep only the mean (1, F) of each rounded grid, float32, in a cache of its own; pictures whose grids the
             other cache of this key and dtype holds are not encoded again.
-    The cache is a folder per key and dtype: `features.f16`, `.f32`, `.bf16` or `.f8_e4m3fn` (a row per image), `index`
-    (which file each row came from: path, size, modification time), `key.json`. Rows reach the disk before the index
+    The cache is a folder per key and dtype: `features.f16` or `.f32` (a row per image), `index` (which file
+    each row came from: path, size, modification time), `key.json`. Rows reach the disk before the index
     names them, so a run that is killed at any moment leaves a cache that the next one continues; a second run waits for
     the first. Processes of one run share the work: rank 0 keeps the cache, the others hand it what they encode, and all
     must see its folder.
@@ -107,7 +102,7 @@ def cached_features(
     Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow the dtype; OSError
     when a shard cannot be read.
     """
-    cells, name = grid[0] * grid[1], str(dtype).removeprefix("torch.")
+    cells, name = grid[0] * grid[1], _name(dtype)
     full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "dtype": name,
                 "format": CACHE_FORMAT}  # fmt: skip
     folder = _cache_folder(Path(cache_dir), full_key, "_pooled" if pooled else "")
@@ -191,17 +186,17 @@ def _encoded(paths, encode, rounded, image_size, batch_size, num_workers):
 def _rounded(
     features: torch.Tensor, paths: Sequence[Path], dtype: torch.dtype, pooled: bool
 ) -> np.ndarray:
-    """Features (n, P, F) of these files as bytes (n, P or 1, bytes). Raises: ValueError naming one that overflows."""
+    """Features (n, P, F) of these files as rows (n, P or 1, F). Raises: ValueError naming one that overflows."""
     low, high = features.flatten(1).aminmax(dim=1)  # both nan where any is
-    limit = torch.finfo(dtype).max  # before rounding: float8_e4m3fn has no inf
+    limit = torch.finfo(dtype).max
     for path, fits in zip(paths, ((low >= -limit) & (high <= limit)).tolist(), strict=True):
         if not fits:
             raise ValueError(
-                f"{path}: the encoder's output overflows {str(dtype).removeprefix('torch.')}; "
+                f"{path}: the encoder's output overflows {_name(dtype)}; "
                 "use a wider --cache_dtype, or --no_feature_cache, with this encoder"
             )
     features = features.to(dtype).contiguous()
-    return _as_bytes(_mean(features) if pooled else features)
+    return (_mean(features) if pooled else features).cpu().numpy()
 
 
 def _mean(grids: torch.Tensor) -> torch.Tensor:
@@ -209,8 +204,9 @@ def _mean(grids: torch.Tensor) -> torch.Tensor:
     return grids.float().mean(dim=1, keepdim=True)
 
 
-def _as_bytes(rows: torch.Tensor) -> np.ndarray:
-    return rows.cpu().view(torch.uint8).numpy()
+def _name(dtype: torch.dtype) -> str:
+    """torch's and numpy's name alike, such as float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _take_means(store, todo: dict[tuple, Path], bar, *, file: Path, shape, dtype):
@@ -224,7 +220,7 @@ def _take_means(store, todo: dict[tuple, Path], bar, *, file: Path, shape, dtype
     grids = Features(file, np.array([row_of[stamp] for stamp in known], np.int64), shape, dtype)
     for start in range(0, len(known), 256):
         stamps = known[start : start + 256]
-        store.append(stamps, _as_bytes(_mean(grids[range(start, start + len(stamps))])))
+        store.append(stamps, _mean(grids[range(start, start + len(stamps))]).numpy())
         for stamp in stamps:
             del todo[stamp]
         bar.update(len(stamps))

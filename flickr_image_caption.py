@@ -175,7 +175,7 @@ def add_model_options(parser):
         default="./feature_cache",
         help="encoded images, shared by all runs (%(default)s)",
     )
-    add("--cache_dtype", choices=("float32", "float16", "bfloat16", "float8_e4m3fn"), default="float16",
+    add("--cache_dtype", choices=("float32", "float16"), default="float16",
         help="what encoded images are rounded to on disk (%(default)s)")  # fmt: skip
     add(
         "--no_feature_cache",
@@ -1181,9 +1181,8 @@ class FeatureSource:
 
     def take(self, features, rows):
         """Rows of a cache, or of its copy in the GPU's memory: (n, P, F) float32 on the device."""
-        if isinstance(features, torch.Tensor):  # as bytes: not every type can be gathered
-            taken = features.view(torch.uint8).index_select(0, sent(rows, features.device))
-            return taken.view(features.dtype).float()
+        if isinstance(features, torch.Tensor):
+            return features.index_select(0, sent(rows, features.device)).float()
         return sent(features[rows], self.args.device).float()
 
     def encoded(self, batches, mirror):

@@ -80,7 +80,7 @@ def test_each_picture_is_encoded_once(tmp_path, num_workers):
     assert (folder / "features.f16").stat().st_size == 5 * 24
 
 
-FILES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "f8_e4m3fn"}
+FILES = {"float32": "f32", "float16": "f16"}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -110,7 +110,7 @@ def test_features_in_a_devices_memory_read_as_those_on_disk(tmp_path):
     assert torch.equal(resident[torch.tensor([2, 0])], features[torch.tensor([2, 0])])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
     paths, cache = [*grey_images(tmp_path / "i", 3), tmp_path / "none.png"], tmp_path / "cache"
     means, unreadable = _cached(paths, FakeEncoder(), cache, dtype=dtype, pooled=True)
@@ -120,9 +120,7 @@ def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
         and list(unreadable) == paths[3:]
     )
     exact = torch.tensor([[15, 15.125, 15.25], [16, 16.125, 16.25], [17, 17.125, 17.25]])
-    torch.testing.assert_close(
-        means[range(3)][:, 0], exact, rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=0
-    )
+    torch.testing.assert_close(means[range(3)][:, 0], exact, rtol=0, atol=0)
     assert _folder(cache).name.endswith("_pooled")
     assert [path.stat().st_size for path in _folder(cache).glob("features.*")] == [3 * 3 * 4]
     encoder = FakeEncoder()  # the grids are another matter
@@ -277,9 +275,6 @@ def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, enc
         ("float16", -70_000.0),
         ("float16", float("nan")),
         ("float32", float("inf")),
-        ("bfloat16", -3.4e38),
-        ("float8_e4m3fn", 449.0),  # there is no inf beyond the largest, 448
-        ("float8_e4m3fn", float("nan")),
     ],
 )
 def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dtype, value):
@@ -299,9 +294,7 @@ def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dt
     assert torch.equal(features[range(6)].float(), _expected(range(6)).to(options["dtype"]).float())
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"pooled": True, "dtype": torch.float32}, {"dtype": torch.float8_e4m3fn}]
-)
+@pytest.mark.parametrize("options", [{}, {"pooled": True, "dtype": torch.float32}])
 def test_free_space_is_checked_first(tmp_path, monkeypatch, options):
     usage, row = shutil.disk_usage(tmp_path), 24 if not options else 12  # bytes
     monkeypatch.setattr(
