@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +32,25 @@ import process_group
 from checkpoints import replace_file
 from image_loading import ShardImage
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 COMMIT_SECONDS = 2.0  # work that a killed run may lose
+INDEX = "index.sqlite"
+TABLES = """
+    CREATE TABLE IF NOT EXISTS images (
+        path BLOB, size INTEGER, modified INTEGER, row INTEGER NOT NULL,
+        PRIMARY KEY (path, size, modified)
+    ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS faults (
+        path BLOB, size INTEGER, modified INTEGER, reason TEXT NOT NULL,
+        PRIMARY KEY (path, size, modified)
+    ) WITHOUT ROWID;
+"""
+DAMAGE = sqlite3.DatabaseError, UnicodeDecodeError  # the latter from a message of SQLite's
+# What SQLite reports although the index may be whole.
+NOT_DAMAGE = (
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+)  # fmt: skip
 
 
 class Features:
@@ -92,13 +110,13 @@ def cached_features(
         dtype: what the features are rounded to: float32 or float16.
         pooled: keep only the mean (1, F) of each rounded grid, float32, in a cache of its own; pictures whose grids the
             other cache of this key and dtype holds are not encoded again.
-    The cache is a folder per key and dtype: `features.f16` or `.f32` (a row per image), `index` (which file
-    each row came from: path, size, modification time), `key.json`. Rows reach the disk before the index
+    The cache is a folder per key and dtype: `features.f16` or `.f32` (a row per image), `index.sqlite` (which
+    file each row came from: path, size, modification time), `key.json`. Rows reach the disk before the index
     names them, so a run that is killed at any moment leaves a cache that the next one continues; a second run waits for
     the first. Processes of one run share the work: rank 0 keeps the cache, the others hand it what they encode, and all
     must see its folder.
     Shards are read only when the cache lacks one of their images, and then all that it lacks of `Shards.names` are
-    encoded; `faults.json` remembers which did not come.
+    encoded; the index remembers which did not come.
     Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow the dtype; OSError
     when a shard cannot be read.
     """
@@ -136,12 +154,11 @@ def _fill(store, paths, encoded, take_means, progress):
     """Rank 0's work: add what the store lacks of these images. Returns their stamps, and {path: reason} as above."""
     folder = store.file.parent
     stamps, unreadable = _stamps(paths)
-    known = image_loading.load_faults(folder)
-    todo = _lacking(stamps, store, known)
+    todo = _lacking(stamps, store)
     if shards := next(
         (path.shards for path in todo.values() if isinstance(path, ShardImage)), None
     ):
-        todo |= _lacking(_stamps([shards / name for name in shards.names])[0], store, known)
+        todo |= _lacking(_stamps([shards / name for name in shards.names])[0], store)
     _check_free_space(folder, len(todo) * store.row_bytes)
     with tqdm(
         total=len(todo), desc="encoding", unit="image", disable=None if progress and todo else True
@@ -149,20 +166,21 @@ def _fill(store, paths, encoded, take_means, progress):
         if take_means:
             take_means(store, todo, bar)
         own = encoded(process_group.broadcast(list(todo.values())))
-        failed = known | _store_encoded(store, list(todo), own, bar)
+        failed = _store_encoded(store, list(todo), own, bar)
     if shards:
-        image_loading.save_faults(folder, failed)
+        store.remember_faults(failed)
+    failed |= store.faults
     return stamps, unreadable | {
         path: failed[stamp] for path, stamp in stamps.items() if stamp in failed
     }
 
 
-def _lacking(stamps, store, known):
+def _lacking(stamps, store):
     """{stamp: path}, one path per file, of those that are neither stored nor known to be unreadable."""
     return {
         stamp: path
         for path, stamp in stamps.items()
-        if stamp not in store.row_of and stamp not in known
+        if stamp not in store.row_of and stamp not in store.faults
     }
 
 
@@ -211,11 +229,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _take_means(store, todo: dict[tuple, Path], bar, *, file: Path, shape, dtype):
     """Append the means of those grids that `file`, of another cache, holds already; they leave `todo`."""
-    index = file.with_name("index")
-    if not (file.exists() and index.exists()):
-        return
-    lines = index.read_bytes()  # before the size: another run may be adding rows
-    row_of, _ = _read_index(lines, file.stat().st_size // (math.prod(shape) * dtype.itemsize))
+    row_of = _rows_next_door(file, math.prod(shape) * dtype.itemsize)
     known = sorted(todo.keys() & row_of.keys(), key=row_of.get)  # in the order of the disk
     grids = Features(file, np.array([row_of[stamp] for stamp in known], np.int64), shape, dtype)
     for start in range(0, len(known), 256):
@@ -253,18 +267,25 @@ def _store_encoded(store, stamps, own, bar) -> dict[tuple, str]:
 def _stamps(
     paths: Sequence[Path] | Sequence[ShardImage],
 ) -> tuple[dict[Path, tuple], dict[Path, str]]:
-    """{path: (resolved path, size in bytes, modification time in ns)} and {path: reason} of files that have none."""
+    """{path: stamp} and {path: reason} of files that have none."""
     stamps, missing = {}, {}
     for path in paths:
-        if isinstance(path, ShardImage):
-            stamps[path] = path.stamp()
-            continue
         try:
-            status = path.stat()
-            stamps[path] = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+            stamps[path] = _stamp(path)
         except OSError as error:
             missing[path] = error.strerror
     return stamps, missing
+
+
+def _stamp(path: Path | ShardImage) -> tuple[bytes, int, int]:
+    """What a file is known by: resolved path, size in bytes, modification time in ns; for any name and time a blob
+    and two of SQLite's signed integers. Raises: OSError where there is no such file."""
+    if isinstance(path, ShardImage):
+        name, size, modified = path.stamp()
+    else:
+        status = path.stat()
+        name, size, modified = str(path.resolve()), status.st_size, status.st_mtime_ns
+    return name.encode("utf-8", "surrogatepass"), size, modified % 2**63
 
 
 def _cache_folder(cache_dir: Path, key: dict, suffix: str) -> Path:
@@ -308,62 +329,103 @@ def _check_free_space(folder: Path, needed: int):
         )
 
 
-def _read_index(index: bytes, stored: int) -> tuple[dict[tuple, int], int]:
-    """{stamp: row} of an index up to its first line that is damaged or beyond `stored` rows, and the bytes up to it."""
-    row_of, whole = {}, 0
-    for line in index.splitlines(keepends=True):
-        try:
-            row, path, size, modified = json.loads(line)
-            if not line.endswith(b"\n") or not 0 <= row < stored:
-                break
-            row_of[path, size, modified] = row
-        except (ValueError, TypeError):
-            break
-        whole += len(line)
-    return row_of, whole
+@contextlib.contextmanager
+def _transaction(file: Path):
+    """The index at `file` opened, and what is done with it committed as one.
+
+    A connection lives no longer: SQLite forbids to carry one into the worker processes.
+    """
+    with contextlib.closing(sqlite3.connect(file)) as index, index:
+        index.execute("PRAGMA journal_mode=DELETE")
+        index.execute("PRAGMA synchronous=FULL")
+        yield index
+
+
+def _read_rows(index: sqlite3.Connection, stored: int) -> dict[tuple, int]:
+    """{stamp: row} of the rows below `stored`. Raises: sqlite3.DatabaseError when the index is damaged."""
+    (verdict,) = index.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(verdict)
+    found = index.execute(
+        "SELECT path, size, modified, row FROM images WHERE row BETWEEN 0 AND ?", (stored - 1,)
+    )
+    return {tuple(stamp): row for *stamp, row in found}
+
+
+def _read_index(file: Path, stored: int) -> tuple[dict[tuple, int], dict[tuple, str]]:
+    """{stamp: row} and {stamp: reason} of an index, made if needed, rid of rows that were not stored."""
+    with _transaction(file) as index:
+        index.executescript(TABLES)
+        row_of = _read_rows(index, stored)
+        index.execute("DELETE FROM images WHERE row NOT BETWEEN 0 AND ?", (stored - 1,))
+        faults = index.execute("SELECT path, size, modified, reason FROM faults")
+        return row_of, {tuple(stamp): reason for *stamp, reason in faults}
+
+
+def _read_or_restart_index(file: Path, stored: int) -> tuple[dict[tuple, int], dict[tuple, str]]:
+    """As `_read_index`; a damaged one is replaced by an empty one: it is only a cache's."""
+    try:
+        return _read_index(file, stored)
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_DAMAGE:
+            raise OSError(f"{file}: {reason}") from None
+        print(f"{file}: damaged ({reason}): images are encoded again", file=sys.stderr, flush=True)
+        for damaged in file.parent.glob(f"{file.name}*"):  # and its journal
+            damaged.unlink()
+        return _read_index(file, stored)
+
+
+def _rows_next_door(file: Path, row_bytes: int) -> dict[tuple, int]:
+    """{stamp: row} of another cache, which another run may be filling; none where it is absent or damaged."""
+    address = f"{file.with_name(INDEX).absolute().as_uri()}?mode=ro"
+    with contextlib.suppress(*DAMAGE, FileNotFoundError):
+        stored = file.stat().st_size // row_bytes
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as index:
+            return _read_rows(index, stored)
+    return {}
 
 
 class _Store:
-    """The two files of a cache folder, opened for appending: rows reach the disk first, then their index lines."""
+    """A cache folder opened for appending: rows reach the disk first, then the index that names them."""
 
     def __init__(self, file: Path, row_bytes: int):
-        self.file, self.row_bytes = file, row_bytes
+        self.file, self.row_bytes, self.index = file, row_bytes, file.with_name(INDEX)
         self.data = file.open("ab", buffering=0)
-        self.index = file.with_name("index").open("a+b", buffering=0)
-        self.row_of = self._repair()  # {stamp: row}
-        self.rows = self.data.tell() // self.row_bytes
-        self.pending, self.committed_at = [], time.monotonic()
-
-    def _repair(self) -> dict[tuple, int]:
-        """Cut off what a killed run left half-written; what remains is {stamp: row}."""
-        self.index.seek(0)
-        row_of, whole = _read_index(
-            self.index.readall(), self.data.seek(0, os.SEEK_END) // self.row_bytes
-        )
-        self.index.truncate(whole)
-        self.data.truncate((max(row_of.values(), default=-1) + 1) * self.row_bytes)
+        stored = self.data.seek(0, os.SEEK_END) // row_bytes
+        self.row_of, self.faults = _read_or_restart_index(self.index, stored)
+        self.rows = max(self.row_of.values(), default=-1) + 1
+        self.data.truncate(self.rows * row_bytes)  # a killed run's rows that no index names
         self.data.seek(0, os.SEEK_END)
-        return row_of
+        self.pending, self.committed_at = {}, time.monotonic()
 
     def append(self, stamps: list[tuple], block: np.ndarray):
         """Add rows (n, ...), of `row_bytes` bytes each, for these files."""
         if self.data.write(block) != block.nbytes:  # a short write: the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.data.name)
-        for row, stamp in enumerate(stamps, start=self.rows):
-            self.pending.append((row, *stamp))
+        self.pending |= {stamp: row for row, stamp in enumerate(stamps, start=self.rows)}
         self.rows += len(stamps)
         if time.monotonic() - self.committed_at > COMMIT_SECONDS:
             self.commit()
 
     def commit(self):
-        """Make the rows so far durable. An interrupted commit may name a row twice, which is harmless."""
+        """Make the rows so far durable."""
         os.fsync(self.data.fileno())
-        lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in self.pending)
-        if self.index.write(lines) != len(lines):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.index.name)
-        os.fsync(self.index.fileno())
-        self.row_of |= {tuple(stamp): row for row, *stamp in self.pending}
-        self.pending, self.committed_at = [], time.monotonic()
+        self._insert("images", self.pending)
+        self.row_of |= self.pending
+        self.pending, self.committed_at = {}, time.monotonic()
+
+    def remember_faults(self, faults: dict[tuple, str]):
+        """{stamp: reason} of images that a whole pass over their shards did not bring: the next run makes none."""
+        self._insert("faults", faults)
+
+    def _insert(self, table, values):
+        try:
+            with _transaction(self.index) as index:
+                entries = [(*stamp, value) for stamp, value in values.items()]
+                index.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", entries)
+        except sqlite3.Error as error:
+            raise OSError(f"{self.index}: {error}") from None
 
     def __enter__(self):
         return self
@@ -373,4 +435,3 @@ class _Store:
             self.commit()
         finally:
             self.data.close()
-            self.index.close()

@@ -33,7 +33,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import process_group
-from checkpoints import replace_file
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 PICTURE_SUFFIXES |= {".ppm"}
@@ -218,24 +217,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def load_faults(folder: Path) -> dict[tuple[str, int, int], str]:
-    """{stamp: reason} of the images that a whole pass over their shards did not bring, as `save_faults` left them."""
-    try:
-        return {
-            tuple(stamp): str(reason)
-            for stamp, reason in json.loads((folder / "faults.json").read_text())
-        }
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def save_faults(folder: Path, faults: dict[tuple[str, int, int], str]):
-    """Remember them beside the cached features: the next run need not read the shards again to learn the same."""
-    with replace_file(folder / "faults.json") as file:
-        file.write(json.dumps([*faults.items()], indent=0).encode())
-
-
-# ----------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------- pictures
 
 
 def open_image(

@@ -1,11 +1,15 @@
 """feature_cache.py: pictures are encoded once, whatever happens to the run, the disk or the cache's files."""
 
+import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -62,6 +66,12 @@ def _cached(paths, encode, cache_dir, batch_size=2, **options):
 def _folder(cache_dir: Path) -> Path:
     (folder,) = cache_dir.iterdir()
     return folder
+
+
+def _named(folder: Path, table="images") -> list[tuple]:
+    """What the index names: (path, size, modified, row)."""
+    with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as index:
+        return index.execute(f"SELECT * FROM {table}").fetchall()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -163,13 +173,22 @@ def test_means_are_taken_from_what_a_killed_run_left_of_the_grids(tmp_path):
     assert torch.equal(means[range(5)], _expected(range(5)).mean(1, keepdim=True))
 
 
-def test_means_do_without_grids_that_were_deleted(tmp_path):
+@pytest.mark.parametrize("name", ["features.f16", "index.sqlite"])
+@pytest.mark.parametrize("fault", ["deleted", "emptied", "damaged"])
+def test_means_do_without_grids_that_cannot_be_had(tmp_path, capsys, name, fault):
     paths, cache = grey_images(tmp_path / "i", 3), tmp_path / "cache"
     _cached(paths, FakeEncoder(), cache)
-    (_folder(cache) / "features.f16").unlink()
+    if (name, fault) == ("features.f16", "damaged"):
+        pytest.skip("damaged rows cannot be told")
+    file = _folder(cache) / name
+    file.unlink() if fault == "deleted" else file.write_bytes(
+        b"garbage" * 99 * (fault == "damaged")
+    )
+    before = sorted(_folder(cache).iterdir())
     encoder = FakeEncoder()
     _cached(paths, encoder, cache, pooled=True)
     assert encoder.images == 3
+    assert sorted(before[0].parent.iterdir()) == before and capsys.readouterr().err == ""
 
 
 def test_another_key_is_another_cache(tmp_path):
@@ -193,6 +212,19 @@ def test_added_and_changed_pictures_encode_only_themselves(tmp_path):
     features, _ = _cached([*paths, tmp_path / "i" / "link.png"], encoder, cache)
     assert encoder.images == 2
     assert torch.equal(features[range(6)], _expected([0, 99, 2, 3, 4, 3]))
+
+
+@UNIX
+def test_names_and_times_that_sqlite_has_no_type_for(tmp_path):
+    """A name that is not UTF-8, a time before 1970 and one that needs 64 bits."""
+    paths, cache = grey_images(tmp_path / "i", 3), tmp_path / "cache"
+    paths[0] = paths[0].rename(tmp_path / "i" / os.fsdecode(b"\xff.png"))
+    os.utime(paths[1], (-1, -1))
+    os.utime(paths[2], (10_000_000_000, 10_000_000_000))
+    for seen in (3, 0):
+        encoder = FakeEncoder()
+        features, _ = _cached(paths, encoder, cache)
+        assert encoder.images == seen and torch.equal(features[range(3)], _expected(range(3)))
 
 
 def test_unreadable_images_are_returned(tmp_path):
@@ -245,14 +277,6 @@ def _tear(file: Path, change):
         ("features.f16", lambda data: data + bytes(24), 0),
         ("features.f16", lambda data: data[:-5], 1),  # a disk that kept the index and lost the data
         ("features.f16", lambda data: b"", 5),
-        ("index", lambda lines: lines[:-1], 1),  # no line end: torn
-        ("index", lambda lines: lines[:-20], 1),
-        ("index", lambda lines: lines + b'[5, "/no/such', 0),
-        ("index", lambda lines: lines + b'[99, "/x.png", 1, 1]\n', 0),  # a row that is not there
-        ("index", lambda lines: lines + lines.splitlines(keepends=True)[-1], 0),  # named twice
-        ("index", lambda lines: lines.splitlines(keepends=True)[0] + b"\xff\0garbage\n" + lines, 4),
-        ("index", lambda lines: b"[[],[],[],[]]\n" + lines, 5),
-        ("index", lambda lines: b"", 5),
     ],
 )
 def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, encoded_again):
@@ -266,6 +290,62 @@ def test_a_torn_tail_is_cut_off_and_the_work_goes_on(tmp_path, name, change, enc
     last, _ = _cached(paths, FakeEncoder(break_after=0, error=AssertionError), cache)
     assert torch.equal(last[range(5)], _expected(range(5)))
     assert (_folder(cache) / "features.f16").stat().st_size == 5 * 24
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: b"",
+        lambda content: b"\xff\0garbage\n" * 999,
+        lambda content: b"garbage",
+        lambda content: content[:4096],
+        lambda content: content[:-4096],
+        lambda content: content[:16] + bytes(84) + content[100:],
+        lambda content: content[:4096] + bytes(len(content) - 4096),
+        lambda content: content[:4096] + b"\xff" * 200 + content[4296:],
+        lambda content: content.replace(b"modified", b"modifier"),
+        lambda content: content.replace(b"tableimages", b"tablefaults"),
+    ],
+)
+def test_a_damaged_index_begins_anew_and_says_so(tmp_path, capsys, change):
+    paths, cache = grey_images(tmp_path / "i", 5), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    _tear(_folder(cache) / "index.sqlite", change)
+    emptied = (_folder(cache) / "index.sqlite").stat().st_size == 0
+    (_folder(cache) / "index.sqlite-journal").write_bytes(b"garbage")
+    encoder = FakeEncoder()
+    features, _ = _cached(paths, encoder, cache)
+    assert torch.equal(features[range(5)], _expected(range(5)))
+    assert encoder.images == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (0 if emptied else 1) and all(": damaged (" in line for line in lines)
+    again, _ = _cached(paths, FakeEncoder(break_after=0, error=AssertionError), cache)
+    assert torch.equal(again[range(5)], _expected(range(5)))
+    assert len(_named(_folder(cache))) == 5
+    assert (_folder(cache) / "features.f16").stat().st_size == 5 * 24
+
+
+def test_the_index_may_name_rows_that_the_data_lacks(tmp_path):
+    paths, cache = grey_images(tmp_path / "i", 5), tmp_path / "cache"
+    _cached(paths[:2], FakeEncoder(), cache)
+    strays = [(b"/x.png", 1, 1, 99), (b"/y.png", 1, 1, 3), (b"/z.png", 1, 1, -1)]
+    with contextlib.closing(sqlite3.connect(_folder(cache) / "index.sqlite")) as index, index:
+        index.executemany("INSERT INTO images VALUES (?, ?, ?, ?)", strays)
+    features, _ = _cached(paths, FakeEncoder(), cache)
+    assert torch.equal(features[range(5)], _expected(range(5)))
+    assert sorted(row for *_stamp, row in _named(_folder(cache))) == [0, 1, 2, 3, 4]
+
+
+def test_a_locked_index_is_no_damaged_one(tmp_path, monkeypatch):
+    paths, cache = grey_images(tmp_path / "i", 2), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    connect = sqlite3.connect
+    with contextlib.closing(connect(_folder(cache) / "index.sqlite")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", lambda file: connect(file, timeout=0))
+        with pytest.raises(OSError, match=r"index\.sqlite: database is locked"):
+            _cached(paths, FakeEncoder(), cache)
+    _cached(paths, FakeEncoder(break_after=0, error=AssertionError), cache)
 
 
 @pytest.mark.parametrize(
@@ -333,11 +413,12 @@ def _fill(paths, cache, seconds, queue, file_size_limit=None):
     queue.put((encoder.images, error, captured.getvalue()))
 
 
+FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
+
+
 def _start(*arguments):
-    queue = multiprocessing.get_context("fork").Queue()
-    process = multiprocessing.get_context("fork").Process(
-        target=_fill, args=(*arguments[:3], queue, *arguments[3:])
-    )
+    queue = FORK.Queue()
+    process = FORK.Process(target=_fill, args=(*arguments[:3], queue, *arguments[3:]))
     process.start()
     return process, queue
 
@@ -358,9 +439,13 @@ def test_a_killed_run_is_continued(tmp_path):
     paths, cache = grey_images(tmp_path / "i", 40), tmp_path / "cache"
     process, _ = _start(paths, cache, 0.1)
     deadline = time.monotonic() + 60
-    while not (list(cache.glob("*/index")) and _folder(cache).joinpath("index").stat().st_size):
+    while (
+        not list(cache.glob("*/features.f16"))
+        or not _folder(cache).joinpath("features.f16").stat().st_size
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    time.sleep(0.2)
     process.kill()
     process.join()
     encoder = FakeEncoder()
@@ -369,16 +454,74 @@ def test_a_killed_run_is_continued(tmp_path):
     assert torch.equal(features[range(40)], _expected(range(40)))
 
 
+def _check_whole(cache, copy):
+    """Every row that the index names is what the encoder gives for its file. Returns their number."""
+    if not list(cache.glob("*/index.sqlite")):
+        return 0
+    shutil.copytree(cache, copy)  # looking at it rolls back what a killed run began
+    try:
+        named = _named(_folder(copy))
+    except sqlite3.OperationalError:  # no such table, yet
+        named = []
+    rows = np.fromfile(_folder(copy) / "features.f16", np.float16).reshape(-1, 4, 3)
+    for path, size, modified, row in named:
+        file = Path(os.fsdecode(path))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (size, modified)
+        assert np.array_equal(rows[row], _expected([int(file.stem)])[0])
+    shutil.rmtree(copy)
+    return len(named)
+
+
+def _fill_until(line, paths, cache):
+    """In a process of its own: fill the cache; kill it at the `line`th line that feature_cache.py executes."""
+    lines = itertools.count()
+
+    def trace(frame, event, _argument):
+        if frame.f_code.co_filename != feature_cache.__file__:
+            return None
+        if event == "line" and next(lines) == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    feature_cache.COMMIT_SECONDS = -1.0
+    torch.set_num_threads(1)
+    sys.settrace(trace if line else None)
+    _cached(paths, FakeEncoder(), cache)
+
+
+@UNIX
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_leave_the_cache_whole(tmp_path):
+    """By turns between two lines of feature_cache.py and at any time, within SQLite and the system as well."""
+    paths, cache, draw = grey_images(tmp_path / "i", 120), tmp_path / "cache", random.Random(0)
+    kills, kept = 0, []
+    while kills < 50:
+        line = draw.randrange(1, 4000) if kills % 2 else 0
+        process = FORK.Process(target=_fill_until, args=(line, paths, cache))
+        process.start()
+        if not line:
+            process.join(timeout=draw.uniform(0, 0.1))
+            process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        kept.append(_check_whole(cache, tmp_path / "copy"))
+        if kept[-1] == len(paths):
+            shutil.rmtree(cache)
+    features, _ = _cached(paths, FakeEncoder(), cache)
+    assert torch.equal(features[range(120)], _expected(range(120)))
+    assert sum(0 < count < 120 for count in kept) > 20  # most came while rows were being added
+
+
 @UNIX
 def test_a_full_disk_leaves_a_usable_cache(tmp_path):
-    paths, cache = grey_images(tmp_path / "i", 8), tmp_path / "cache"
-    process, queue = _start(paths, cache, 0.0, 700)  # bytes per file: six index lines and no more
+    paths, cache = grey_images(tmp_path / "i", 100), tmp_path / "cache"
+    process, queue = _start(paths, cache, 0.0, 4 * 4096)  # bytes per file: an index of four pages
     images, error, _ = queue.get(timeout=60)
     process.join()
     assert error == "OSError"
-    kept = len((_folder(cache) / "index").read_bytes().splitlines())
+    kept = len(_named(_folder(cache)))
     encoder = FakeEncoder()
     features, _ = _cached(paths, encoder, cache)
-    assert 0 < encoder.images < 8
-    assert torch.equal(features[range(8)], _expected(range(8)))
+    assert 0 < encoder.images < 100
+    assert torch.equal(features[range(100)], _expected(range(100)))
     assert images >= kept > 0

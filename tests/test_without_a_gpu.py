@@ -204,7 +204,9 @@ def test_a_search_finds_the_cpus_captions_and_synchronises_every_8_steps_only(ki
         )
     assert len({tuple(hypothesis.tokens) for (hypothesis,) in expected}) > 1
     assert device.sent == []
-    assert len(device.fetched) < 20  # what is done, and the captions at the end; not 20 steps' worth
+    assert (
+        len(device.fetched) < 20
+    )  # what is done, and the captions at the end; not 20 steps' worth
 
 
 def test_devices_that_mix_are_noticed(device):
