@@ -389,9 +389,10 @@ def fill_cache(folder, kind):
         torch.device("cpu"),
         program.resolve_precision(args.precision, torch.device("cpu")),
     )
-    program.FeatureSource(
-        args, program.open_encoder(args), [], pooled=program.DECODERS[kind].pooled
-    )  # an empty one
+    feature_cache.FeatureSource(
+        program.open_encoder(args), [], pooled=program.DECODERS[kind].pooled,
+        cache_dir=args.cache_dir, dtype=torch.float16, num_workers=0, device=args.device,
+    )  # an empty one  # fmt: skip
     (file,) = Path(args.cache_dir).glob("*/features.*")
     cells, dtype = (1, torch.float32) if program.DECODERS[kind].pooled else (CELLS, torch.float16)
     block = (

@@ -1,9 +1,10 @@
 """The feature cache: each picture is encoded once in its life, whatever runs ask for it, and read from a memory map.
 
-    features, unreadable = cached_features(paths, encoder, cache_dir="feature_cache", key=..., ...)
-    features[torch.tensor([3, 0])]  # (2, P, F)
+    source = FeatureSource(encoder, paths, pooled=False, cache_dir="feature_cache", dtype=torch.float16,
+                           num_workers=2, device=device)
+    for features in source.stream([torch.tensor([3, 0])]): ...  # (2, P, F) float32 on the device
 
-Nothing here knows a model: `encode` is any function from pixels to features, and the caller names its key.
+Nothing here knows a model: an encoder is any function from pixels to features that says what it is.
 Axes: N images, P = h * w grid cells, F feature channels.
 """
 
@@ -31,6 +32,7 @@ import image_loading
 import process_group
 from checkpoints import replace_file
 from image_loading import ShardImage
+from runtime import to_device
 
 CACHE_FORMAT = 3
 COMMIT_SECONDS = 2.0  # work that a killed run may lose
@@ -51,6 +53,88 @@ NOT_DAMAGE = (
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CANTOPEN,
 )  # fmt: skip
+
+
+class FeatureSource:
+    """Encoder output for a list of images: from the feature cache, or encoded whenever asked for.
+
+    `paths` as given, `pooled` as given, `unreadable`: {path: reason}.
+    """
+
+    def __init__(
+        self, encoder, paths, *, pooled, mirrored=False, cache_dir, dtype, num_workers, device
+    ):
+        """
+        Args:
+            encoder: images (n, 3, S, S) uint8 -> (n, P, F), with `grid` (h, w), `channels`
+                F, `image_size` S and `key()`, a dict of what decides the features and `name`.
+            pooled: the grid's mean, as one cell, is enough.
+            mirrored: mirrored images will be asked for, too.
+            cache_dir: None for no cache.
+            dtype: what the cache holds, torch.float16 or float32.
+        """
+        self.encoder, self.paths, self.pooled = encoder, paths, pooled
+        self.num_workers, self.device = num_workers, device
+        if cache_dir is None:
+            self.features = None
+            self.unreadable = image_loading.find_unreadable(paths, num_workers=num_workers)
+            return
+
+        def cached(encode, **more):
+            key = encoder.key() | more
+            features, unreadable = cached_features(
+                paths, encode, cache_dir=cache_dir, key={"encoder": key.pop("name"), **key},
+                grid=tuple(encoder.grid), channels=encoder.channels, image_size=encoder.image_size,
+                num_workers=num_workers, dtype=dtype, pooled=pooled,
+                batch_size=8 if device.type == "cpu" else 32,  # 8 by measurement; 32 is a guess
+            )  # fmt: skip
+            return self._in_fast_memory(features, unreadable), unreadable
+
+        self.features, self.unreadable = cached(encoder)
+        if mirrored and not self.unreadable:
+            self.mirrored, _ = cached(lambda images: encoder(images.flip(-1)), mirrored=True)
+
+    def _in_fast_memory(self, features, unreadable):
+        """On CUDA a tensor in the GPU's memory where it takes at most half of what is free."""
+        if self.device.type != "cuda" or unreadable:
+            return features
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return features.to(self.device) if features.nbytes <= free / 2 else features
+
+    def stream(self, batches, mirror=None):
+        """For each batch of positions (n,) in `paths`: features (n, P, F) float32 on the device; P = 1 if pooled.
+
+        `mirror`: (images,) bool, which of them are to be mirrored; None: none.
+        """
+        if self.features is None:
+            yield from self._encoded(batches, mirror)
+            return
+        for rows in batches:
+            features = self._stored(self.features, rows)
+            if mirror is not None:
+                turned = mirror[rows].nonzero().squeeze(1)
+                replaced = to_device(turned, features.device)
+                features[replaced] = self._stored(self.mirrored, rows[turned])
+            yield features
+
+    def _stored(self, features, rows):
+        """Rows of the cache, or of its copy in the GPU's memory: (n, P, F) float32 on the device."""
+        if isinstance(features, torch.Tensor):
+            return features.index_select(0, to_device(rows, features.device)).float()
+        return to_device(features[rows], self.device).float()
+
+    def _encoded(self, batches, mirror):
+        """As `stream`, without a cache."""
+        batches = list(batches)
+        loader = image_loading.load_batches(
+            self.paths, self.encoder.image_size, batches, self.num_workers
+        )
+        for rows, images in zip(batches, loader, strict=True):
+            if mirror is not None:
+                images[mirror[rows]] = images[mirror[rows]].flip(-1)
+            with torch.inference_mode():
+                features = self.encoder(images)
+            yield (features.mean(1, keepdim=True) if self.pooled else features).clone()
 
 
 class Features:

@@ -504,7 +504,14 @@ import process_group
 import runtime
 from caption_decoding import Ensemble, generate, map_tensors, select
 from repeated_linear import RepeatedLinear, summed_once
-from runtime import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
+from runtime import (
+    Stopped,
+    listen_for_stop,
+    resolve_device,
+    resolve_precision,
+    to_device,
+    until_stopped,
+)
 
 WEIGHTS_DIR = download_datasets.WEIGHTS_DIR  # document A's place for downloaded weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
@@ -609,7 +616,7 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
-        images = sent(images, self.mean.device).contiguous(memory_format=torch.channels_last)
+        images = to_device(images, self.mean.device).contiguous(memory_format=torch.channels_last)
         images, dtype = (images / 255 - self.mean) / self.std, getattr(torch, self.precision)
         features = self.folded(images.to(dtype)).float()  # (N, F, h, w)
         if self.coarse_size:
@@ -799,13 +806,13 @@ class Decoder(nn.Module):
         written = pack_padded_sequence(captions[order], longest, batch_first=True)
         sizes = written.batch_sizes.tolist()
         rows = list(itertools.zip_longest(sizes, exact.batch_sizes.tolist(), fillvalue=0))
-        owner = sent(torch.cat([torch.arange(count) for count in sizes]), features.device)
+        owner = to_device(torch.cat([torch.arange(count) for count in sizes]), features.device)
         within = (
             torch.cat([torch.arange(count) < writing for count, writing in rows])
             .nonzero()
             .squeeze(1)
         )
-        within = sent(within, features.device)
+        within = to_device(within, features.device)
         found = teach(features, written.data, sizes, image_index[order], owner)
         words, alphas = (
             part if part is None else exact._replace(data=part.index_select(0, within))
@@ -1003,13 +1010,6 @@ class AttentionDecoder(Decoder):
 DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}
 
 
-def sent(tensor, device):
-    """The tensor on the device. What goes to CUDA goes from pinned memory, and nobody waits until it is there."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def token_mask(lengths, steps):
     """lengths (B,) -> (B, T) bool, False beyond each caption's length."""
     return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
@@ -1021,7 +1021,7 @@ def pack(sequences, lengths):
     The order depends on the lengths alone. Lengths that are on the CPU spare a GPU the wait for them.
     """
     lengths, order = lengths.cpu().sort(descending=True, stable=True)
-    there, back = (sent(indices, sequences.device) for indices in (order, order.argsort()))
+    there, back = (to_device(indices, sequences.device) for indices in (order, order.argsort()))
     packed = pack_padded_sequence(sequences.index_select(0, there), lengths, batch_first=True)
     return PackedSequence(packed.data, packed.batch_sizes, there, back)
 
@@ -1050,7 +1050,7 @@ def doubly_stochastic_penalty(alphas, lengths):
     Returns: () float, dimensionless: (1 - attention received) ** 2, averaged over cells and captions.
     Source: [2] section 4.2.1, which sums over cells; the mean keeps alpha_c independent of the grid's size.
     """
-    within = token_mask(sent(lengths, alphas.device), alphas.size(1))
+    within = token_mask(to_device(lengths, alphas.device), alphas.size(1))
     received = (alphas * within.unsqueeze(-1)).sum(dim=1)  # (B, P)
     return (1 - received).square().mean()
 
@@ -1131,74 +1131,6 @@ def warn_about_schedule(args, epochs):
 # ------------------------------------------------------------------------------------------ data, as the models want it
 
 
-class FeatureSource:
-    """Encoder output for a list of image files: from the feature cache, or encoded anew with --no_feature_cache."""
-
-    def __init__(self, args, encoder, paths, *, pooled, mirrored=False):
-        """`pooled`: the grid's mean, as one cell, is enough. `mirrored`: mirrored images will be asked for, too.
-
-        `unreadable` then maps paths to reasons. On CUDA features move to the GPU where they fit into half of its room.
-        """
-        self.args, self.encoder, self.paths, self.pooled = args, encoder, paths, pooled
-        if args.no_feature_cache:
-            self.features, self.unreadable = (
-                None,
-                image_loading.find_unreadable(paths, num_workers=args.num_workers),
-            )
-            return
-        self.features, self.unreadable = self.cached(encoder)
-        if mirrored and not self.unreadable:
-            self.mirrored, _ = self.cached(lambda images: encoder(images.flip(-1)), mirrored=True)
-
-    def cached(self, encode, **more):
-        """(features, {path: reason}) as `feature_cache.cached_features`; `more` goes into the cache's key."""
-        args, key = self.args, self.encoder.key() | more
-        features, unreadable = feature_cache.cached_features(
-            self.paths, encode, cache_dir=args.cache_dir, key={"encoder": key.pop("name"), **key},
-            grid=tuple(self.encoder.grid), channels=self.encoder.channels, image_size=self.encoder.image_size,
-            num_workers=args.num_workers, dtype=getattr(torch, args.cache_dtype), pooled=self.pooled,
-            batch_size=8 if args.device.type == "cpu" else 32,  # 8 by measurement; 32 is a guess
-        )  # fmt: skip
-        room = torch.cuda.mem_get_info(args.device)[0] / 2 if args.device.type == "cuda" else 0
-        return features.to(
-            args.device
-        ) if not unreadable and features.nbytes <= room else features, unreadable
-
-    def stream(self, batches, mirror=None):
-        """For each batch of positions (n,) in the list: features (n, P, F) float32 on the device; P = 1 if pooled.
-
-        `mirror`: (images,) bool, which of them are to be mirrored; None: none.
-        """
-        if self.features is None:
-            yield from self.encoded(batches, mirror)
-            return
-        for rows in batches:
-            features = self.take(self.features, rows)
-            if mirror is not None:
-                turned = mirror[rows].nonzero().squeeze(1)
-                features[sent(turned, features.device)] = self.take(self.mirrored, rows[turned])
-            yield features
-
-    def take(self, features, rows):
-        """Rows of a cache, or of its copy in the GPU's memory: (n, P, F) float32 on the device."""
-        if isinstance(features, torch.Tensor):
-            return features.index_select(0, sent(rows, features.device)).float()
-        return sent(features[rows], self.args.device).float()
-
-    def encoded(self, batches, mirror):
-        """As `stream`, without a cache."""
-        batches = list(batches)
-        loader = image_loading.load_batches(
-            self.paths, self.encoder.image_size, batches, self.args.num_workers
-        )
-        for rows, images in zip(batches, loader, strict=True):
-            if mirror is not None:
-                images[mirror[rows]] = images[mirror[rows]].flip(-1)
-            with torch.inference_mode():
-                features = self.encoder(images)
-            yield (features.mean(1, keepdim=True) if self.pooled else features).clone()
-
-
 def open_dataset(args, checkpoint=None):
     """The dataset, split as the checkpoint's was; another one, without any image in common, has its own split."""
     stored, remote = checkpoint["splits"] if checkpoint else None, "image_dir" in args.typed
@@ -1216,13 +1148,17 @@ def open_dataset(args, checkpoint=None):
 
 
 def open_features(args, encoder, dataset, split, pooled):
-    """(table of the images in `split`, their FeatureSource); unreadable images leave the dataset first."""
+    """(table of the images in `split`, their features); unreadable images leave the dataset first."""
 
     def source():
         table = dataset.table[dataset.table.split == split].reset_index(drop=True)
         paths = [dataset.image_dir / name for name in table.image]
         mirrored = args.horizontal_flip and args.mode == split == "train"
-        return table, FeatureSource(args, encoder, paths, pooled=pooled, mirrored=mirrored)
+        return table, feature_cache.FeatureSource(
+            encoder, paths, pooled=pooled, mirrored=mirrored,
+            cache_dir=None if args.no_feature_cache else args.cache_dir,
+            dtype=getattr(torch, args.cache_dtype), num_workers=args.num_workers, device=args.device,
+        )  # fmt: skip
 
     table, features = source()
     if features.unreadable:
@@ -1267,8 +1203,8 @@ def train_step(run, features, batch, weights=(1.0, 1.0)):
     args, device = run.args, run.args.device
     _, captions, lengths, image_index = batch
     captions, image_index = (
-        sent(captions, device),
-        sent(image_index, device),
+        to_device(captions, device),
+        to_device(image_index, device),
     )  # lengths stay on the CPU
     with autocast(args):
         logits, alphas = run.model(features, captions[:, :-1], lengths, image_index, packed=True)
@@ -1375,8 +1311,8 @@ def validate(run, received):
     )
     for batch, features in until_stopped(received, stream, apart=True):
         captions, image_index = (
-            sent(batch.captions, run.args.device),
-            sent(batch.image_index, run.args.device),
+            to_device(batch.captions, run.args.device),
+            to_device(batch.image_index, run.args.device),
         )
         with torch.inference_mode(), autocast(run.args):
             logits, _ = run.decoder(

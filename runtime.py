@@ -37,6 +37,13 @@ def resolve_device(name):
     return device
 
 
+def to_device(tensor, device):
+    """The tensor on the device. To CUDA it goes from pinned memory, and nobody waits until it is there."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def keep_freed_memory():
     """Have malloc keep the memory that tensors free, for computing on the CPU.
 

@@ -34,6 +34,7 @@ import caption_batches
 import checkpoints
 import download_datasets
 import experiment_utils
+import feature_cache
 import flickr_image_caption as fic
 import image_loading
 import metrics_utils
@@ -378,10 +379,11 @@ def test_without_the_cache_features_are_the_same_up_to_float16(decoder):
         assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-3)
     rows, paths = torch.arange(4), [Path(f"data/sample/Images/{name}") for name in listed("test")]
     features = []
-    for flags in ("", "--no_feature_cache"):
-        args = fic.parse_args([*TINY.split(), *flags.split()])
-        args.device, encoder = torch.device("cpu"), opened(cached / "best.pt")[2]
-        source = fic.FeatureSource(args, encoder, paths, pooled=decoder == "lstm")
+    for cache_dir in ("feature_cache", None):
+        source = feature_cache.FeatureSource(
+            opened(cached / "best.pt")[2], paths, pooled=decoder == "lstm", cache_dir=cache_dir,
+            dtype=torch.float16, num_workers=0, device=torch.device("cpu"),
+        )  # fmt: skip
         features.append(next(source.stream([rows])))
     assert features[0].shape == (4, 1 if decoder == "lstm" else 49, 1024)
     torch.testing.assert_close(*features, rtol=2e-3, atol=1e-4)

@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import caption_batches
 import caption_decoding
+import feature_cache
 import flickr_image_caption as program
+import runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,10 +131,10 @@ def options(kind, device, *more):
     return args
 
 
-def source(args, features):
+def source(features):
     """A FeatureSource whose cache lies in the device's memory."""
-    made = object.__new__(program.FeatureSource)
-    made.args, made.features, made.mirrored = args, features, features.flip(1)
+    made = object.__new__(feature_cache.FeatureSource)
+    made.features, made.mirrored = features, features.flip(1)
     return made
 
 
@@ -165,10 +167,11 @@ def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeyp
                 scaler=torch.amp.GradScaler("cpu", enabled=False), per_step=True,
             )  # fmt: skip
             run.scheduler = program.build_scheduler(run.optimizer, args, {"steps": 10})
-            pinned = mock.Mock(side_effect=program.sent)
+            pinned = mock.Mock(side_effect=runtime.to_device)
             with monkeypatch.context() as patch:
-                patch.setattr(program, "sent", pinned)
-                (grids,) = source(args, cache).stream([batch.image_rows], mirror)
+                for module in (program, feature_cache):
+                    patch.setattr(module, "to_device", pinned)
+                (grids,) = source(cache).stream([batch.image_rows], mirror)
                 losses.append(program.train_step(run, grids, batch))
         decoders.append(decoder)
     assert isinstance(losses[1], Away) and float(losses[0]) == pytest.approx(float(losses[1].held))
@@ -176,7 +179,7 @@ def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeyp
         torch.testing.assert_close(one.data, other.data.held)
     assert device.fetched == []
     copies = [call for call in pinned.call_args_list if not isinstance(call.args[0], Away)]
-    assert 0 < len(device.sent) == len(copies)  # all that goes there goes through `sent`
+    assert 0 < len(device.sent) == len(copies)  # all that goes there goes through `to_device`
 
 
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
@@ -225,7 +228,7 @@ def test_devices_that_mix_are_noticed(device):
 
 def test_what_goes_to_cuda_is_pinned_and_not_waited_for():
     tensor, device = mock.Mock(device=torch.device("cpu")), torch.device("cuda")
-    assert program.sent(tensor, device) is tensor.pin_memory().to.return_value
+    assert runtime.to_device(tensor, device) is tensor.pin_memory().to.return_value
     tensor.pin_memory().to.assert_called_once_with(device, non_blocking=True)
     there = mock.Mock(device=device)
-    assert program.sent(there, device) is there.to.return_value and not there.pin_memory.called
+    assert runtime.to_device(there, device) is there.to.return_value and not there.pin_memory.called
