@@ -88,7 +88,10 @@ def save_attention_viz(directory, index, photograph, words, maps, *, advanced=Fa
         picture = _draw(photograph, words, maps, log_prob, advanced=True)
         files[f"advanced_attention_viz_sample_{index}.png"] = picture
     Path(directory).mkdir(parents=True, exist_ok=True)
-    return [_write_whole(Path(directory) / name, data) for name, data in files.items()]
+    for name, data in files.items():
+        with replace_file(Path(directory) / name) as file:
+            file.write(data)
+    return [Path(directory) / name for name in files]
 
 
 def upsample_map(attention_map, size):
@@ -419,10 +422,3 @@ def _characters_in(font_file):
         return get_font(font_file).get_charmap().keys()
     except (OSError, RuntimeError):
         return set()
-
-
-def _write_whole(path, data):
-    """Write bytes to a file in one rename, so that no reader ever sees half of it. Returns the path."""
-    with replace_file(path) as file:
-        file.write(data)
-    return path

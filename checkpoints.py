@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import struct
 import tempfile
 import time
@@ -104,8 +105,7 @@ def check_writable_dir(path, flag):
     Creates nothing.
     """
     path = Path(path)
-    lineage = (path.absolute(), *path.absolute().parents)
-    nearest = next(folder for folder in lineage if os.path.lexists(folder))
+    nearest = _nearest_existing(path)
     if not nearest.is_dir():
         raise ValueError(
             f"{flag} {path}: {nearest} is not a folder: give a folder, it is created when absent"
@@ -116,6 +116,24 @@ def check_writable_dir(path, flag):
         raise ValueError(
             f"{flag} {path}: cannot write in {nearest} ({error.strerror}): give another folder"
         ) from error
+
+
+def check_free_space(folder, needed, purpose, advice):
+    """Raise ValueError unless the disk of `folder`, which may not exist yet, has `needed` bytes free.
+
+    The message is `purpose`, such as "--cache_dir x: the features", both sizes and `advice`.
+    """
+    free = shutil.disk_usage(_nearest_existing(folder)).free
+    if needed > free:
+        raise ValueError(
+            f"{purpose} need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; {advice}"
+        )
+
+
+def _nearest_existing(path):
+    """The path itself, or the first of the folders above it that there is."""
+    path = Path(path).absolute()
+    return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
 
 
 # ------------------------------------------------------------------ saving and loading a checkpoint

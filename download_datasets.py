@@ -18,7 +18,6 @@ Exit status: 0 all well, 1 something failed (one line each on stderr), 2 misuse,
 """
 
 import argparse
-import errno
 import gzip
 import hashlib
 import http.client
@@ -483,13 +482,13 @@ def download_dataset(name, data_dir, force=False):
     Archives stay in data_dir/.downloads until the dataset is complete, so that a second call goes
     on where the first stopped. Returns (images, captions).
     Raises: DownloadError if no source works; ValueError if the folder holds something incomplete
-    and `force` is off; OSError if the disk is too small.
+    and `force` is off, or if the disk is too small.
     """
     folder, downloads = data_dir / name, data_dir / ".downloads"
     if not force and holds_something(folder):
         return verify_dataset(name, folder)
     needed = 2 * sum(alternatives[0].size for alternatives in DATASETS[name])  # packed and unpacked
-    check_free_space(data_dir, needed - sum(path.stat().st_size for path in downloads.glob("*")))
+    check_room(data_dir, needed - sum(path.stat().st_size for path in downloads.glob("*")))
     with new_folder(folder, replace=force) as partial:
         for alternatives in DATASETS[name]:
             get_part(name, alternatives, downloads, partial)
@@ -521,23 +520,20 @@ def get_part(name, alternatives, downloads, folder):
     )
 
 
-def check_free_space(folder, needed):
-    """Raise OSError unless the disk of `folder` has `needed` bytes free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"{needed / 1e9:.1f} GB of free disk space needed, {free / 1e9:.1f} GB there",
-            str(folder),
-        )
+def check_room(folder, needed):
+    """Raise ValueError unless the disk of `folder` has `needed` bytes free."""
+    from checkpoints import check_free_space  # brings torch, which --help does not wait for
+
+    check_free_space(
+        folder, needed, f"{folder}: the files", "make room, or get them on another disk"
+    )
 
 
 def download_weights(folder, force=False):
     """The path of the ResNet50 weights in `folder`, downloaded if absent and checked."""
     if (folder / RESNET50.name).exists() and not force:
         return verify_weights(folder)
-    check_free_space(folder, RESNET50.size)
+    check_room(folder, RESNET50.size)
     return download(RESNET50, folder)
 
 

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sqlite3
 import sys
 import time
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import image_loading
 import process_group
-from checkpoints import replace_file
+from checkpoints import check_free_space, replace_file
 from image_loading import ShardImage
 from runtime import to_device
 
@@ -243,7 +242,12 @@ def _fill(store, paths, encoded, take_means, progress):
         (path.shards for path in todo.values() if isinstance(path, ShardImage)), None
     ):
         todo |= _lacking(_stamps([shards / name for name in shards.names])[0], store)
-    _check_free_space(folder, len(todo) * store.row_bytes)
+    check_free_space(
+        folder,
+        len(todo) * store.row_bytes,
+        f"--cache_dir {folder.parent}: the features",
+        "make room, name another --cache_dir, a narrower --cache_dtype or --no_feature_cache",
+    )
     with tqdm(
         total=len(todo), desc="encoding", unit="image", disable=None if progress and todo else True
     ) as bar:
@@ -402,15 +406,6 @@ def _locked(folder: Path):
         yield
     finally:
         lock.release()
-
-
-def _check_free_space(folder: Path, needed: int):
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"--cache_dir {folder.parent}: the features need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "make room, name another --cache_dir, a narrower --cache_dtype or --no_feature_cache"
-        )
 
 
 @contextlib.contextmanager

@@ -377,7 +377,8 @@ def test_a_full_disk_is_found_before_the_download(server, tiny, tmp_path, monkey
     usage = dd.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(dd.shutil, "disk_usage", lambda path: usage._replace(free=len(IMAGES_ZIP)))
     assert dd.main(["--dataset", "flickr8k", "--data_dir", str(tmp_path)]) == 1
-    assert "free disk space needed" in capsys.readouterr().err and server.requests == []
+    err = capsys.readouterr().err
+    assert "the files need 0.00 GB, 0.00 GB are free; make room" in err and server.requests == []
 
 
 def test_resnet50_is_checked(server, tmp_path, monkeypatch, capsys):

@@ -377,9 +377,7 @@ def test_features_beyond_the_dtype_are_refused_and_the_rest_is_kept(tmp_path, dt
 @pytest.mark.parametrize("options", [{}, {"pooled": True, "dtype": torch.float32}])
 def test_free_space_is_checked_first(tmp_path, monkeypatch, options):
     usage, row = shutil.disk_usage(tmp_path), 24 if not options else 12  # bytes
-    monkeypatch.setattr(
-        feature_cache.shutil, "disk_usage", lambda _path: usage._replace(free=3 * row - 1)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=3 * row - 1))
     paths, encoder = grey_images(tmp_path / "i", 3), FakeEncoder()
     with pytest.raises(ValueError, match=r"--cache_dir .*--cache_dtype or --no_feature_cache"):
         _cached(paths, encoder, tmp_path / "cache", **options)
