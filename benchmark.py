@@ -187,10 +187,8 @@ def encode(args):
         def cached():
             with tempfile.TemporaryDirectory() as cache:
                 feature_cache.cached_features(
-                    paths, encoder, cache_dir=cache, key={"encoder": encoder.name}, grid=tuple(encoder.grid),
-                    channels=encoder.channels, image_size=encoder.image_size, num_workers=args.num_workers,
-                    progress=False,
-                )  # fmt: skip
+                    paths, encoder, cache_dir=cache, num_workers=args.num_workers, progress=False
+                )
 
         few = paths[: max(1, len(paths) // 4)]
         amounts = len(paths), len(few)
@@ -395,17 +393,13 @@ def fill_cache(folder, kind):
     )  # an empty one  # fmt: skip
     (file,) = Path(args.cache_dir).glob("*/features.*")
     cells, dtype = (1, torch.float32) if program.DECODERS[kind].pooled else (CELLS, torch.float16)
-    block = (
-        torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0))
-        .to(dtype)
-        .numpy()
-    )
+    block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0)).to(dtype)
     stamps = list(feature_cache._stamps(sorted((folder / "Images").iterdir()))[0].values())
-    with feature_cache._Store(file, block[0].nbytes) as store:
+    with feature_cache._Store(feature_cache.FeatureFile(file, block[0].shape, dtype)) as store:
         for start in range(0, len(stamps), 256):
             chunk = stamps[start : start + 256]
             offset = 7 * start // 256 % 256  # not always the same features
-            store.append(chunk, block[offset : offset + len(chunk)])
+            store.append(chunk, block[offset : offset + len(chunk)].numpy())
     return file.stat().st_size
 
 

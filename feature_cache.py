@@ -1,16 +1,17 @@
-"""The feature cache: each picture is encoded once in its life, whatever runs ask for it, and read from a memory map.
+"""The feature cache: each picture is encoded once in its life, whatever runs ask for it.
 
-    source = FeatureSource(encoder, paths, pooled=False, cache_dir="feature_cache", dtype=torch.float16,
-                           num_workers=2, device=device)
+    source = FeatureSource(encoder, paths, pooled=False, cache_dir="feature_cache",
+                           dtype=torch.float16, num_workers=2, device=device)
     for features in source.stream([torch.tensor([3, 0])]): ...  # (2, P, F) float32 on the device
 
-Nothing here knows a model: an encoder is any function from pixels to features that says what it is.
-Axes: N images, P = h * w grid cells, F feature channels.
+Nothing here knows a model. An encoder is anything that turns images (n, 3, S, S) uint8 into
+features (n, P, F) and has `grid` (h, w), `channels` F, `image_size` S and `key()`: a dict of JSON
+values that decide the features, its `name` among them.
+Axes: n images, P = h * w grid cells, F feature channels, S pixels a side.
 """
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import math
@@ -19,8 +20,9 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -33,7 +35,7 @@ from checkpoints import check_free_space, replace_file
 from image_loading import ShardImage
 from runtime import to_device
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 3  # part of every key; raised when older caches must not be read
 COMMIT_SECONDS = 2.0  # work that a killed run may lose
 INDEX = "index.sqlite"
 TABLES = """
@@ -46,18 +48,22 @@ TABLES = """
         PRIMARY KEY (path, size, modified)
     ) WITHOUT ROWID;
 """
-DAMAGE = sqlite3.DatabaseError, UnicodeDecodeError  # the latter from a message of SQLite's
+DAMAGE = sqlite3.DatabaseError, UnicodeDecodeError  # the latter where SQLite quotes the damage
 # What SQLite reports although the index may be whole.
 NOT_DAMAGE = (
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CANTOPEN,
 )  # fmt: skip
 
+Stamp = tuple[bytes, int, int]  # what a file is known by: path, size, modification time
+# Positions of readable images, their features (n, P, F), {position: reason} of the others.
+Batch = tuple[list[int], np.ndarray | None, dict[int, str]]
+
 
 class FeatureSource:
     """Encoder output for a list of images: from the feature cache, or encoded whenever asked for.
 
-    `paths` as given, `pooled` as given, `unreadable`: {path: reason}.
+    `paths` and `pooled` as given; `unreadable` maps those of the paths to the reason why.
     """
 
     def __init__(
@@ -65,9 +71,7 @@ class FeatureSource:
     ):
         """
         Args:
-            encoder: images (n, 3, S, S) uint8 -> (n, P, F), with `grid` (h, w), `channels`
-                F, `image_size` S and `key()`, a dict of what decides the features and `name`.
-            pooled: the grid's mean, as one cell, is enough.
+            pooled: the mean over the grid, as one cell, is enough.
             mirrored: mirrored images will be asked for, too.
             cache_dir: None for no cache.
             dtype: what the cache holds, torch.float16 or float32.
@@ -78,53 +82,47 @@ class FeatureSource:
             self.features = None
             self.unreadable = image_loading.find_unreadable(paths, num_workers=num_workers)
             return
-
-        def cached(encode, **more):
-            key = encoder.key() | more
-            features, unreadable = cached_features(
-                paths, encode, cache_dir=cache_dir, key={"encoder": key.pop("name"), **key},
-                grid=tuple(encoder.grid), channels=encoder.channels, image_size=encoder.image_size,
-                num_workers=num_workers, dtype=dtype, pooled=pooled,
-                batch_size=8 if device.type == "cpu" else 32,  # 8 by measurement; 32 is a guess
-            )  # fmt: skip
-            return self._in_fast_memory(features, unreadable), unreadable
-
-        self.features, self.unreadable = cached(encoder)
+        self.features, self.unreadable = self._cached(cache_dir, dtype)
         if mirrored and not self.unreadable:
-            self.mirrored, _ = cached(lambda images: encoder(images.flip(-1)), mirrored=True)
+            self.mirrored, _ = self._cached(cache_dir, dtype, mirrored=True)
 
-    def _in_fast_memory(self, features, unreadable):
-        """On CUDA a tensor in the GPU's memory where it takes at most half of what is free."""
-        if self.device.type != "cuda" or unreadable:
-            return features
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return features.to(self.device) if features.nbytes <= free / 2 else features
+    def _cached(self, cache_dir, dtype, mirrored=False):
+        """(features, {path: reason}); on CUDA in the GPU's memory, if they fit into half of it."""
+        features, unreadable = cached_features(
+            self.paths, self.encoder, cache_dir=cache_dir, dtype=dtype, pooled=self.pooled,
+            mirrored=mirrored, num_workers=self.num_workers,
+            batch_size=8 if self.device.type == "cpu" else 32,  # 8 by measurement; 32 is a guess
+        )  # fmt: skip
+        if self.device.type == "cuda" and not unreadable:
+            free, _ = torch.cuda.mem_get_info(self.device)
+            features = features.to(self.device) if features.nbytes <= free / 2 else features
+        return features, unreadable
 
-    def stream(self, batches, mirror=None):
-        """For each batch of positions (n,) in `paths`: features (n, P, F) float32 on the device; P = 1 if pooled.
+    def stream(self, batches_of_rows, mirror=None):
+        """For each batch of positions (n,) in `paths`: features (n, P, F) float32 on the device.
 
-        `mirror`: (images,) bool, which of them are to be mirrored; None: none.
+        P = 1 if pooled. `mirror`: (images,) bool, which are to be mirrored; None: none.
         """
         if self.features is None:
-            yield from self._encoded(batches, mirror)
+            yield from self._encoded(batches_of_rows, mirror)
             return
-        for rows in batches:
-            features = self._stored(self.features, rows)
+        for rows in batches_of_rows:
+            features = self._read(self.features, rows)
             if mirror is not None:
                 turned = mirror[rows].nonzero().squeeze(1)
-                replaced = to_device(turned, features.device)
-                features[replaced] = self._stored(self.mirrored, rows[turned])
+                places = to_device(turned, features.device)
+                features[places] = self._read(self.mirrored, rows[turned])
             yield features
 
-    def _stored(self, features, rows):
+    def _read(self, features, rows):
         """Rows of the cache, or of its copy in the GPU's memory: (n, P, F) float32 on the device."""
         if isinstance(features, torch.Tensor):
             return features.index_select(0, to_device(rows, features.device)).float()
         return to_device(features[rows], self.device).float()
 
-    def _encoded(self, batches, mirror):
+    def _encoded(self, batches_of_rows, mirror):
         """As `stream`, without a cache."""
-        batches = list(batches)
+        batches = list(batches_of_rows)
         loader = image_loading.load_batches(
             self.paths, self.encoder.image_size, batches, self.num_workers
         )
@@ -136,19 +134,32 @@ class FeatureSource:
             yield (features.mean(1, keepdim=True) if self.pooled else features).clone()
 
 
-class Features:
-    """Features of a list of images, grids or their means, read from the cache's memory map.
+class FeatureFile(NamedTuple):
+    """Features on the disk: a row (P, F) per image and nothing else."""
 
-    `features[rows]` -> (n, P, F) tensor of `dtype` for positions in the list, P = 1 for means; unreadable images must
-    not be asked for.
+    path: Path
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Features:
+    """Features of a list of images, read from the cache's memory map.
+
+    `features[positions]` -> (n, P, F) tensor; unreadable images must not be asked for.
     """
 
-    def __init__(self, file: Path, rows: np.ndarray, shape: tuple[int, int], dtype: torch.dtype):
-        """rows: (images,) int64, where each image lies in the file; -1 for unreadable ones. shape: (P, F)."""
-        size = int(rows.max(initial=-1)) + 1, *shape
-        kind = _name(dtype)
-        self.data = np.memmap(file, kind, "r", shape=size) if size[0] else np.empty(size, kind)
-        self.rows, self.shape, self.dtype = rows, shape, dtype
+    def __init__(self, file: FeatureFile, rows: np.ndarray):
+        """rows: (images,) int64, where each image lies in the file; -1 for unreadable ones."""
+        shape = int(rows.max(initial=-1)) + 1, *file.shape
+        dtype = _name(file.dtype)
+        self.data = (
+            np.memmap(file.path, dtype, "r", shape=shape) if shape[0] else np.empty(shape, dtype)
+        )
+        self.rows, self.nbytes = rows, len(rows) * file.row_bytes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,11 +170,6 @@ class Features:
             raise IndexError("features of an unreadable image asked for")
         return torch.from_numpy(self.data[rows])
 
-    @property
-    def nbytes(self) -> int:
-        """What `to` takes."""
-        return len(self) * math.prod(self.shape) * self.dtype.itemsize
-
     def to(self, device: torch.device) -> torch.Tensor:
         """All of them in the memory of a device: (images, P, F), to be read as this is."""
         return torch.cat([self[rows].to(device) for rows in torch.arange(len(self)).split(256)])
@@ -171,138 +177,172 @@ class Features:
 
 def cached_features(
     paths: Sequence[Path] | Sequence[ShardImage],
-    encode: Callable[[torch.Tensor], torch.Tensor],
+    encoder,
     *,
     cache_dir: str | Path,
-    key: dict,
-    grid: tuple[int, int],
-    channels: int,
-    image_size: int,
     dtype: torch.dtype = torch.float16,
     pooled: bool = False,
+    mirrored: bool = False,
     batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = True,
 ) -> tuple[Features, dict[Path, str]]:
-    """Features of these images and {path: reason} of the unreadable ones; only what the cache lacks is encoded.
+    """Features of these images, and {path: reason} of the unreadable ones.
 
+    Only what the cache lacks is encoded. A run killed at any moment leaves a cache that the next
+    one continues; a second run waits for the first. Processes of one run share the work, and must
+    all see `cache_dir`.
     Args:
-        encode: (n, 3, image_size, image_size) uint8 on the CPU -> (n, P, F) float on any device.
-        key: JSON values that decide the features: `encoder` (its name), its weights' SHA-256, geometry.
-        grid, channels: (h, w) and F, so P = h * w.
-        dtype: what the features are rounded to: float32 or float16.
-        pooled: keep only the mean (1, F) of each rounded grid, float32, in a cache of its own; pictures whose grids the
-            other cache of this key and dtype holds are not encoded again.
-    The cache is a folder per key and dtype: `features.f16` or `.f32` (a row per image), `index.sqlite` (which
-    file each row came from: path, size, modification time), `key.json`. Rows reach the disk before the index
-    names them, so a run that is killed at any moment leaves a cache that the next one continues; a second run waits for
-    the first. Processes of one run share the work: rank 0 keeps the cache, the others hand it what they encode, and all
-    must see its folder.
-    Shards are read only when the cache lacks one of their images, and then all that it lacks of `Shards.names` are
-    encoded; the index remembers which did not come.
-    Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow the dtype; OSError
-    when a shard cannot be read.
+        dtype: what features are rounded to, float16 or float32.
+        pooled: keep only the mean (1, F) of each rounded grid, as float32.
+        mirrored: of the mirrored images.
+    Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow
+    the dtype; OSError when a shard cannot be read, or the disk fills up.
     """
-    cells, name = grid[0] * grid[1], _name(dtype)
-    full_key = {**key, "grid": list(grid), "channels": channels, "image_size": image_size, "dtype": name,
-                "format": CACHE_FORMAT}  # fmt: skip
-    folder = _cache_folder(Path(cache_dir), full_key, "_pooled" if pooled else "")
-    grids = f"features.{name.replace('float', 'f')}"
-    beside = folder.with_name(folder.name.removesuffix("_pooled")) / grids
-    take_means = (
-        functools.partial(_take_means, file=beside, shape=(cells, channels), dtype=dtype)
-        if pooled
-        else None
-    )
-    file, shape, stored = (folder / grids, (cells, channels), dtype)
-    if pooled:
-        file, shape, stored = folder / "features.f32", (1, channels), torch.float32
-    encoded = functools.partial(
-        _encoded, encode=encode, rounded=functools.partial(_rounded, dtype=dtype, pooled=pooled),
-        image_size=image_size, batch_size=batch_size, num_workers=num_workers,
-    )  # fmt: skip
+    key = encoder.key() | {"mirrored": mirrored, "dtype": _name(dtype), "format": CACHE_FORMAT}
+    grids, means = _feature_files(Path(cache_dir), key, encoder, dtype)
+    file = means if pooled else grids
+    _make_folder(file.path.parent, key)
+
+    def features_of(images, files):
+        features = encoder(images.flip(-1) if mirrored else images)
+        _check_range(features, files, dtype)
+        features = features.to(dtype).contiguous()
+        return (_mean(features) if pooled else features).cpu().numpy()
+
+    def encoded(files):
+        decoded = image_loading.decode_images(files, encoder.image_size, batch_size, num_workers)
+        return _encoded(decoded, files, features_of)
+
     if process_group.rank():
-        for found in encoded(process_group.broadcast(None)):
-            process_group.send(found, to=0)
-        rows, unreadable = process_group.broadcast(None)
+        rows, unreadable = _assist(encoded)
     else:
-        with _locked(folder), _Store(file, math.prod(shape) * stored.itemsize) as store:
-            stamps, unreadable = _fill(store, paths, encoded, take_means, progress)
-        rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
-        process_group.broadcast((rows, unreadable))
-    return Features(file, rows, shape, stored), unreadable
+        with _locked(file.path.parent), _Store(file) as store:
+            found = _fill(store, paths, encoded, grids if pooled else None, progress)
+        rows, unreadable = process_group.broadcast(found)
+    return Features(file, rows), unreadable
 
 
-def _fill(store, paths, encoded, take_means, progress):
-    """Rank 0's work: add what the store lacks of these images. Returns their stamps, and {path: reason} as above."""
-    folder = store.file.parent
-    stamps, unreadable = _stamps(paths)
-    todo = _lacking(stamps, store)
-    if shards := next(
-        (path.shards for path in todo.values() if isinstance(path, ShardImage)), None
-    ):
-        todo |= _lacking(_stamps([shards / name for name in shards.names])[0], store)
-    check_free_space(
-        folder,
-        len(todo) * store.row_bytes,
-        f"--cache_dir {folder.parent}: the features",
-        "make room, name another --cache_dir, a narrower --cache_dtype or --no_feature_cache",
-    )
-    with tqdm(
-        total=len(todo), desc="encoding", unit="image", disable=None if progress and todo else True
-    ) as bar:
-        if take_means:
-            take_means(store, todo, bar)
-        own = encoded(process_group.broadcast(list(todo.values())))
-        failed = _store_encoded(store, list(todo), own, bar)
-    if shards:
-        store.remember_faults(failed)
-    failed |= store.faults
-    return stamps, unreadable | {
-        path: failed[stamp] for path, stamp in stamps.items() if stamp in failed
-    }
+# ------------------------------------------------------------------------------------ filling it
 
 
-def _lacking(stamps, store):
-    """{stamp: path}, one path per file, of those that are neither stored nor known to be unreadable."""
-    return {
-        stamp: path
-        for path, stamp in stamps.items()
-        if stamp not in store.row_of and stamp not in store.faults
-    }
+def _fill(
+    store: "_Store",
+    paths: Sequence[Path] | Sequence[ShardImage],
+    encoded: Callable[[list], Iterator[Batch]],
+    grids: FeatureFile | None,
+    progress: bool,
+) -> tuple[np.ndarray, dict[Path, str]]:
+    """Rank 0's part: add what the store lacks. Returns each image's row, and {path: reason}.
 
-
-def _encoded(paths, encode, rounded, image_size, batch_size, num_workers):
-    """This process's batches: (positions in `paths`, their rows as `_rounded` gives them, {position: reason}).
-
-    None after the last one.
+    `grids`: the file of another cache, of whose rows the means are wanted.
     """
-    for positions, pixels, reasons in image_loading.decode_images(
-        paths, image_size, batch_size, num_workers
-    ):
+    stamps, unreadable = _stamps(paths)
+    todo = _to_encode(store, stamps)
+    _check_room(store.file, len(todo))
+    shown = None if progress and todo else True
+    with tqdm(total=len(todo), desc="encoding", unit="image", disable=shown) as bar:
+        if grids:
+            _take_means(store, todo, grids, bar)
+        own = encoded(process_group.broadcast(list(todo.values())))
+        faults = _store_batches(store, list(todo), _received(own), bar)
+    if paths and isinstance(paths[0], ShardImage):
+        store.remember_faults(faults)
+    faults |= store.faults
+    unreadable |= {path: faults[stamp] for path, stamp in stamps.items() if stamp in faults}
+    rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
+    return rows, unreadable
+
+
+def _assist(encoded: Callable[[list], Iterator[Batch]]) -> tuple[np.ndarray, dict[Path, str]]:
+    """Any other rank's part: hand rank 0 its share of what is to be encoded. Returns as `_fill`."""
+    for batch in encoded(process_group.broadcast(None)):
+        process_group.send(batch, to=0)
+    process_group.send(None, to=0)
+    return process_group.broadcast(None)
+
+
+def _to_encode(store: "_Store", stamps: dict) -> dict[Stamp, Path | ShardImage]:
+    """{stamp: path} of what the store lacks; of shards all images, as one pass brings them all."""
+    todo = store.lacking(stamps)
+    first = next(iter(todo.values()), None)
+    if isinstance(first, ShardImage):
+        others, _ = _stamps([first.shards / name for name in first.shards.names])
+        todo |= store.lacking(others)
+    return todo
+
+
+def _check_room(file: FeatureFile, images: int):
+    folder = file.path.parent
+    purpose = f"--cache_dir {folder.parent}: the features"
+    advice = "make room, name another --cache_dir, a narrower --cache_dtype or --no_feature_cache"
+    check_free_space(folder, images * file.row_bytes, purpose, advice)
+
+
+def _take_means(store: "_Store", todo: dict[Stamp, Path], grids: FeatureFile, bar: tqdm):
+    """Append the means of those grids that another cache holds already; they leave `todo`."""
+    row_of = _rows_next_door(grids)
+    known = sorted(todo.keys() & row_of.keys(), key=row_of.get)  # in the order of the disk
+    features = Features(grids, np.array([row_of[stamp] for stamp in known], np.int64))
+    for start in range(0, len(known), 256):
+        stamps = known[start : start + 256]
+        store.append(stamps, _mean(features[range(start, start + len(stamps))]).numpy())
+        for stamp in stamps:
+            del todo[stamp]
+        bar.update(len(stamps))
+
+
+def _store_batches(
+    store: "_Store", stamps: list[Stamp], batches: Iterable[Batch], bar: tqdm
+) -> dict[Stamp, str]:
+    """Append what comes; returns {stamp: reason} of those that did not."""
+    faults = dict.fromkeys(stamps, "no shard holds it by this name")
+    for positions, features, reasons in batches:
+        for position, reason in reasons.items():
+            if stamps[position] in faults:  # another shard may have held a readable one
+                faults[stamps[position]] = reason
+        readable = [stamps[position] for position in positions]
+        for stamp in readable:
+            faults.pop(stamp, None)
+        if readable:
+            store.append(readable, features)
+        bar.update(len(positions) + len(reasons))
+    return faults
+
+
+def _received(own: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches of this process and of the other ranks in turn, until none has more."""
+    senders = [*range(process_group.world_size())]
+    while senders:
+        for sender in [*senders]:
+            batch = process_group.receive(sender) if sender else next(own, None)
+            if batch is None:
+                senders.remove(sender)
+            else:
+                yield batch
+
+
+def _encoded(decoded, files: list, features_of: Callable) -> Iterator[Batch]:
+    """This process's share, encoded. `decoded`: batches as `image_loading.decoded` gives them."""
+    for positions, pixels, reasons in decoded:
         features = None
         if positions:
             with torch.inference_mode():
-                features = encode(torch.from_numpy(pixels))
-                features = rounded(features, [paths[position] for position in positions])
+                readable = [files[position] for position in positions]
+                features = features_of(torch.from_numpy(pixels), readable)
         yield positions, features, reasons
-    yield None
 
 
-def _rounded(
-    features: torch.Tensor, paths: Sequence[Path], dtype: torch.dtype, pooled: bool
-) -> np.ndarray:
-    """Features (n, P, F) of these files as rows (n, P or 1, F). Raises: ValueError naming one that overflows."""
+def _check_range(features: torch.Tensor, files: list, dtype: torch.dtype):
+    """Raise ValueError naming the first of these files whose features the dtype cannot hold."""
     low, high = features.flatten(1).aminmax(dim=1)  # both nan where any is
     limit = torch.finfo(dtype).max
-    for path, fits in zip(paths, ((low >= -limit) & (high <= limit)).tolist(), strict=True):
+    for file, fits in zip(files, ((low >= -limit) & (high <= limit)).tolist(), strict=True):
         if not fits:
             raise ValueError(
-                f"{path}: the encoder's output overflows {_name(dtype)}; "
+                f"{file}: the encoder's output overflows {_name(dtype)}; "
                 "use a wider --cache_dtype, or --no_feature_cache, with this encoder"
             )
-    features = features.to(dtype).contiguous()
-    return (_mean(features) if pooled else features).cpu().numpy()
 
 
 def _mean(grids: torch.Tensor) -> torch.Tensor:
@@ -315,47 +355,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _take_means(store, todo: dict[tuple, Path], bar, *, file: Path, shape, dtype):
-    """Append the means of those grids that `file`, of another cache, holds already; they leave `todo`."""
-    row_of = _rows_next_door(file, math.prod(shape) * dtype.itemsize)
-    known = sorted(todo.keys() & row_of.keys(), key=row_of.get)  # in the order of the disk
-    grids = Features(file, np.array([row_of[stamp] for stamp in known], np.int64), shape, dtype)
-    for start in range(0, len(known), 256):
-        stamps = known[start : start + 256]
-        store.append(stamps, _mean(grids[range(start, start + len(stamps))]).numpy())
-        for stamp in stamps:
-            del todo[stamp]
-        bar.update(len(stamps))
-
-
-def _store_encoded(store, stamps, own, bar) -> dict[tuple, str]:
-    """Append what this process and the others encode, in turn; returns {stamp: reason} of those that did not come."""
-    failed = dict.fromkeys(stamps, "no shard holds it by this name")
-    senders = [*range(process_group.world_size())]
-    while senders:
-        for sender in [*senders]:
-            found = process_group.receive(sender) if sender else next(own)
-            if found is None:
-                senders.remove(sender)
-                continue
-            positions, features, reasons = found
-            failed |= {
-                stamps[position]: why
-                for position, why in reasons.items()
-                if stamps[position] in failed
-            }
-            for position in positions:
-                failed.pop(stamps[position], None)
-            if positions:
-                store.append([stamps[position] for position in positions], features)
-            bar.update(len(positions) + len(reasons))
-    return failed
-
-
 def _stamps(
     paths: Sequence[Path] | Sequence[ShardImage],
-) -> tuple[dict[Path, tuple], dict[Path, str]]:
-    """{path: stamp} and {path: reason} of files that have none."""
+) -> tuple[dict[Path, Stamp], dict[Path, str]]:
+    """{path: stamp}, and {path: reason} of files that have none."""
     stamps, missing = {}, {}
     for path in paths:
         try:
@@ -365,33 +368,46 @@ def _stamps(
     return stamps, missing
 
 
-def _stamp(path: Path | ShardImage) -> tuple[bytes, int, int]:
-    """What a file is known by: resolved path, size in bytes, modification time in ns; for any name and time a blob
-    and two of SQLite's signed integers. Raises: OSError where there is no such file."""
+def _stamp(path: Path | ShardImage) -> Stamp:
+    """Raises: OSError where there is no such file."""
     if isinstance(path, ShardImage):
         name, size, modified = path.stamp()
     else:
         status = path.stat()
         name, size, modified = str(path.resolve()), status.st_size, status.st_mtime_ns
+    # names that are not UTF-8 and numbers of 64 bits: SQLite takes neither as text and integer
     return name.encode("utf-8", "surrogatepass"), size, modified % 2**63
 
 
-def _cache_folder(cache_dir: Path, key: dict, suffix: str) -> Path:
-    """The folder of this key, made if needed."""
-    text = json.dumps(key, sort_keys=True, indent=1)
-    name = re.sub(r"[^\w.-]", "_", str(key.get("encoder", "encoder")))
-    folder = cache_dir / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}{suffix}"
+# --------------------------------------------------------------------------------- on the disk
+
+
+def _feature_files(
+    cache_dir: Path, key: dict, encoder, dtype: torch.dtype
+) -> tuple[FeatureFile, FeatureFile]:
+    """The files of this key's grids, and of their means: each in a folder of its own."""
+    name = re.sub(r"[^\w.-]", "_", key["name"])
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = cache_dir / f"{name}_{digest[:12]}"
+    file_name = "features." + _name(dtype).replace("float", "f")  # .f16 or .f32
+    grids = FeatureFile(folder / file_name, (math.prod(encoder.grid), encoder.channels), dtype)
+    pooled = folder.with_name(folder.name + "_pooled")
+    return grids, FeatureFile(pooled / "features.f32", (1, encoder.channels), torch.float32)
+
+
+def _make_folder(folder: Path, key: dict):
+    """Raise ValueError unless it can be used."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "lock").touch()
         if not (folder / "key.json").exists():
-            with replace_file(folder / "key.json") as opened:
-                opened.write(text.encode())
+            with replace_file(folder / "key.json") as file:
+                file.write(json.dumps(key, sort_keys=True, indent=1).encode())
     except OSError as error:
         raise ValueError(
-            f"--cache_dir {cache_dir}: cannot be used ({error.strerror}); expected a folder to write in"
+            f"--cache_dir {folder.parent}: cannot be used ({error.strerror}); "
+            "expected a folder to write in"
         ) from None
-    return folder
 
 
 @contextlib.contextmanager
@@ -408,81 +424,37 @@ def _locked(folder: Path):
         lock.release()
 
 
-@contextlib.contextmanager
-def _transaction(file: Path):
-    """The index at `file` opened, and what is done with it committed as one.
-
-    A connection lives no longer: SQLite forbids to carry one into the worker processes.
-    """
-    with contextlib.closing(sqlite3.connect(file)) as index, index:
-        index.execute("PRAGMA journal_mode=DELETE")
-        index.execute("PRAGMA synchronous=FULL")
-        yield index
-
-
-def _read_rows(index: sqlite3.Connection, stored: int) -> dict[tuple, int]:
-    """{stamp: row} of the rows below `stored`. Raises: sqlite3.DatabaseError when the index is damaged."""
-    (verdict,) = index.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise sqlite3.DatabaseError(verdict)
-    found = index.execute(
-        "SELECT path, size, modified, row FROM images WHERE row BETWEEN 0 AND ?", (stored - 1,)
-    )
-    return {tuple(stamp): row for *stamp, row in found}
-
-
-def _read_index(file: Path, stored: int) -> tuple[dict[tuple, int], dict[tuple, str]]:
-    """{stamp: row} and {stamp: reason} of an index, made if needed, rid of rows that were not stored."""
-    with _transaction(file) as index:
-        index.executescript(TABLES)
-        row_of = _read_rows(index, stored)
-        index.execute("DELETE FROM images WHERE row NOT BETWEEN 0 AND ?", (stored - 1,))
-        faults = index.execute("SELECT path, size, modified, reason FROM faults")
-        return row_of, {tuple(stamp): reason for *stamp, reason in faults}
-
-
-def _read_or_restart_index(file: Path, stored: int) -> tuple[dict[tuple, int], dict[tuple, str]]:
-    """As `_read_index`; a damaged one is replaced by an empty one: it is only a cache's."""
-    try:
-        return _read_index(file, stored)
-    except DAMAGE as error:
-        reason = " ".join(str(error).split())
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_DAMAGE:
-            raise OSError(f"{file}: {reason}") from None
-        print(f"{file}: damaged ({reason}): images are encoded again", file=sys.stderr, flush=True)
-        for damaged in file.parent.glob(f"{file.name}*"):  # and its journal
-            damaged.unlink()
-        return _read_index(file, stored)
-
-
-def _rows_next_door(file: Path, row_bytes: int) -> dict[tuple, int]:
-    """{stamp: row} of another cache, which another run may be filling; none where it is absent or damaged."""
-    address = f"{file.with_name(INDEX).absolute().as_uri()}?mode=ro"
-    with contextlib.suppress(*DAMAGE, FileNotFoundError):
-        stored = file.stat().st_size // row_bytes
-        with contextlib.closing(sqlite3.connect(address, uri=True)) as index:
-            return _read_rows(index, stored)
-    return {}
-
-
 class _Store:
-    """A cache folder opened for appending: rows reach the disk first, then the index that names them."""
+    """A cache folder opened for appending: rows reach the disk first, then the index names them.
 
-    def __init__(self, file: Path, row_bytes: int):
-        self.file, self.row_bytes, self.index = file, row_bytes, file.with_name(INDEX)
-        self.data = file.open("ab", buffering=0)
-        stored = self.data.seek(0, os.SEEK_END) // row_bytes
+    `row_of`: {stamp: row}; `faults`: {stamp: reason} of images that their shards did not bring.
+    """
+
+    def __init__(self, file: FeatureFile):
+        self.file, self.index = file, file.path.with_name(INDEX)
+        self.data = file.path.open("ab", buffering=0)
+        stored = self.data.seek(0, os.SEEK_END) // file.row_bytes
         self.row_of, self.faults = _read_or_restart_index(self.index, stored)
         self.rows = max(self.row_of.values(), default=-1) + 1
-        self.data.truncate(self.rows * row_bytes)  # a killed run's rows that no index names
+        self.data.truncate(self.rows * file.row_bytes)  # a killed run's rows that no index names
         self.data.seek(0, os.SEEK_END)
         self.pending, self.committed_at = {}, time.monotonic()
 
-    def append(self, stamps: list[tuple], block: np.ndarray):
-        """Add rows (n, ...), of `row_bytes` bytes each, for these files."""
-        if self.data.write(block) != block.nbytes:  # a short write: the disk is full
+    def lacking(self, stamps: dict[Path, Stamp]) -> dict[Stamp, Path]:
+        """{stamp: path}, one path per file, of those neither stored nor known not to come."""
+        return {
+            stamp: path
+            for path, stamp in stamps.items()
+            if stamp not in self.row_of and stamp not in self.faults
+        }
+
+    def append(self, stamps: list[Stamp], features: np.ndarray):
+        """Add features (n, P, F) for these files."""
+        if self.data.write(features) != features.nbytes:  # a short write: the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.data.name)
-        self.pending |= {stamp: row for row, stamp in enumerate(stamps, start=self.rows)}
+        added = {stamp: row for row, stamp in enumerate(stamps, start=self.rows)}
+        self.row_of |= added
+        self.pending |= added
         self.rows += len(stamps)
         if time.monotonic() - self.committed_at > COMMIT_SECONDS:
             self.commit()
@@ -491,17 +463,16 @@ class _Store:
         """Make the rows so far durable."""
         os.fsync(self.data.fileno())
         self._insert("images", self.pending)
-        self.row_of |= self.pending
         self.pending, self.committed_at = {}, time.monotonic()
 
-    def remember_faults(self, faults: dict[tuple, str]):
-        """{stamp: reason} of images that a whole pass over their shards did not bring: the next run makes none."""
+    def remember_faults(self, faults: dict[Stamp, str]):
+        """After a whole pass over the shards: the next run makes none to learn the same."""
         self._insert("faults", faults)
 
-    def _insert(self, table, values):
+    def _insert(self, table: str, values: dict[Stamp, int | str]):
+        entries = [(*stamp, value) for stamp, value in values.items()]
         try:
             with _transaction(self.index) as index:
-                entries = [(*stamp, value) for stamp, value in values.items()]
                 index.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", entries)
         except sqlite3.Error as error:
             raise OSError(f"{self.index}: {error}") from None
@@ -514,3 +485,63 @@ class _Store:
             self.commit()
         finally:
             self.data.close()
+
+
+@contextlib.contextmanager
+def _transaction(file: Path):
+    """The index at `file`, opened; what is done with it is committed as one.
+
+    A connection lives no longer than this, because worker processes must not inherit one.
+    """
+    with contextlib.closing(sqlite3.connect(file)) as index, index:
+        index.execute("PRAGMA journal_mode=DELETE")
+        index.execute("PRAGMA synchronous=FULL")
+        yield index
+
+
+def _read_or_restart_index(file: Path, stored: int) -> tuple[dict[Stamp, int], dict[Stamp, str]]:
+    """As `_read_index`. A damaged one is replaced by an empty one, because a cache can be refilled.
+
+    Raises: OSError when the disk or another program's lock is at fault.
+    """
+    try:
+        return _read_index(file, stored)
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_DAMAGE:
+            raise OSError(f"{file}: {reason}") from None
+        print(f"{file}: damaged ({reason}): images are encoded again", file=sys.stderr, flush=True)
+        for damaged in file.parent.glob(f"{file.name}*"):  # its journal, too
+            damaged.unlink()
+        return _read_index(file, stored)
+
+
+def _read_index(file: Path, stored: int) -> tuple[dict[Stamp, int], dict[Stamp, str]]:
+    """{stamp: row} and {stamp: reason}; made if needed, rid of rows that the data lacks."""
+    with _transaction(file) as index:
+        index.executescript(TABLES)
+        row_of = _read_rows(index, stored)
+        index.execute("DELETE FROM images WHERE row NOT BETWEEN 0 AND ?", (stored - 1,))
+        faults = index.execute("SELECT path, size, modified, reason FROM faults")
+        return row_of, {tuple(stamp): reason for *stamp, reason in faults}
+
+
+def _rows_next_door(file: FeatureFile) -> dict[Stamp, int]:
+    """{stamp: row} of another cache, which another run may be filling; none if it is unusable."""
+    address = f"{file.path.with_name(INDEX).absolute().as_uri()}?mode=ro"
+    with contextlib.suppress(*DAMAGE, FileNotFoundError):
+        stored = file.path.stat().st_size // file.row_bytes
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as index:
+            return _read_rows(index, stored)
+    return {}
+
+
+def _read_rows(index: sqlite3.Connection, stored: int) -> dict[Stamp, int]:
+    """{stamp: row} of the rows below `stored`. Raises: one of DAMAGE."""
+    (verdict,) = index.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(verdict)
+    named = index.execute(
+        "SELECT path, size, modified, row FROM images WHERE row BETWEEN 0 AND ?", (stored - 1,)
+    )
+    return {tuple(stamp): row for *stamp, row in named}

@@ -72,9 +72,8 @@ def test_the_cache_holds_the_textbooks_features(tmp_path):
     )
     plain = torch.cat(benchmark.plain_encoding(encoder, paths)).flatten(2).transpose(1, 2)
     cached, _ = feature_cache.cached_features(
-        paths, encoder, cache_dir=tmp_path / "cache", key={"encoder": "mobilenet_v2"}, grid=tuple(encoder.grid),
-        channels=encoder.channels, image_size=encoder.image_size, num_workers=0, progress=False,
-    )  # fmt: skip
+        paths, encoder, cache_dir=tmp_path / "cache", progress=False
+    )
     torch.testing.assert_close(
         cached[torch.arange(10)].float(), plain, atol=1e-4, rtol=2e-3
     )  # float16 on disk

@@ -27,6 +27,8 @@ from feature_cache import cached_features
 class FakeEncoder:
     """Grid of 2 x 2 cells with 3 channels: grey level + 10 * cell + channel / 8. Counts the images it was given."""
 
+    grid, channels, image_size, weights = [2, 2], 3, 8, "0"
+
     def __init__(self, break_after=None, error=None, overflow=None, seconds=0.0):
         """overflow: (grey level, the value one of its features takes)."""
         self.images, self.break_after, self.error = 0, break_after, error
@@ -45,21 +47,32 @@ class FakeEncoder:
             features[level == self.overflow[0], 3, 1] = self.overflow[1]
         return features
 
+    def key(self):
+        return {"name": "fake/net", "weights": self.weights, "image_size": self.image_size}
+
+
+class NoiseEncoder(FakeEncoder):
+    """Random grids of 7 x 7 cells, laid out in memory as those of a real encoder; `encoded`: grey levels so far."""
+
+    grid, channels = [7, 7], 96
+
+    def __init__(self):
+        self.noise, self.encoded = torch.rand(8, 49, 96) * 9, []
+
+    def __call__(self, pixels):
+        levels = pixels[:, 0, 0, 0].long()
+        self.encoded += levels.tolist()
+        return self.noise[levels].transpose(1, 2).contiguous().transpose(1, 2)
+
 
 def _expected(levels):
     levels = torch.tensor(levels, dtype=torch.float16)
     return levels[:, None, None] + 10 * torch.arange(4)[:, None] + torch.arange(3) / 8
 
 
-def _cached(paths, encode, cache_dir, batch_size=2, **options):
-    options = {
-        "key": {"encoder": "fake/net", "sha256": "0"},
-        "grid": (2, 2),
-        "channels": 3,
-        "image_size": 8,
-    } | options
+def _cached(paths, encoder, cache_dir, batch_size=2, **options):
     return cached_features(
-        paths, encode, cache_dir=cache_dir, batch_size=batch_size, progress=False, **options
+        paths, encoder, cache_dir=cache_dir, batch_size=batch_size, progress=False, **options
     )
 
 
@@ -86,7 +99,7 @@ def test_each_picture_is_encoded_once(tmp_path, num_workers):
     assert torch.equal(again[range(5)], _expected([4, 3, 2, 1, 0]))
     folder = _folder(cache)
     assert folder.name.startswith("fake_net_")
-    assert json.loads((folder / "key.json").read_text())["sha256"] == "0"
+    assert json.loads((folder / "key.json").read_text())["weights"] == "0"
     assert (folder / "features.f16").stat().st_size == 5 * 24
 
 
@@ -139,28 +152,19 @@ def test_a_pooled_cache_holds_the_means(tmp_path, dtype):
 
 
 def test_means_of_stored_grids_are_taken_without_encoding(tmp_path):
-    paths, cache = grey_images(tmp_path / "i", 5), tmp_path / "cache"
-    noise = torch.rand(8, 49, 96) * 9
-
-    def encode(pixels):
-        encoded.extend(pixels[:, 0, 0, 0].tolist())
-        return (
-            noise[pixels[:, 0, 0, 0].long()].transpose(1, 2).contiguous().transpose(1, 2)
-        )  # as the encoder's lie
-
-    encoded, options = [], {"grid": (7, 7), "channels": 96}
-    _cached([paths[3], paths[1]], encode, cache, **options)
-    taken, _ = _cached(paths, encode, cache, pooled=True, **options)
-    assert encoded == [3, 1, 0, 2, 4]
+    paths, cache, encoder = grey_images(tmp_path / "i", 5), tmp_path / "cache", NoiseEncoder()
+    _cached([paths[3], paths[1]], encoder, cache)
+    taken, _ = _cached(paths, encoder, cache, pooled=True)
+    assert encoder.encoded == [3, 1, 0, 2, 4]
     torch.testing.assert_close(
-        taken[range(5)].float(), noise[:5].mean(1, keepdim=True), rtol=1e-3, atol=0
+        taken[range(5)], encoder.noise[:5].mean(1, keepdim=True), rtol=1e-3, atol=0
     )
-    fresh, _ = _cached(paths, encode, tmp_path / "other", pooled=True, **options)
+    fresh, _ = _cached(paths, encoder, tmp_path / "other", pooled=True)
     torch.testing.assert_close(taken[range(5)], fresh[range(5)], rtol=1e-3, atol=0)
     paths += grey_images(tmp_path / "i", 1, start=5)
-    del encoded[:]
-    added, _ = _cached(paths, encode, cache, pooled=True, **options)
-    assert encoded == [5] and torch.equal(added[range(5)], taken[range(5)])
+    del encoder.encoded[:]
+    added, _ = _cached(paths, encoder, cache, pooled=True)
+    assert encoder.encoded == [5] and torch.equal(added[range(5)], taken[range(5)])
 
 
 def test_means_are_taken_from_what_a_killed_run_left_of_the_grids(tmp_path):
@@ -173,17 +177,21 @@ def test_means_are_taken_from_what_a_killed_run_left_of_the_grids(tmp_path):
     assert torch.equal(means[range(5)], _expected(range(5)).mean(1, keepdim=True))
 
 
-@pytest.mark.parametrize("name", ["features.f16", "index.sqlite"])
-@pytest.mark.parametrize("fault", ["deleted", "emptied", "damaged"])
-def test_means_do_without_grids_that_cannot_be_had(tmp_path, capsys, name, fault):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("features.f16", None),  # deleted
+        ("features.f16", b""),
+        ("index.sqlite", None),
+        ("index.sqlite", b""),
+        ("index.sqlite", b"garbage" * 99),
+    ],
+)
+def test_means_do_without_grids_that_cannot_be_had(tmp_path, capsys, name, content):
     paths, cache = grey_images(tmp_path / "i", 3), tmp_path / "cache"
     _cached(paths, FakeEncoder(), cache)
-    if (name, fault) == ("features.f16", "damaged"):
-        pytest.skip("damaged rows cannot be told")
     file = _folder(cache) / name
-    file.unlink() if fault == "deleted" else file.write_bytes(
-        b"garbage" * 99 * (fault == "damaged")
-    )
+    file.unlink() if content is None else file.write_bytes(content)
     before = sorted(_folder(cache).iterdir())
     encoder = FakeEncoder()
     _cached(paths, encoder, cache, pooled=True)
@@ -193,11 +201,55 @@ def test_means_do_without_grids_that_cannot_be_had(tmp_path, capsys, name, fault
 
 def test_another_key_is_another_cache(tmp_path):
     paths, cache = grey_images(tmp_path / "i", 2), tmp_path / "cache"
-    for options in ({}, {"key": {"encoder": "fake/net", "sha256": "1"}}, {"image_size": 4}):
+    for attributes in ({}, {"weights": "1"}, {"image_size": 4}):
         encoder = FakeEncoder()
-        _cached(paths, encoder, cache, **options)
+        vars(encoder).update(attributes)
+        _cached(paths, encoder, cache)
         assert encoder.images == 2
     assert len(list(cache.iterdir())) == 3
+
+
+def test_mirrored_images_are_another_cache(tmp_path):
+    """Of a picture that is black on its left."""
+    picture, cache = Image.new("RGB", (8, 8)), tmp_path / "cache"
+    picture.paste((50, 50, 50), (4, 0, 8, 8))
+    paths = [save_image(tmp_path / "i" / "half.png", picture)]
+    for options, level in (({}, 0), ({"mirrored": True}, 50), ({}, 0)):
+        features, _ = _cached(paths, FakeEncoder(), cache, **options)
+        assert torch.equal(features[[0]], _expected([level]))
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_source_streams_the_same_with_and_without_a_cache(tmp_path, pooled):
+    picture = Image.new("RGB", (8, 8))
+    picture.paste((50, 50, 50), (4, 0, 8, 8))
+    paths = [*grey_images(tmp_path / "i", 2), save_image(tmp_path / "i" / "half.png", picture)]
+    mirror, seen = torch.tensor([False, True, True]), []
+    for cache_dir in (tmp_path / "cache", None):
+        source = feature_cache.FeatureSource(
+            FakeEncoder(), paths, pooled=pooled, mirrored=True, cache_dir=cache_dir,
+            dtype=torch.float16, num_workers=0, device=torch.device("cpu"),
+        )  # fmt: skip
+        assert (source.paths, source.pooled, source.unreadable) == (paths, pooled, {})
+        batches = [torch.tensor([2, 0]), torch.tensor([1])]
+        for coins, levels in ((None, [[0, 0], [1]]), (mirror, [[50, 0], [1]])):
+            for features, expected in zip(source.stream(batches, coins), levels, strict=True):
+                expected = _expected(expected).float()
+                expected = expected.mean(1, keepdim=True) if pooled else expected
+                assert features.dtype == torch.float32 and torch.equal(features, expected)
+                seen.append(len(features))
+    assert seen == [2, 1] * 4
+
+
+def test_a_source_names_what_cannot_be_read(tmp_path):
+    paths = [*grey_images(tmp_path / "i", 1), tmp_path / "none.png"]
+    for cache_dir in (tmp_path / "cache", None):
+        source = feature_cache.FeatureSource(
+            FakeEncoder(), paths, pooled=False, mirrored=True, cache_dir=cache_dir,
+            dtype=torch.float16, num_workers=0, device=torch.device("cpu"),
+        )  # fmt: skip
+        assert list(source.unreadable) == paths[1:]
 
 
 def test_added_and_changed_pictures_encode_only_themselves(tmp_path):

@@ -1,6 +1,5 @@
 """image_loading.py: pixels, batches of files, and shards, which fill the cache as files do."""
 
-import functools
 import gzip
 import http.server
 import io
@@ -22,7 +21,6 @@ from test_end_to_end import TINY, load, program, run_dir, snapshot, succeed, tra
 from test_feature_cache import FakeEncoder, _cached, _expected, _folder, _named
 
 import caption_data
-import feature_cache
 import image_loading
 import process_group
 from image_loading import find_shards, find_unreadable, load_batches, load_image, open_image
@@ -200,7 +198,7 @@ def images_in(source, names):
 
 
 CACHE_FILES = {"features.f16", "index.sqlite", "key.json", "lock"}
-NEVER = {"encode": FakeEncoder(break_after=0, error=AssertionError)}
+NEVER = {"encoder": FakeEncoder(break_after=0, error=AssertionError)}
 
 
 def no_streaming(patch):
@@ -359,21 +357,20 @@ def test_a_name_that_two_shards_hold_is_one_image(tmp_path, monkeypatch):
 def test_processes_of_a_run_read_different_shards(tmp_path, monkeypatch):
     """Rank 0 stores in turn what three ranks encode of two shards, the third none."""
     images = images_in(grey_shards(tmp_path / "tars", 5, each=3), [f"{i}.png" for i in range(6)])
-    encoders, sent = [FakeEncoder() for _ in range(3)], {}
-    rounded = functools.partial(feature_cache._rounded, dtype=torch.float16, pooled=False)
+    encoders, sent = [FakeEncoder() for _ in range(3)], {1: [], 2: []}
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (1, 2):
         monkeypatch.setenv("RANK", str(rank))
-        sent[rank] = iter(
-            list(
-                feature_cache._encoded(
-                    images, encoders[rank], rounded, 8, batch_size=1, num_workers=0
-                )
-            )
+        answers = iter([images, (np.array([-1, -1]), {"path": "reason"})])
+        monkeypatch.setattr(process_group, "broadcast", lambda _value, told=answers: next(told))
+        monkeypatch.setattr(
+            process_group, "send", lambda value, to, to_zero=sent[rank]: to_zero.append(value)
         )
+        features, unreadable = _cached(images, encoders[rank], tmp_path / "cache", batch_size=1)
+        assert features.rows.tolist() == [-1, -1] and unreadable == {"path": "reason"}
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(process_group, "broadcast", lambda value: value)
-    monkeypatch.setattr(process_group, "receive", lambda sender: next(sent[sender]))
+    monkeypatch.setattr(process_group, "receive", lambda sender: sent[sender].pop(0))
     features, unreadable = _cached(images, encoders[0], tmp_path / "cache")
     assert [encoder.images for encoder in encoders] == [3, 2, 0]
     assert unreadable == {images[5]: "no shard holds it by this name"}
