@@ -2,25 +2,34 @@
 
     python benchmark.py                          # drawn pictures, generated features; minutes
     python benchmark.py --quick --json           # under two minutes, one JSON object
-    python benchmark.py --images data/flickr8k/Images --encoder mobilenet_v2 --chart docs/benchmark.png
-    python benchmark.py --scale 1000 8000 31000 123000       # what training costs with so many images; 16 GB of disk
+    python benchmark.py --device cuda train_lstm train_attention
+    python benchmark.py --images data/flickr8k/Images --encoder mobilenet_v2 --chart benchmark.png
+    python benchmark.py --scale 1000 8000 31000 123000   # what training costs; 16 GB of disk
 
-encode           images per second into a fresh feature cache      against float32, one image at a time, no cache
-train_lstm       captions per second of a training step            against float32, 32 captions, no image shared, the
-train_attention  the same; 7 x 7 x 1280 features, all widths 512   vocabulary and the features projected at every step
-beam_search      images per second, beam 5                         against float32, one image at a time, the same way
-metrics          captions per second, references counted once      against counting the references at every scoring
+encode           images per second into a fresh feature cache
+                 against float32, one image at a time, no cache
+train_lstm       captions per second of a training step
+                 against float32, 32 captions, no image shared, and the vocabulary and the features
+                 projected at every step
+train_attention  the same; 7 x 7 x 1280 features, all widths 512
+beam_search      images per second, beam 5
+                 against float32, one image at a time, the same way
+metrics          captions per second, references counted once
+                 against counting the references at every scoring
 
-Ours and the plain way alternate (A B A B ...). `ratio` is the median over the rounds, `spread` its range; both ways run
-the same model on the same batches, and the plain ways' results are tested to equal ours (tests/test_benchmark.py).
+Ours and the plain way alternate (A B A B ...). `ratio` is the median over the rounds, `spread` its
+range; both ways run the same model on the same batches, and the plain ways' results are tested to
+equal ours (tests/test_benchmark.py).
 
---scale starts the program's own training, a fresh process each, on generated datasets: five captions an image, a
-feature cache that is filled. Start-up lasts from the process's start to the end of its first step; private memory is
-the most that no file backs (RssAnon), mapped memory what the system keeps of the cache's file for it.
+--scale starts the program's own training, a fresh process each, on generated datasets: five
+captions an image, a feature cache that is filled. Start-up lasts from the process's start to the
+end of its first step; private memory is the most that no file backs (RssAnon), mapped memory what
+the system keeps of the cache's file for it.
 """
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import random
@@ -32,230 +41,334 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
-from PIL import Image
-
-import download_datasets
-import image_loading
-
-CHANNELS, CELLS, WIDTH, VOCABULARY = (
-    1280,
-    49,
-    512,
-    2539,
-)  # MobileNetV2's grid; Flickr8k's vocabulary
+CHANNELS, CELLS, WIDTH = 1280, 49, 512  # MobileNetV2's grid
+VOCABULARY = 2539  # Flickr8k's
 SHARED, PLAIN = 128, 32  # captions per step: ours, the textbook's
 SCALED = ("lstm", "attention")  # decoders of --scale: one reads means, the other grids
 BEAM = {"beam_size": 5, "min_length": 9, "max_length": 25}  # as long as Flickr8k's captions are
 
 
-# ------------------------------------------------------------------------------------------------------- the plain ways
+# ----------------------------------------------------------------------------------- the plain ways
 
 
 def plain_encoding(encoder, paths):
-    """One image at a time through torchvision's own layers, float32, decoded in the same process -> [(1, F, h, w)]."""
+    """One image at a time through torchvision's own layers, float32 -> [(1, F, h, w)].
+
+    Pictures are decoded in the same process.
+    """
     import torch
+
+    import image_loading
 
     features = []
     with torch.inference_mode():
         for path in paths:
-            image = (
-                torch.from_numpy(image_loading.load_image(path, encoder.image_size))
-                .permute(2, 0, 1)
-                .unsqueeze(0)
-            )
-            features.append(
-                encoder.trunk(((image / 255 - encoder.mean) / encoder.std).contiguous())
-            )
+            image = torch.from_numpy(image_loading.load_image(path, encoder.image_size))
+            image = image.to(encoder.mean.device).permute(2, 0, 1).unsqueeze(0)
+            image = (image / 255 - encoder.mean) / encoder.std
+            features.append(encoder.trunk(image.contiguous()))
     return features
 
 
+class Padded(NamedTuple):
+    """B captions as textbooks keep them."""
+
+    captions: object  # (B, T + 1) int64: <SOS>, words, <EOS>, then whatever: lengths tell
+    lengths: object  # (B,) int64: words and <EOS>
+    image_index: object  # (B,) int64: whose caption it is
+
+
 def plain_logits(decoder, features, captions):
-    """Teacher forcing word by word: features (B, P, F), captions (B, T) -> logits (B, T, V), alphas or None."""
+    """Teacher forcing word by word.
+
+    features (B, P, F), captions (B, T) -> logits (B, T, V), alphas (B, T, P) or None.
+    """
     import torch
 
     logits, alphas, layers = [], [], None
     for tokens in captions.unbind(1):
         per_image, first = decoder.start(features)  # the features are projected anew for every word
-        written, (_, layers), looked = decoder.step(
-            tokens.unsqueeze(1), (per_image, layers or first)
-        )
-        logits.append(written.squeeze(1))
-        alphas.append(looked)
+        state = per_image, layers or first
+        step_logits, (_, layers), step_alphas = decoder.step(tokens.unsqueeze(1), state)
+        logits.append(step_logits.squeeze(1))
+        alphas.append(step_alphas)
     return torch.stack(logits, 1), None if alphas[0] is None else torch.cat(alphas, 1)
 
 
+def plain_loss(logits, alphas, batch, training):
+    """As `CrossEntropyObjective`: padded logits (B, T, V), alphas (B, T, P) or None -> loss ()."""
+    import torch
+    import torch.nn.functional as F
+
+    steps = torch.arange(logits.size(1), device=logits.device)
+    is_token = steps < batch.lengths.unsqueeze(1)  # (B, T)
+    targets = batch.captions[:, 1:][is_token]
+    loss = F.cross_entropy(logits[is_token], targets, label_smoothing=training.label_smoothing)
+    if alphas is None:
+        return loss
+    received = (alphas * is_token.unsqueeze(-1)).sum(1)  # (B, P): of each cell, over a caption
+    return loss + training.alpha_c * (1 - received).square().mean()
+
+
 def plain_step(run, features, batch):
-    """One update as textbooks write it: as `flickr_image_caption.train_step`, with `plain_logits`."""
+    """One update, as textbooks write `flickr_image_caption.train_step`. Returns its loss ()."""
     import torch
 
-    import flickr_image_caption as program
-
-    _, captions, lengths, image_index = batch
-    logits, alphas = plain_logits(run.decoder, features[image_index], captions[:, :-1])
-    loss, plain = program.cross_entropy(logits, captions, lengths, run.args.label_smoothing)
-    if alphas is not None:
-        loss = loss + run.args.alpha_c * program.doubly_stochastic_penalty(alphas, lengths)
-    run.optimizer.zero_grad()
+    decoder, optimizer, training = run.captioner.decoder, run.state.optimizer, run.options.training
+    features = features[batch.image_index]  # (B, P, F)
+    logits, alphas = plain_logits(decoder, features, batch.captions[:, :-1])
+    loss = plain_loss(logits, alphas, batch, training)
+    optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.decoder.parameters(), run.args.grad_clip)
-    run.optimizer.step()
-    return plain.detach()
+    torch.nn.utils.clip_grad_norm_(decoder.parameters(), training.grad_clip)
+    optimizer.step()
+    return loss.detach()
+
+
+class PlainHypothesis(NamedTuple):
+    """A caption begun: `layers` is the decoder's state after its last token but one."""
+
+    log_prob: float
+    tokens: list[int]  # <SOS> first
+    layers: tuple | None  # per layer, hidden and cell (1, 1, H) each
 
 
 def plain_beam_search(decoder, features, vocabulary, beam_size, min_length, max_length):
-    """One image (P, F), its features copied for every hypothesis -> (tokens, log_prob) of the best caption."""
+    """The best caption of one image (P, F), its features copied for every hypothesis.
+
+    Returns: tokens, log_prob.
+    """
     import torch
 
-    beam = [(0.0, [vocabulary.sos], None)]  # log_prob, tokens, LSTM layers
+    def has_ended(hypothesis):
+        return hypothesis.tokens[-1] == vocabulary.eos
+
+    beam = [PlainHypothesis(0.0, [vocabulary.sos], None)]  # best first
     with torch.inference_mode():
         for step in range(1, max_length + 1):
-            live = [
-                hypothesis
-                for hypothesis in beam
-                if hypothesis[1][-1] != vocabulary.eos or len(hypothesis[1]) == 1
-            ]
-            if not live or (len(live) < len(beam) and max(beam, key=lambda h: h[0]) not in live):
+            if has_ended(beam[0]):
                 break
-            per_image, first = decoder.start(features.expand(len(live), -1, -1))
-            layers = first
-            if live[0][2] is not None:
-                layers = tuple(tuple(torch.cat(parts) for parts in zip(*layer, strict=True))
-                               for layer in zip(*(hypothesis[2] for hypothesis in live), strict=True))  # fmt: skip
-            tokens = torch.tensor([[hypothesis[1][-1]] for hypothesis in live])
-            logits, (_, layers), _ = decoder.step(tokens, (per_image, layers))
-            log_probs = logits.squeeze(1).log_softmax(-1)
+            live = [hypothesis for hypothesis in beam if not has_ended(hypothesis)]
+            log_probs, layers = plain_next_words(decoder, features, live)
             log_probs[:, [vocabulary.pad, vocabulary.sos, vocabulary.unk]] = -torch.inf
             if step <= min_length:
                 log_probs[:, vocabulary.eos] = -torch.inf
-            grown = [
-                hypothesis for hypothesis in beam if not any(hypothesis is other for other in live)
-            ]
-            for row, (log_prob, words, _) in enumerate(live):
-                own = tuple(tuple(part[row : row + 1] for part in layer) for layer in layers)
-                values, best = log_probs[row].topk(beam_size)
-                grown += [
-                    (log_prob + float(v), [*words, int(w)], own)
-                    for v, w in zip(values, best, strict=True)
-                ]
-            beam = sorted(grown, key=lambda hypothesis: hypothesis[0], reverse=True)[:beam_size]
-    ended = [hypothesis for hypothesis in beam if hypothesis[1][-1] == vocabulary.eos]
-    log_prob, tokens, _ = max(ended or beam, key=lambda hypothesis: hypothesis[0])
-    return tokens[1 : len(tokens) - bool(ended)], log_prob
+            candidates = [hypothesis for hypothesis in beam if has_ended(hypothesis)]
+            for row, hypothesis in enumerate(live):
+                candidates += plain_extend(hypothesis, log_probs[row], layers, row, beam_size)
+            beam = sorted(candidates, key=lambda each: each.log_prob, reverse=True)[:beam_size]
+    best = max(filter(has_ended, beam), key=lambda each: each.log_prob, default=beam[0])
+    return best.tokens[1 : len(best.tokens) - has_ended(best)], best.log_prob
 
 
-# ---------------------------------------------------------------------------------------------------------- in turn
+def plain_next_words(decoder, features, live):
+    """Log-probabilities (K, V) of what follows each hypothesis, and the layers that wrote them."""
+    import torch
+
+    per_image, layers = decoder.start(features.expand(len(live), -1, -1))
+    if live[0].layers is not None:
+        each_layer = zip(*(hypothesis.layers for hypothesis in live), strict=True)
+        layers = tuple(tuple(map(torch.cat, zip(*layer, strict=True))) for layer in each_layer)
+    tokens = [[hypothesis.tokens[-1]] for hypothesis in live]
+    tokens = torch.tensor(tokens, device=features.device)
+    logits, (_, layers), _ = decoder.step(tokens, (per_image, layers))
+    return logits.squeeze(1).log_softmax(-1), layers
+
+
+def plain_extend(hypothesis, log_probs, layers, row, beam_size):
+    """A hypothesis with each of its best next words; `row` of `layers` is its own."""
+    layers = tuple(tuple(part[row : row + 1] for part in layer) for layer in layers)
+    best = zip(*log_probs.topk(beam_size), strict=True)
+    return [
+        PlainHypothesis(hypothesis.log_prob + float(value), [*hypothesis.tokens, int(word)], layers)
+        for value, word in best
+    ]
+
+
+# ------------------------------------------------------------------------------------------ in turn
 
 
 def seconds(function):
-    """Wall time of one call."""
+    """Wall time of one call, and of what it left to the GPU."""
+    wait_for_gpu()
     started = time.perf_counter()
     function()
+    wait_for_gpu()
     return time.perf_counter() - started
 
 
+def wait_for_gpu():
+    """Does nothing where none is in use."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def compare(ours, plain, rounds, unit, amounts):
-    """Time both in turn, after one call of each that counts for nothing. `amounts`: units of work per call."""
+    """Time both in turn, after one call of each that does not count.
+
+    `amounts`: units of work per call, of ours and of the plain way.
+    """
     ours(), plain()
     pairs = [(amounts[0] / seconds(ours), amounts[1] / seconds(plain)) for _ in range(rounds)]
     ratios = sorted(fast / slow for fast, slow in pairs)
     return {
-        "ratio": statistics.median(ratios), "ours": statistics.median(fast for fast, _ in pairs),
-        "plain": statistics.median(slow for _, slow in pairs), "unit": unit, "spread": [ratios[0], ratios[-1]],
-    }  # fmt: skip
+        "ratio": statistics.median(ratios),
+        "ours": statistics.median(fast for fast, _ in pairs),
+        "plain": statistics.median(slow for _, slow in pairs),
+        "unit": unit,
+        "spread": [ratios[0], ratios[-1]],
+    }
 
 
 def encode(args):
     """Pictures into an empty cache, reading, decoding and writing counted."""
+    import image_loading
+
+    with tempfile.TemporaryDirectory() as folder:
+        images = args.images or draw_pictures(Path(folder, "sample"), args.number)
+        paths = image_loading.pictures_in(images)[: args.number]
+        encoder, textbook = open_encoders(args)
+        few = paths[: max(1, len(paths) // 4)]
+        result = compare(
+            lambda: fill_fresh_cache(encoder, paths, args),
+            lambda: plain_encoding(textbook, few),
+            args.rounds,
+            "images per second",
+            (len(paths), len(few)),
+        )
+    return result | {"precision": args.hardware.precision}
+
+
+def draw_pictures(folder, number):
+    """The folder of the sample dataset's first pictures."""
+    import download_datasets
+
+    return download_datasets.draw_sample_dataset(folder, num_images=number) / "Images"
+
+
+def open_encoders(args):
+    """The same encoder twice: in this machine's precision, and in float32."""
+    import download_datasets
+    import flickr_image_caption as program
+
+    weights = download_datasets.load_encoder_weights(args.encoder, args.encoder_weights, 0)
+    named = args.encoder, weights, args.encoder_weights
+    encoders = program.Encoder(*named, args.hardware.precision), program.Encoder(*named)
+    return [encoder.to(args.hardware.device) for encoder in encoders]
+
+
+def fill_fresh_cache(encoder, paths, args):
+    """Encode pictures as the program does before training."""
     import torch
 
     import feature_cache
-    import flickr_image_caption as program
-    import runtime
 
-    with tempfile.TemporaryDirectory() as folder:
-        images = args.images
-        if images is None:
-            images = Path(folder, "sample", "Images")
-            download_datasets.draw_sample_dataset(images.parent, num_images=args.number)
-        paths = image_loading.pictures_in(images)[: args.number]
-        weights = program.load_encoder_weights(args.encoder, args.encoder_weights, 0)
-        precision = runtime.resolve_precision("auto", torch.device("cpu"))
-        encoder = program.Encoder(args.encoder, weights, args.encoder_weights, precision)
-        textbook = program.Encoder(args.encoder, weights, args.encoder_weights)
-
-        def cached():
-            with tempfile.TemporaryDirectory() as cache:
-                feature_cache.cached_features(
-                    paths, encoder, cache_dir=cache, num_workers=args.num_workers, progress=False
-                )
-
-        few = paths[: max(1, len(paths) // 4)]
-        amounts = len(paths), len(few)
-        result = compare(
-            cached, lambda: plain_encoding(textbook, few), args.rounds, "images per second", amounts
+    silent = contextlib.redirect_stderr(io.StringIO())  # no progress bar
+    with tempfile.TemporaryDirectory() as cache, silent:
+        feature_cache.FeatureSource(
+            encoder,
+            paths,
+            pooled=False,
+            cache_dir=cache,
+            dtype=torch.float16,
+            num_workers=args.num_workers,
+            device=args.hardware.device,
         )
-        return result | {"precision": precision}
 
 
 def generated(captions, seed=0):
-    """features (N, P, F) and a batch: five captions of each image, as long as Flickr8k's (12 +- 3.5 tokens)."""
+    """features (N, P, F) and Padded captions: five of each image.
+
+    They are as long as Flickr8k's, 12 +- 3.5 tokens.
+    """
     import torch
+
+    from caption_batches import Vocabulary
 
     generator = torch.Generator().manual_seed(seed)
     image_index = torch.arange(captions) // 5
     features = torch.rand(int(image_index[-1]) + 1, CELLS, CHANNELS, generator=generator)
     lengths = (12 + 3.5 * torch.randn(captions, generator=generator)).round().clamp(5, 25).long()
     tokens = torch.randint(4, VOCABULARY, (captions, int(lengths.max()) + 1), generator=generator)
-    return features, (torch.arange(len(features)), tokens, lengths, image_index)
+    tokens[:, 0] = Vocabulary.sos
+    tokens[torch.arange(captions), lengths] = Vocabulary.eos
+    return features, Padded(tokens, lengths, image_index)
 
 
-def new_run(kind, precision):
-    """What a training step needs, untrained: always the same weights."""
+def packed(padded):
+    """The same captions as a batch of the program's."""
+    from caption_batches import CaptionBatches
+
+    captions = zip(padded.captions, padded.lengths, strict=True)
+    words = [caption[1:length].tolist() for caption, length in captions]
+    images = [words[first : first + 5] for first in range(0, len(words), 5)]
+    batches = CaptionBatches(images, len(words), int(padded.lengths.max()), seed=0)
+    return next(batches.epoch(0, shuffle=False))
+
+
+def new_run(kind, hardware, *typed):
+    """What a training step needs, untrained: always the same weights. `typed`: more options."""
     import torch
 
+    import caption_options
     import flickr_image_caption as program
 
-    typed = ["--decoder", kind, "--num_layers", "1", "--hidden_size", str(WIDTH)]
-    args = program.parse_args(typed)  # embedding and attention are 512 by default
-    args.device, args.precision = torch.device("cpu"), precision
+    # embedding and attention are 512 by default
+    sizes = ["--decoder", kind, "--num_layers", "1", "--hidden_size", str(WIDTH)]
+    options = caption_options.parse_args([*sizes, *typed])
     torch.manual_seed(0)
-    decoder = program.build_decoder(args, CHANNELS, VOCABULARY)
+    decoder = program.build_decoder(options.as_dict(), CHANNELS, VOCABULARY).to(hardware.device)
+    encoder = SimpleNamespace(tail=torch.nn.Identity())
     return SimpleNamespace(
-        args=args, decoder=decoder, model=decoder, optimizer=program.build_optimizer(decoder, args),
-        scaler=torch.amp.GradScaler("cpu", enabled=False), per_step=False,
-    )  # fmt: skip
+        options=options,
+        captioner=program.Captioner(encoder, decoder, None, hardware),
+        objective=program.CrossEntropyObjective(options.training),
+        state=program.TrainState(decoder, options, hardware, program.make_plan(options, 1)),
+        model=decoder,
+    )
 
 
 def train(kind, args):
     """One training step, dropout on."""
-    import torch
-
     import flickr_image_caption as program
-    import runtime
 
-    precision = runtime.resolve_precision("auto", torch.device("cpu"))
-    ours, plain = new_run(kind, precision), new_run(kind, "float32")
-    shared, small = generated(SHARED), generated(PLAIN)
+    device = args.hardware.device
+    ours = new_run(kind, args.hardware)
+    plain = new_run(kind, args.hardware._replace(precision="float32"))
     for run in (ours, plain):
-        run.decoder.train()
+        run.captioner.decoder.train()
+    (features, shared), (few_features, few) = generated(SHARED), generated(PLAIN)
+    features, few_features = features.to(device), few_features.to(device)
+    shared, few = packed(shared), Padded(*(tensor.to(device) for tensor in few))
     result = compare(
-        lambda: program.train_step(ours, *shared), lambda: plain_step(plain, *small), args.rounds * 3,
-        "captions per second", (SHARED, PLAIN),
-    )  # fmt: skip
-    return result | {"precision": precision}
+        lambda: program.train_step(ours, features, shared),
+        lambda: plain_step(plain, few_features, few),
+        args.rounds * 3,
+        "captions per second",
+        (SHARED, PLAIN),
+    )
+    return result | {"precision": args.hardware.precision}
 
 
-def searcher():
-    """A decoder, untrained but decided enough for captions to differ and to end, its vocabulary, and features."""
+def searcher(hardware):
+    """A decoder and its vocabulary's ids.
+
+    It is untrained, but decided enough for captions to differ and to end.
+    """
     import torch
 
-    run = new_run("attention", "float32")
+    from caption_batches import Vocabulary
+
+    decoder = new_run("attention", hardware).captioner.decoder
     with torch.no_grad():
-        for parameter in run.decoder.parameters():
+        for parameter in decoder.parameters():
             parameter.mul_(3)
-        run.decoder.head.bias[2] += 4
-    return run.decoder.eval(), SimpleNamespace(pad=0, sos=1, eos=2, unk=3), run.args
+        decoder.head.bias[Vocabulary.eos] += 4
+    return decoder.eval(), Vocabulary(Vocabulary.SPECIALS)
 
 
 def beam_search(args):
@@ -264,30 +377,33 @@ def beam_search(args):
 
     import caption_decoding
     import flickr_image_caption as program
-    import runtime
 
-    decoder, vocabulary, options = searcher()
-    options.precision = runtime.resolve_precision("auto", options.device)
+    decoder, vocabulary = searcher(args.hardware)
     features = torch.rand(args.search, CELLS, CHANNELS, generator=torch.Generator().manual_seed(0))
+    features = features.to(args.hardware.device)
     few = features[: max(1, len(features) // 50)]
 
     def ours():
         hypotheses = []
-        for chunk in features.split(program.CHUNK):
-            with program.autocast(options):
+        for chunk in features.split(program.DECODE_CHUNK):
+            with args.hardware.autocast():
                 hypotheses += caption_decoding.generate(decoder, chunk, vocabulary, **BEAM)
         return [best.tokens for (best,) in hypotheses]
 
     def plain():
         return [plain_beam_search(decoder, image, vocabulary, **BEAM)[0] for image in few]
 
-    result = compare(ours, plain, args.rounds, "images per second", (len(features), len(few)))
+    amounts = len(features), len(few)
+    result = compare(ours, plain, args.rounds, "images per second", amounts)
     differing = sum(one != other for one, other in zip(ours(), plain(), strict=False)) / len(few)
-    return result | {"precision": options.precision, "differing": differing}
+    return result | {"precision": args.hardware.precision, "differing": differing}
 
 
 def metrics(args):
-    """BLEU, ROUGE-L, CIDEr and the shares of 1,000 captions, one of each image's five references changed a little."""
+    """BLEU, ROUGE-L, CIDEr and the shares of 1,000 captions.
+
+    Each is one of its image's five references, changed a little.
+    """
     import metrics_utils
 
     draw = random.Random(0)
@@ -300,67 +416,94 @@ def metrics(args):
     captions = {image: f"{texts[0]} word0" for image, texts in references.items()}
     scorer = metrics_utils.CaptionScorer(references)
     return compare(
-        lambda: scorer.score(captions), lambda: metrics_utils.CaptionScorer(references).score(captions), args.rounds,
-        "captions per second", (args.search, args.search),
-    )  # fmt: skip
+        lambda: scorer.score(captions),
+        lambda: metrics_utils.CaptionScorer(references).score(captions),
+        args.rounds,
+        "captions per second",
+        (args.search, args.search),
+    )
 
 
-def ceilings():
-    """What this machine can do at best: matrix products, memory and JPEG decoding, medians of nine."""
+def ceilings(device):
+    """What this machine can do at best, medians of nine.
+
+    Matrix products and memory of the device, JPEG decoding of a core.
+    """
     import torch
 
-    def per_second(work, function):
-        function()
-        return work / statistics.median(seconds(function) for _ in range(9))
-
-    found, side = {}, 2048
+    report, side = {}, 2048
     for precision in ("float32", "bfloat16"):
-        left, right = (torch.rand(side, side).to(getattr(torch, precision)) for _ in range(2))
-        found[f"{precision} matrix product, GFLOP/s"] = per_second(
+        dtype = getattr(torch, precision)
+        left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+        report[f"{precision} matrix product, GFLOP/s"] = per_second(
             2 * side**3 / 1e9, lambda a=left, b=right: a @ b
         )
-    source = torch.rand(64 * 2**20)
+    source = torch.rand(64 * 2**20, device=device)
     target = torch.empty_like(source)
-    found["memory copy, GB/s read and written"] = per_second(
+    report["memory copy, GB/s read and written"] = per_second(
         2 * source.nbytes / 1e9, lambda: target.copy_(source)
     )
+    report["JPEG 500 x 375 to 224 x 224, images/s and core"] = jpeg_rate()
+    return report
+
+
+def per_second(work, function):
+    """Units of work per second; `work` is what one call does."""
+    function()
+    return work / statistics.median(seconds(function) for _ in range(9))
+
+
+def jpeg_rate():
+    """Pictures of blurred noise that one process decodes per second."""
+    import torch
+    from PIL import Image
+
+    import image_loading
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (14, 14, 3), dtype=torch.uint8, generator=generator)
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder, "picture.jpg")
-        noise = torch.randint(
-            0, 256, (14, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
         Image.fromarray(noise.numpy()).resize((500, 375)).save(picture, quality=90)
-        one = per_second(1, lambda: image_loading.load_image(picture, 224))
-    found["JPEG 500 x 375 to 224 x 224, images/s and core"] = one
-    return found
+        return per_second(1, lambda: image_loading.load_image(picture, 224))
 
 
 STAGES = {
-    "encode": encode, "train_lstm": lambda args: train("lstm", args),
-    "train_attention": lambda args: train("attention", args), "beam_search": beam_search, "metrics": metrics,
-}  # fmt: skip
+    "encode": encode,
+    "train_lstm": lambda args: train("lstm", args),
+    "train_attention": lambda args: train("attention", args),
+    "beam_search": beam_search,
+    "metrics": metrics,
+}
 
 
-# ------------------------------------------------------------------------------------------------------------- scale
+# -------------------------------------------------------------------------------------------- scale
 
 
 def scale_options(folder, kind):
     """The command line of a training run on the generated dataset in a folder."""
     return [
-        "--dataset_type", "custom", "--image_dir", f"{folder}/Images", "--captions_file", f"{folder}/captions.csv",
-        "--cache_dir", f"{folder}/{kind}", "--decoder", kind, "--encoder", "mobilenet_v2",
-        "--encoder_weights", "random", "--device", "cpu", "--num_layers", "1", "--hidden_size",
-        str(WIDTH), "--freq_threshold", "1",  # as many words for all sizes
+        "--dataset_type", "custom",
+        "--image_dir", f"{folder}/Images",
+        "--captions_file", f"{folder}/captions.csv",
+        "--cache_dir", f"{folder}/{kind}",
+        "--encoder", "mobilenet_v2",
+        "--encoder_weights", "random",
+        "--decoder", kind,
+        "--num_layers", "1",
+        "--hidden_size", str(WIDTH),
+        "--device", "cpu",
+        "--freq_threshold", "1",  # as many words for all sizes
     ]  # fmt: skip
 
 
 def write_captions(folder, images):
-    """Empty image files and five captions each: 12 +- 3.5 words, Zipf's law over VOCABULARY words of usual lengths."""
-    draw = random.Random(0)
-    words = [
-        "".join(draw.choices("etaoinshrdlucmwfgyp", k=2 + draw.randrange(8)))
-        for _ in range(VOCABULARY)
-    ]
+    """Empty image files and five captions each: 12 +- 3.5 words.
+
+    Words are drawn by Zipf's law from VOCABULARY words of usual lengths.
+    """
+    draw, letters = random.Random(0), "etaoinshrdlucmwfgyp"
+    words = ["".join(draw.choices(letters, k=2 + draw.randrange(8))) for _ in range(VOCABULARY)]
     sums = list(itertools.accumulate(1 / rank for rank in range(1, VOCABULARY + 1)))
     (folder / "Images").mkdir()
     with (folder / "captions.csv").open("w") as file:
@@ -370,30 +513,20 @@ def write_captions(folder, images):
             (folder / "Images" / name).touch()
             for _ in range(5):
                 length = min(25, max(5, round(draw.gauss(12, 3.5))))
-                file.write(
-                    f"{name},{' '.join(draw.choices(words, cum_weights=sums, k=length)).capitalize()} .\n"
-                )
+                caption = " ".join(draw.choices(words, cum_weights=sums, k=length)).capitalize()
+                file.write(f"{name},{caption} .\n")
 
 
 def fill_cache(folder, kind):
-    """The feature cache of these images as a run with this decoder would leave it; bytes on disk."""
+    """Leave the feature cache that a run with this decoder would leave; returns bytes on disk."""
     import torch
 
     import feature_cache
-    import flickr_image_caption as program
 
-    args = program.parse_args(scale_options(folder, kind))
-    args.device, args.precision = (
-        torch.device("cpu"),
-        program.resolve_precision(args.precision, torch.device("cpu")),
-    )
-    feature_cache.FeatureSource(
-        program.open_encoder(args), [], pooled=program.DECODERS[kind].pooled,
-        cache_dir=args.cache_dir, dtype=torch.float16, num_workers=0, device=args.device,
-    )  # an empty one  # fmt: skip
-    (file,) = Path(args.cache_dir).glob("*/features.*")
-    cells, dtype = (1, torch.float32) if program.DECODERS[kind].pooled else (CELLS, torch.float16)
-    block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    reads_grid, file = make_empty_cache(folder, kind)
+    cells, dtype = (CELLS, torch.float16) if reads_grid else (1, torch.float32)
+    block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0))
+    block = block.to(dtype)
     stamps = list(feature_cache._stamps(sorted((folder / "Images").iterdir()))[0].values())
     with feature_cache._Store(feature_cache.FeatureFile(file, block[0].shape, dtype)) as store:
         for start in range(0, len(stamps), 256):
@@ -403,106 +536,168 @@ def fill_cache(folder, kind):
     return file.stat().st_size
 
 
-def start_and_step(typed, warm_up, steps, started):
-    """In a fresh process: start the training that `typed` asks for, take some steps, print times in seconds as JSON.
+def make_empty_cache(folder, kind):
+    """Whether this decoder reads grids, and the file of its cache, which holds no image yet."""
+    import torch
 
-    `started`: the clock when the process was started. The first `warm_up` steps do not count.
-    """
+    import caption_options
     import feature_cache
     import flickr_image_caption as program
+    import runtime
 
-    ends, captions, opening, received = [], [], [], []
-    imported, open_cache, step = time.time(), feature_cache.cached_features, program.train_step
+    options = caption_options.parse_args(scale_options(folder, kind))
+    hardware = runtime.resolve_hardware(options.run.device, options.run.precision)
+    reads_grid = program.DECODERS[kind].reads_grid
+    feature_cache.FeatureSource(
+        program.open_encoder(options, hardware),
+        [],
+        pooled=not reads_grid,
+        cache_dir=options.features.cache_dir,
+        dtype=getattr(torch, options.features.cache_dtype),
+        num_workers=0,
+        device=hardware.device,
+    )
+    (file,) = Path(options.features.cache_dir).glob("*/features.*")
+    return reads_grid, file
+
+
+def start_and_step(typed, warm_up, steps, started):
+    """In a fresh process: start the training that `typed` asks for, take some steps, print times.
+
+    They are seconds, as JSON. `started`: the clock when the process was started. The first
+    `warm_up` steps do not count.
+    """
+    import caption_options
+    import flickr_image_caption as program
+    import runtime
+
+    imported = time.time()
+    opening = time_cache_openings()
+    options = caption_options.parse_args(typed)
+    hardware = runtime.resolve_hardware(options.run.device, options.run.precision)
+    with contextlib.redirect_stdout(sys.stderr):
+        run = program.set_up(options, hardware)
+    ready = time.time()
+    cache = sum(opening)
+    ends, captions = take_steps(run, warm_up + steps)
+    per_caption = (ends[-1] - ends[warm_up - 1]) / sum(captions[warm_up:])
+    training_captions = len(run.training.batches.lengths)
+    report = {
+        "startup_seconds": ends[0] - started,
+        "import_seconds": imported - started,
+        "cache_seconds": cache,
+        "data_and_model_seconds": ready - imported - cache,
+        "first_step_seconds": ends[0] - ready,
+        "ms_per_caption": 1000 * per_caption,
+        "epoch_seconds": per_caption * training_captions,
+        "training_captions": training_captions,
+        "words": len(run.captioner.vocabulary),
+        "precision": hardware.precision,
+    }
+    print(json.dumps(report))
+
+
+def time_cache_openings():
+    """From now on the seconds of each opening of a feature cache come into the list returned."""
+    import feature_cache
+
+    opening, open_cache = [], feature_cache.cached_features
 
     def timed_open(*args, **options):
         began = time.time()
-        found = open_cache(*args, **options)
+        opened = open_cache(*args, **options)
         opening.append(time.time() - began)
-        return found
+        return opened
 
-    def timed_step(run, features, batch, weights):
-        loss = step(run, features, batch, weights)
-        ends.append(time.time())
-        captions.append(len(batch.lengths))
-        if len(ends) == warm_up + steps:
-            received.append(1)  # as a signal would
-        return loss
+    feature_cache.cached_features = timed_open
+    return opening
 
-    feature_cache.cached_features, program.train_step = timed_open, timed_step
-    args = program.parse_args(typed)
-    args.device = program.resolve_device(args.device)
-    args.precision = program.resolve_precision(args.precision, args.device)
-    program.runtime.keep_freed_memory()
-    with contextlib.redirect_stdout(sys.stderr):
-        run = program.set_up(args, None)
-    ready = time.time()
-    with contextlib.suppress(program.Stopped):
-        while True:
-            program.train_epoch(run, received)
-            run.progress |= {**program.AT_EPOCH_START, "epoch": run.progress["epoch"] + 1}
-    per_caption = (ends[-1] - ends[warm_up - 1]) / sum(captions[warm_up:])
-    cache = sum(opening)
-    print(json.dumps({
-        "startup_seconds": ends[0] - started, "import_seconds": imported - started, "cache_seconds": cache,
-        "data_and_model_seconds": ready - imported - cache, "first_step_seconds": ends[0] - ready,
-        "ms_per_caption": 1000 * per_caption, "epoch_seconds": per_caption * len(run.batches.lengths),
-        "training_captions": len(run.batches.lengths), "words": len(run.vocabulary), "precision": args.precision,
-    }))  # fmt: skip
+
+def take_steps(run, number):
+    """Train for so many steps -> the clock when each ended, and its number of captions."""
+    import flickr_image_caption as program
+
+    ends, captions = [], []
+    while True:
+        for batch, features in program.begin_epoch(run):
+            program.train_step(run, features, batch)
+            ends.append(time.time())
+            captions.append(batch.num_captions)
+            if len(ends) == number:
+                return ends, captions
+        run.state.loop["epoch"] += 1
 
 
 def measure(typed, warm_up, steps):
-    """`start_and_step` in a process of its own, and its peak memory in MiB, looked at every 20 ms."""
+    """`start_and_step` in a process of its own, and its peak memory in MiB, read every 20 ms."""
     call = f"import benchmark; benchmark.start_and_step({typed}, {warm_up}, {steps}, {time.time()})"
+    command, here = [sys.executable, "-c", call], Path(__file__).parent
     peaks = {"RssAnon": 0, "RssFile": 0}
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-c", call], cwd=Path(__file__).parent, stdout=said, stderr=errors
-        )
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, cwd=here, stdout=output, stderr=errors)
         status = Path(f"/proc/{child.pid}/status")
         while child.poll() is None:
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
             for name in peaks.keys() & fields.keys():  # one that has ended has no memory
                 peaks[name] = max(peaks[name], int(fields[name].split()[0]) / 1024)
             time.sleep(0.02)
-        said.seek(0)
+        output.seek(0)
         errors.seek(0)
         if child.returncode:
             raise RuntimeError(errors.read())
-        found = json.loads(said.read())
-    return found | {"peak_private_mib": peaks["RssAnon"], "peak_mapped_mib": peaks["RssFile"]}
+        costs = json.loads(output.read())
+    return costs | {"peak_private_mib": peaks["RssAnon"], "peak_mapped_mib": peaks["RssFile"]}
 
 
 def scale(args):
-    """{images: {decoder: what its training costs}} of generated datasets. Raises: OSError if the disk is too small."""
-    largest = max(args.scale)
-    needed = largest * (
-        (CELLS + 1) * CHANNELS * 2 + 1200
-    )  # grids and means; captions, index lines, image files
-    free = shutil.disk_usage(args.scale_dir or tempfile.gettempdir()).free
-    line = f"{largest:,} images need {needed / 1e9:.2f} GB in {args.scale_dir or tempfile.gettempdir()}"
-    if needed > free:
-        raise OSError(
-            f"--scale: {line}, {free / 1e9:.2f} GB are free: give --scale_dir or fewer images"
-        )
-    print(f"{line}; {free / 1e9:.2f} GB are free", file=sys.stderr)
-    found = {}
+    """{images: {decoder: what its training costs}} of generated datasets.
+
+    Raises: OSError if the disk is too small.
+    """
+    check_disk(max(args.scale), args.scale_dir or tempfile.gettempdir())
+    report = {}
     for images in args.scale:
         with tempfile.TemporaryDirectory(dir=args.scale_dir) as folder:
             write_captions(Path(folder), images)
             for kind in SCALED:
                 size = fill_cache(Path(folder), kind)
-                one = measure(scale_options(folder, kind), *args.scale_steps) | {
-                    "cache_gb": size / 1e9
-                }
-                found.setdefault(str(images), {})[kind] = one
+                costs = measure(scale_options(folder, kind), *args.scale_steps)
+                costs["cache_gb"] = size / 1e9
+                report.setdefault(str(images), {})[kind] = costs
                 if not args.json:
-                    print(f"scale {images:7,} {kind:10} start-up {one['startup_seconds']:.1f} s (import "
-                          f"{one['import_seconds']:.1f}, cache {one['cache_seconds']:.1f}, data and model "
-                          f"{one['data_and_model_seconds']:.1f}, first step {one['first_step_seconds']:.1f}); "
-                          f"{one['ms_per_caption']:.2f} ms per caption, epoch {one['epoch_seconds']:,.0f} s; private "
-                          f"{one['peak_private_mib']:,.0f} MiB, mapped {one['peak_mapped_mib']:,.0f} MiB; cache "
-                          f"{one['cache_gb']:.2f} GB", flush=True)  # fmt: skip
-    return found
+                    print_costs(images, kind, costs)
+    return report
+
+
+def check_disk(images, folder):
+    """Say what the largest dataset takes. Raises: OSError where that is not free."""
+    features = (CELLS + 1) * CHANNELS * 2  # bytes of a grid, and of a mean
+    needed = images * (features + 1200)  # and captions, index lines, image files
+    free = shutil.disk_usage(folder).free
+    line = f"{images:,} images need {needed / 1e9:.2f} GB in {folder}"
+    if needed > free:
+        raise OSError(
+            f"--scale: {line}, {free / 1e9:.2f} GB are free: give --scale_dir or fewer images"
+        )
+    print(f"{line}; {free / 1e9:.2f} GB are free", file=sys.stderr)
+
+
+def print_costs(images, kind, costs):
+    """One line of --scale."""
+    print(
+        f"scale {images:7,} {kind:10} start-up {costs['startup_seconds']:.1f} s "
+        f"(import {costs['import_seconds']:.1f}, cache {costs['cache_seconds']:.1f}, "
+        f"data and model {costs['data_and_model_seconds']:.1f}, "
+        f"first step {costs['first_step_seconds']:.1f}); "
+        f"{costs['ms_per_caption']:.2f} ms per caption, epoch {costs['epoch_seconds']:,.0f} s; "
+        f"private {costs['peak_private_mib']:,.0f} MiB, "
+        f"mapped {costs['peak_mapped_mib']:,.0f} MiB; "
+        f"cache {costs['cache_gb']:.2f} GB",
+        flush=True,
+    )
+
+
+# --------------------------------------------------------------------------------------- the report
 
 
 def draw_chart(report, path):
@@ -516,93 +711,109 @@ def draw_chart(report, path):
     figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
     for row, name in enumerate(names):
         stage = report[name]
-        low, high = (abs(stage["ratio"] - end) for end in stage["spread"])
-        axes.barh(
-            row, stage["ratio"], color="#3b6ea5", height=0.6, xerr=[[low], [high]], ecolor="#555555"
-        )
-        axes.annotate(f" {stage['ratio']:.1f}x   {stage['ours']:,.0f} {stage['unit']}", (stage["spread"][1], row),
-                      va="center", fontsize=9)  # fmt: skip
+        low, high = ([abs(stage["ratio"] - end)] for end in stage["spread"])
+        bar = {"color": "#3b6ea5", "height": 0.6, "ecolor": "#555555"}
+        axes.barh(row, stage["ratio"], xerr=[low, high], **bar)
+        text = f" {stage['ratio']:.1f}x   {stage['ours']:,.0f} {stage['unit']}"
+        axes.annotate(text, (stage["spread"][1], row), va="center", fontsize=9)
     axes.axvline(1, color="#555555", linewidth=0.8)
-    axes.set(yticks=range(len(names)), yticklabels=[name.replace("_", " ") for name in names],
-             xlabel="times the speed of the plain way, both timed in turn",
-             xlim=(0, 1.7 * max(report[name]["spread"][1] for name in names)))  # fmt: skip
+    axes.set(
+        yticks=range(len(names)),
+        yticklabels=[name.replace("_", " ") for name in names],
+        xlabel="times the speed of the plain way, both timed in turn",
+        xlim=(0, 1.7 * max(report[name]["spread"][1] for name in names)),
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160)
 
 
-def main(argv=None):
-    """Time the stages; print one line for each, or one JSON object."""
+def print_stage(name, figures):
+    """A stage's line, and another where precision changes captions."""
+    low, high = figures["spread"]
+    print(
+        f"{name:16} {figures['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  {figures['ours']:9,.1f} "
+        f"against {figures['plain']:,.1f} {figures['unit']}",
+        flush=True,
+    )
+    if "differing" in figures:
+        share = f"{figures['differing']:6.0%} of captions in {figures['precision']}"
+        print(f"{'':16} {share} differ from the plain way's", flush=True)
+
+
+def build_parser():
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "stages", nargs="*", metavar="STAGE", help="some of " + " ".join(STAGES) + " (all)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer pictures and rounds: under two minutes"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--chart", type=Path, metavar="FILE", help="also draw the ratios, as PNG or PDF"
-    )
-    parser.add_argument("--images", type=Path, help="folder of pictures (drawn ones)")
-    parser.add_argument("--encoder", default="resnet50", help="torchvision model (%(default)s)")
-    parser.add_argument(
-        "--encoder_weights", default="random", help="random, imagenet or a file (%(default)s)"
-    )
-    parser.add_argument("--number", type=int, help="pictures to encode (256; --quick 64)")
-    parser.add_argument("--rounds", type=int, help="of each way, in turn (5; --quick 3)")
-    parser.add_argument(
-        "--num_workers", type=int, default=0, help="processes that decode pictures (%(default)s)"
-    )
-    parser.add_argument(
-        "--scale",
-        type=int,
-        nargs="+",
-        metavar="IMAGES",
-        help="also, or only, datasets of these sizes",
-    )
-    parser.add_argument(
-        "--scale_dir", metavar="FOLDER", help="where they are generated (the temporary folder)"
-    )
+    add = parser.add_argument
+    add("stages", nargs="*", metavar="STAGE", help=f"some of {' '.join(STAGES)} (all)")
+    add("--quick", action="store_true", help="fewer pictures and rounds: under two minutes")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--chart", type=Path, metavar="FILE", help="also draw the ratios, as PNG or PDF")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of both ways (%(default)s)")
+    add("--images", type=Path, help="folder of pictures (drawn ones)")
+    add("--encoder", default="resnet50", help="torchvision model (%(default)s)")
+    add("--encoder_weights", default="random", help="random, imagenet or a file (%(default)s)")
+    add("--number", type=int, help="pictures to encode (256; --quick 64)")
+    add("--rounds", type=int, help="of each way, in turn (5; --quick 3)")
+    add("--num_workers", type=int, default=0, help="processes that decode pictures (%(default)s)")
+    sizes = "also, or only, datasets of these sizes"
+    add("--scale", type=int, nargs="+", metavar="IMAGES", help=sizes)
+    add("--scale_dir", metavar="FOLDER", help="where they are generated (the temporary folder)")
+    return parser
+
+
+def parse_args(argv=None):
+    """What to measure and where; misuse exits with status 2."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     unknown = [stage for stage in args.stages if stage not in STAGES]
     if unknown:
         parser.error(f"no stage {unknown[0]}: choose from {' '.join(STAGES)}")
     if args.scale and min(args.scale) < 10:
         parser.error(f"--scale {min(args.scale)}: expected at least 10 images")
+    if args.scale and args.device != "cpu":
+        parser.error(f"--scale measures training on the CPU: leave --device {args.device} out")
     args.number = args.number or (64 if args.quick else 256)
     args.rounds = args.rounds or (3 if args.quick else 5)
     args.scale_steps = (1, 4) if args.quick else (5, 40)  # that warm up, that count
     args.search = 200 if args.quick else 1000  # images to search, captions to score
 
+    import runtime
+
+    try:  # prepares the machine for both ways as the program does
+        args.hardware = runtime.resolve_hardware(args.device, "auto")
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv=None):
+    """Time the stages; print one line for each, or one JSON object."""
+    args = parse_args(argv)
+
     import torch
 
     import experiment_utils
-    import runtime
 
-    runtime.keep_freed_memory()  # for both ways: the program does so on a CPU
     report = {}
     if args.scale:
         try:
             report["scale"] = scale(args)
         except OSError as error:
-            parser.error(str(error))
+            build_parser().error(str(error))
     for stage in args.stages or ([] if args.scale else STAGES):
         report[stage] = STAGES[stage](args)
         if not args.json:
-            figures, (low, high) = report[stage], report[stage]["spread"]
-            print(f"{stage:16} {figures['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  {figures['ours']:9,.1f} "
-                  f"against {figures['plain']:,.1f} {figures['unit']}", flush=True)  # fmt: skip
-            if "differing" in figures:
-                share = f"{figures['differing']:6.0%} of captions in {figures['precision']}"
-                print(f"{'':16} {share} differ from the plain way's", flush=True)
+            print_stage(stage, report[stage])
     if args.stages or not args.scale:
-        report["ceilings"] = ceilings()
+        report["ceilings"] = ceilings(args.hardware.device)
     report |= {
-        "encoder": args.encoder, "threads": torch.get_num_threads(),
-        "commit": experiment_utils.git_info()["commit"], "environment": experiment_utils.environment(),
-    }  # fmt: skip
+        "encoder": args.encoder,
+        "threads": torch.get_num_threads(),
+        "commit": experiment_utils.git_info()["commit"],
+        "environment": experiment_utils.environment(),
+    }
     for name, value in () if args.json else report.get("ceilings", {}).items():
         print(f"{name}: {value:,.0f}")
     if args.chart and report.keys() & STAGES.keys():

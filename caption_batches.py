@@ -1,9 +1,9 @@
 """Captions as the model wants them: words and their ids, and batches of them.
 
-    vocabulary = Vocabulary.build(training_captions, 5)       # words seen at least five times
+    vocabulary = Vocabulary.build(training_captions, 5)  # words seen at least five times
     for batch in CaptionBatches(word_ids, 128, 50, seed=0).epoch(0): ...
 
-Nothing here knows a model: ids mean words only. Axes: N images, B captions, T steps (words and <EOS>).
+Nothing here knows a model: ids mean words only. Axes: N images, B captions, T steps.
 """
 
 import array
@@ -18,12 +18,15 @@ import numpy as np
 import regex
 import torch
 
-UNSPACED = regex.compile(  # a character of a script that puts no spaces between words, with its combining marks
+import process_group
+from runtime import to_device
+
+# a character of a script that puts no spaces between words, with its combining marks
+UNSPACED = regex.compile(
     r"(?V1)[[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}]&&[\p{L}\p{N}]]\p{M}*"
 )
-INVISIBLE = regex.compile(
-    r"(?V1)[\p{Cf}--[\u200c\u200d]]"
-)  # direction marks and the like; joiners belong to words
+# direction marks and the like; joiners belong to words
+INVISIBLE = regex.compile(r"(?V1)[\p{Cf}--[\u200c\u200d]]")
 WORD = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # what a stored vocabulary may hold
 
 
@@ -47,9 +50,8 @@ def tokenize(text: str) -> list[str]:
     return [word for chunk in text.split() for word in _words(chunk)]
 
 
-@functools.lru_cache(
-    2**15
-)  # captions repeat few chunks: spaCy would take ten times as long for all of them
+# captions repeat few chunks: spaCy would take ten times as long for all of them
+@functools.lru_cache(2**15)
 def _words(chunk: str) -> tuple[str, ...]:
     """Words of what stands between two spaces, which is how spaCy splits a text first."""
     chunk = INVISIBLE.sub("", unicodedata.normalize("NFC", chunk))
@@ -116,21 +118,34 @@ class Vocabulary:
 
 
 class Batch(NamedTuple):
-    """B captions of N images, padded to the longest caption."""
+    """B captions of N images as teacher forcing wants them: longest first, packed step by step.
 
-    image_rows: (
-        torch.Tensor
-    )  # (N,) int64, which images: positions in the list that CaptionBatches was given
-    captions: torch.Tensor  # (B, T + 1) int64, <SOS> words <EOS> <PAD>...
-    lengths: torch.Tensor  # (B,) int64, targets per caption: its words and <EOS>
+    Packed as torch's PackedSequence: the tokens of step 0 of every caption, then those of step 1 of
+    all that have one, and so on. Of several processes each has its own share of the captions.
+    """
+
+    image_rows: torch.Tensor  # (N,) int64: positions in the list of images
     image_index: torch.Tensor  # (B,) int64, 0..N-1: whose caption it is
+    caption_index: torch.Tensor  # (tokens,) int64, 0..B-1: which caption a token belongs to
+    inputs: torch.Tensor  # (tokens,) int64: <SOS> and the words
+    targets: torch.Tensor  # (tokens,) int64: the words and <EOS>, each what follows its input
+    batch_sizes: torch.Tensor  # (T,) int64, on the CPU: captions that have a step t
+    num_tokens: int  # of all processes' shares together
+    num_captions: int
+    weight: float  # of the gradient; 0 where a process has no caption left and computes another's
+
+    def to(self, device):
+        """The batch with what a decoder indexes by on the device; sizes stay on the CPU."""
+        moved = ("image_index", "caption_index", "inputs", "targets")
+        return self._replace(**{name: to_device(getattr(self, name), device) for name in moved})
 
 
 class CaptionBatches:
-    """Every caption once per epoch, `batch_size` captions at a time; captions of one image stay together.
+    """Every caption once per epoch, `batch_size` at a time; captions of one image stay together.
 
     Args:
         captions: per image a list of captions, each a list of word ids without specials.
+        batch_size: captions of all processes together.
         max_length: steps a caption may have, <EOS> among them; longer ones lose their last words.
         seed: with the epoch it alone decides the order of the images.
     """
@@ -152,39 +167,53 @@ class CaptionBatches:
             raise ValueError("no captions to make batches of")
         self.batch_size, self.seed = batch_size, seed
         self.tokens = torch.from_numpy(np.array(tokens))  # of all captions, one after the other
-        self.lengths, self.counts = (
-            torch.tensor(numbers) for numbers in (lengths, counts)
-        )  # counts: per image
-        self.start = (self.lengths + 1).cumsum(0) - (
-            self.lengths + 1
-        )  # where each caption's tokens begin
-        self.first = self.counts.cumsum(0) - self.counts  # row of each image's first caption
+        self.lengths = torch.tensor(lengths)  # (captions,) words and <EOS>
+        self.counts = torch.tensor(counts)  # (images,) captions of each
+        self.start = (self.lengths + 1).cumsum(0) - (self.lengths + 1)  # each caption's first token
+        self.first = self.counts.cumsum(0) - self.counts  # each image's first caption
         self.num_batches = -(-len(lengths) // batch_size)
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
 
     def mirrored(self, epoch: int) -> torch.Tensor:
-        """(images,) bool: which images are seen mirrored in an epoch, each with probability 1/2."""
+        """(images,) bool: which are seen mirrored in an epoch, each with probability 1/2."""
         return torch.rand(len(self.counts), generator=self._generator(epoch)) < 0.5
 
     def epoch(self, epoch: int, start: int = 0, shuffle: bool = True) -> Iterator[Batch]:
-        """Batches of an epoch from number `start` on: the same ones whatever `start`."""
+        """This process's batches of an epoch from number `start` on: the same whatever `start`."""
         images = torch.arange(len(self.counts))
         if shuffle:
             images = torch.randperm(len(images), generator=self._generator(epoch))
         counts = self.counts[images]
-        owner = images.repeat_interleave(
-            counts
-        )  # (captions,) image of each caption, in the order of this epoch
-        within = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        rows = self.first[owner] + within
-        for begin in range(start * self.batch_size, len(rows), self.batch_size):
+        image_of = images.repeat_interleave(counts)  # (captions,) in the order of this epoch
+        within = torch.arange(len(image_of)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        captions = self.first[image_of] + within
+        for begin in range(start * self.batch_size, len(captions), self.batch_size):
             batch = slice(begin, begin + self.batch_size)
-            lengths = self.lengths[rows[batch]]
-            image_rows, image_index = owner[batch].unique_consecutive(return_inverse=True)
-            steps = torch.arange(int(lengths.max()) + 1)
-            places = (self.start[rows[batch]].unsqueeze(1) + steps).clamp_max(len(self.tokens) - 1)
-            captions = self.tokens[places].long()
-            captions[steps > lengths.unsqueeze(1)] = Vocabulary.pad
-            yield Batch(image_rows, captions, lengths, image_index)
+            yield self._batch(captions[batch], image_of[batch])
+
+    def _batch(self, captions: torch.Tensor, image_of: torch.Tensor) -> Batch:
+        """This process's share of a batch: captions (B,) and the image (B,) that each is of."""
+        num_tokens, num_captions = int(self.lengths[captions].sum()), len(captions)
+        share = process_group.shard(num_captions)
+        weight = float(process_group.world_size())  # gradients are averaged, and their sum is meant
+        if share.start == share.stop:
+            share, weight = slice(0, 1), 0.0  # all processes must take part in every step
+        captions, image_of = captions[share], image_of[share]
+        lengths, order = self.lengths[captions].sort(descending=True, stable=True)
+        image_rows, image_index = image_of.unique_consecutive(return_inverse=True)
+        steps = torch.arange(int(lengths[0])).unsqueeze(1)
+        is_token = steps < lengths  # (T, B)
+        places = (self.start[captions[order]] + steps)[is_token]  # (tokens,) in packed order
+        return Batch(
+            image_rows=image_rows,
+            image_index=image_index[order],
+            caption_index=torch.arange(len(order)).expand_as(is_token)[is_token],
+            inputs=self.tokens[places].long(),
+            targets=self.tokens[places + 1].long(),
+            batch_sizes=is_token.sum(1),
+            num_tokens=num_tokens,
+            num_captions=num_captions,
+            weight=weight,
+        )

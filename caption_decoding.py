@@ -275,7 +275,7 @@ class Ensemble(nn.Module):
     def __init__(self, members):
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.pooled = all(member.pooled for member in members)
+        self.reads_grid = any(member.reads_grid for member in members)
 
     def start(self, features):
         """features (N, P, F) -> state: each member's."""

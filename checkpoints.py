@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT_VERSION = 3  # raised when older programs could not read what a newer one writes
+FORMAT_VERSION = 4  # raised when older programs could not read what a newer one writes
 # The keys of every checkpoint and their types; `object` is any plain value, None included.
 CHECKPOINT_KEYS = {
     "config": dict, "vocabulary": dict, "model": dict, "optimizer": object, "scheduler": object,

@@ -24,6 +24,7 @@ import http.client
 import json
 import lzma
 import os
+import pickle
 import shutil
 import socket
 import ssl
@@ -33,6 +34,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -546,6 +548,91 @@ def verify_weights(folder):
         )
     check_file(path, RESNET50)
     return path
+
+
+# ---------------------------------------------------------------------------------- encoder weights
+
+
+def load_encoder_weights(name, source, seed):
+    """State dict of torchvision's `name`. `source`: imagenet, random (drawn from `seed`) or a file.
+
+    Raises: FileNotFoundError or ValueError that say how to get the weights: an encoder is never
+    silently random.
+    """
+    import torch  # takes seconds, and downloading needs none of it
+    import torchvision
+
+    if source == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return torchvision.models.get_model(name, weights=None).state_dict()
+    if source != "imagenet":
+        return read_weights(Path(source))
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    names = [RESNET50.name] if name == "resnet50" else []  # document A's file, looked for first
+    names += [Path(url).name]
+    placed = [WEIGHTS_DIR / name for name in names if (WEIGHTS_DIR / name).is_file()]
+    return read_placed_weights(placed[0]) if placed else fetch_weights(url)
+
+
+def read_placed_weights(file):
+    """State dict in a published file whose name ends in its hash. Raises: ValueError."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if not digest.startswith(file.stem.rpartition("-")[2]):
+        raise ValueError(
+            f"{file}: its SHA-256 {digest[:8]}... is not the one in its name: fetch it again"
+        )
+    # document A's file has a format older than weights_only
+    return read_weights(file, trusted=f"sha256:{digest}" == RESNET50.checksum)
+
+
+def fetch_weights(url):
+    """State dict from torch's own download folder, or downloaded into it. Raises: FileNotFoundError."""
+    import torch
+
+    from checkpoints import UNREADABLE
+
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (urllib.error.URLError, OSError, pickle.UnpicklingError, *UNREADABLE) as error:
+        reason = str(error).splitlines()[0] or type(error).__name__
+        raise FileNotFoundError(
+            f"--encoder_weights imagenet: cannot download {url} ({reason}): "
+            f"put the file into {WEIGHTS_DIR}/, or give --encoder_weights FILE or random"
+        ) from error
+
+
+def read_weights(file, trusted=False):
+    """State dict in a file; unless `trusted`, no code in it runs.
+
+    Raises: FileNotFoundError or ValueError that name the file.
+    """
+    import torch
+
+    from checkpoints import UNREADABLE
+
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--encoder_weights {file}: no such file: "
+            "give imagenet, random or a torchvision state dict"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on pickles that it then refuses
+            state = torch.load(file, map_location="cpu", weights_only=not trusted)
+    except (pickle.UnpicklingError, *UNREADABLE) as error:
+        raise ValueError(
+            f"--encoder_weights {file}: not a readable state dict: give a torchvision .pth file"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"--encoder_weights {file}: holds a {type(state).__name__}, "
+            "expected a torchvision state dict"
+        )
+    return state
 
 
 # ------------------------------------------------------------------------------------- command line

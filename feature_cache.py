@@ -87,12 +87,17 @@ class FeatureSource:
             self.mirrored, _ = self._cached(cache_dir, dtype, mirrored=True)
 
     def _cached(self, cache_dir, dtype, mirrored=False):
-        """(features, {path: reason}); on CUDA in the GPU's memory, if they fit into half of it."""
+        """(features, {path: reason}); on the GPU where they take at most half of what is free."""
         features, unreadable = cached_features(
-            self.paths, self.encoder, cache_dir=cache_dir, dtype=dtype, pooled=self.pooled,
-            mirrored=mirrored, num_workers=self.num_workers,
+            self.paths,
+            self.encoder,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            pooled=self.pooled,
+            mirrored=mirrored,
+            num_workers=self.num_workers,
             batch_size=8 if self.device.type == "cpu" else 32,  # 8 by measurement; 32 is a guess
-        )  # fmt: skip
+        )
         if self.device.type == "cuda" and not unreadable:
             free, _ = torch.cuda.mem_get_info(self.device)
             features = features.to(self.device) if features.nbytes <= free / 2 else features
@@ -115,7 +120,7 @@ class FeatureSource:
             yield features
 
     def _read(self, features, rows):
-        """Rows of the cache, or of its copy in the GPU's memory: (n, P, F) float32 on the device."""
+        """Rows of the cache or of its copy on the GPU: (n, P, F) float32 on the device."""
         if isinstance(features, torch.Tensor):
             return features.index_select(0, to_device(rows, features.device)).float()
         return to_device(features[rows], self.device).float()
@@ -323,7 +328,7 @@ def _received(own: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _encoded(decoded, files: list, features_of: Callable) -> Iterator[Batch]:
-    """This process's share, encoded. `decoded`: batches as `image_loading.decoded` gives them."""
+    """This process's share, encoded. `decoded`: batches as `image_loading.decode_images` gives them."""
     for positions, pixels, reasons in decoded:
         features = None
         if positions:

@@ -1,567 +1,86 @@
 """Caption photographs: frozen torchvision encoder -> LSTM, with or without attention -> beam search.
 
-    python flickr_image_caption.py --dataset_type flickr8k --decoder attention --epochs 15 --learning_rate 0.001
-    python flickr_image_caption.py --mode test --model_path saved_models/flickr8k/resnet_attention/best.pt
+    python flickr_image_caption.py --dataset_type flickr8k --decoder attention --epochs 15
+    python flickr_image_caption.py --mode test --model_path saved_models/flickr8k/resnet_attention
     python flickr_image_caption.py --mode caption --model_path best.pt --images dog.jpg holiday_folder
 
-Pictures are encoded once into a feature cache; training then reads features only. Every run writes its own folder below
---model_save_dir. Shapes: N images, B captions, K hypotheses per image, P grid cells (7 * 7), F feature channels (2048),
-E embedding, H hidden and A attention units, L layers, T steps, V words.
-[1] Vinyals et al. 2015, Show and Tell.   [2] Xu et al. 2015, Show, Attend and Tell.   [3] Bahdanau et al. 2015.
+Pictures are encoded once into a feature cache; training then reads features only. Every run writes
+its own folder below --model_save_dir. Read this file from top to bottom: it is the whole method.
+
+Shapes: N images, B captions, K hypotheses per image, P grid cells (7 * 7), F feature channels
+(2048), E embedding, H hidden and A attention units, L layers, T steps, V words.
+[1] Vinyals et al. 2015, Show and Tell.   [2] Xu et al. 2015, Show, Attend and Tell.
+[3] Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
 """
 
-import argparse
-import math
-import sys
-
-# torchvision family: the modules from the picture to the last grid before pooling, and its members
-ENCODER_FAMILIES = {
-    "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4": """resnet18 resnet34 resnet50 resnet101 resnet152
-        resnext50_32x4d resnext101_32x8d resnext101_64x4d wide_resnet50_2 wide_resnet101_2""",
-    "features": """mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_b1 efficientnet_b2
-        efficientnet_b3 efficientnet_b4 efficientnet_v2_s efficientnet_v2_m vgg11 vgg11_bn
-        vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn convnext_tiny convnext_small convnext_base squeezenet1_0
-        squeezenet1_1""",
-    "conv1 maxpool stage2 stage3 stage4 conv5": "shufflenet_v2_x0_5 shufflenet_v2_x1_0",
-    "layers": "mnasnet0_5 mnasnet1_0",
-    "features norm permute": "swin_t swin_s swin_b swin_v2_t swin_v2_s swin_v2_b",
-}
-ENCODERS = {
-    name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()
-}
-SCHEDULERS = ("reduce_lr_on_plateau", "step", "cosine", "exponential", "one_cycle")
-ARCHITECTURE = (
-    "decoder", "encoder", "image_size", "coarse_size", "freq_threshold", "embed_size", "hidden_size", "num_layers",
-    "attention_dim",
-)  # fmt: skip
-IDLE_ELSEWHERE = {
-    "model_path": ("train", "test", "caption"), "resume": ("train",), "split": ("test",), "images": ("caption",),
-    "json": ("caption",), "output_dir": ("test", "caption"), "ensemble": ("test", "caption"),
-}  # fmt: skip
-THIS_RUN_ONLY = (
-    "mode", "model_path", "resume", "ensemble", "images", "json", "output_dir", "split", "device", "epochs", "compile",
-    "typed",
-)  # fmt: skip
-
-
-def number(kind, low, high=math.inf, *, above=False):
-    """An argparse type: a `kind` in low..high, low itself excluded if `above`. nan and inf are refused."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or (above and value == low) or math.isinf(value):
-            bounds = f"{'above' if above else 'at least'} {low}" + (
-                "" if high == math.inf else f" and at most {high}"
-            )
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
-        return value
-
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
-    return parse
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-COUNT, SIZE, RATE, SHARE = (
-    number(int, 0),
-    number(int, 1, 2**20),
-    number(float, 0, above=True),
-    number(float, 0, 1),
-)
-
-
-def build_parser():
-    """Every option with its type, range and default; a default is written here and nowhere else."""
-    parser = Parser(
-        prog="flickr_image_caption.py",
-        usage="flickr_image_caption.py [--mode train|test|caption] [options]  (--help lists them)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for add_options in (
-        add_data_options,
-        add_model_options,
-        add_training_options,
-        add_decoding_options,
-    ):
-        add_options(parser)
-    return parser
-
-
-def add_data_options(parser):
-    """What to run, and on which data."""
-    add = parser.add_argument_group("what to do").add_argument
-    add("--mode", choices=("train", "test", "caption"), default="train", help="default: train")
-    add(
-        "--model_path",
-        metavar="PATH",
-        help="checkpoint, or a folder of runs: to resume (train), test or caption with",
-    )
-    add(
-        "--resume",
-        metavar="latest|PATH",
-        help="train: go on from the newest run's newest checkpoint, or from PATH",
-    )
-    add("--model_save_dir", default="./saved_models", help="run folders go below it (%(default)s)")
-    add(
-        "--device",
-        default="auto",
-        help="auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1",
-    )
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=0,
-        help="fixes weights, batches and dropout (%(default)s)",
-    )
-    add(
-        "--num_workers",
-        type=COUNT,
-        default=16,
-        help="processes decoding images, at most one per core (%(default)s)",
-    )
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_type", choices=("flickr8k", "flickr30k", "sample", "custom"), default="flickr30k",
-        help="default folder ./data/<dataset_type>, and the run folder's name (%(default)s)")  # fmt: skip
-    add(
-        "--image_dir",
-        help="folder of images, or WebDataset shards (*.tar), instead of the default folder",
-    )
-    add(
-        "--captions_file",
-        help="captions in any of the formats the README lists, instead of the default one",
-    )
-    add(
-        "--split_seed",
-        type=COUNT,
-        default=42,
-        help="draws the 0.8/0.1/0.1 split if the data has none (%(default)s)",
-    )
-    add(
-        "--freq_threshold",
-        type=SIZE,
-        default=5,
-        help="fewest times a word stands in training captions (%(default)s)",
-    )
-    add(
-        "--max_bad_fraction",
-        type=SHARE,
-        default=0.01,
-        help="most missing or malformed items tolerated (%(default)s)",
-    )
-    add("--max_train_images", type=SIZE, help="use only so many training images, for smoke runs")
-
-
-def add_model_options(parser):
-    """Encoder and decoder."""
-    add = parser.add_argument_group("encoder").add_argument
-    add("--encoder", choices=tuple(ENCODERS), default="resnet50", metavar="NAME",
-        help="torchvision model, frozen (%(default)s); one of " + " ".join(ENCODERS))  # fmt: skip
-    add("--encoder_weights", "--resnet_weights", default="imagenet", metavar="imagenet|random|FILE",
-        help="torchvision's IMAGENET1K_V1, untrained ones from --seed, or a state dict (%(default)s)")  # fmt: skip
-    add("--image_size", type=number(int, 32, 1024), metavar="PIXELS",
-        help="side of the square that pictures are squashed to; more: a finer grid (the encoder's own)")  # fmt: skip
-    add("--coarse_size", type=number(int, 32, 1024), metavar="PIXELS",
-        help="look at the picture at this smaller size, too: twice the channels (off)")  # fmt: skip
-    add(
-        "--cache_dir",
-        default="./feature_cache",
-        help="encoded images, shared by all runs (%(default)s)",
-    )
-    add("--cache_dtype", choices=("float32", "float16"), default="float16",
-        help="what encoded images are rounded to on disk (%(default)s)")  # fmt: skip
-    add(
-        "--no_feature_cache",
-        action="store_true",
-        help="encode images whenever they are needed and store nothing",
-    )
-
-    add = parser.add_argument_group("decoder").add_argument
-    add("--decoder", choices=("lstm", "attention"), default="lstm", help="default: lstm")
-    add("--embed_size", type=SIZE, default=512, help="word and projected image size (%(default)s)")
-    add("--hidden_size", type=SIZE, default=1024, help="LSTM units per layer (%(default)s)")
-    add("--num_layers", type=SIZE, default=3, help="LSTM layers (%(default)s)")
-    add(
-        "--attention_dim",
-        type=SIZE,
-        default=512,
-        help="attention decoder: units that compare cells (%(default)s)",
-    )
-    add(
-        "--drop_prob",
-        type=number(float, 0, 0.99),
-        default=0.3,
-        help="dropout probability (%(default)s)",
-    )
-    add("--patch_dropout", type=number(float, 0, 0.99), default=0.0,
-        help="attention: share of an image's cells left out, drawn anew each step (%(default)s)")  # fmt: skip
-    add(
-        "--alpha_c",
-        type=number(float, 0),
-        default=1.0,
-        help="attention: doubly stochastic penalty (%(default)s)",
-    )
-
-
-def add_training_options(parser):
-    """Training, and its learning rate schedule."""
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=SIZE, default=10, help="on resume: additional epochs (%(default)s)")
-    add("--batch_size", type=SIZE, default=128, help="captions per step (%(default)s)")
-    add("--learning_rate", type=RATE, default=0.0001, help="AdamW's initial rate (%(default)s)")
-    add(
-        "--weight_decay",
-        type=number(float, 0),
-        default=0.0,
-        help="AdamW's, of the weight matrices (%(default)s)",
-    )
-    add(
-        "--horizontal_flip",
-        action="store_true",
-        help="mirror every other training image, drawn anew each epoch",
-    )
-    add(
-        "--label_smoothing",
-        type=number(float, 0, 0.99),
-        default=0.0,
-        help="spread over all words (%(default)s)",
-    )
-    add(
-        "--grad_clip",
-        type=number(float, 0),
-        default=5.0,
-        help="largest L2 norm of gradients, 0 = off (%(default)s)",
-    )
-    add("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32")  # fmt: skip
-    add("--compile", action="store_true",
-        help="torch.compile encoder and attention decoder (on CUDA its steps as graphs); slow to start")  # fmt: skip
-    add(
-        "--early_stopping_patience",
-        type=COUNT,
-        default=0,
-        help="epochs without a better CIDEr, 0 = off (%(default)s)",
-    )
-    add(
-        "--val_beam_size",
-        type=SIZE,
-        default=1,
-        help="beam for each epoch's validation captions (%(default)s)",
-    )
-    add(
-        "--keep_checkpoints",
-        type=SIZE,
-        help="keep only so many of the newest model_epoch_N.pt (all)",
-    )
-
-    add = parser.add_argument_group("learning rate schedule").add_argument
-    add("--use_scheduler", action="store_true", help="without it the rate is constant")
-    add(
-        "--scheduler_type",
-        choices=SCHEDULERS,
-        default="reduce_lr_on_plateau",
-        help="default: %(default)s",
-    )
-    add(
-        "--scheduler_patience",
-        type=COUNT,
-        default=3,
-        help="plateau: epochs without a better loss (%(default)s)",
-    )
-    add(
-        "--scheduler_factor",
-        type=number(float, 0, 0.999, above=True),
-        default=0.5,
-        help="plateau: (%(default)s)",
-    )
-    add(
-        "--scheduler_step_size",
-        type=SIZE,
-        default=7,
-        help="step: epochs between decays (%(default)s)",
-    )
-    add(
-        "--scheduler_gamma",
-        type=number(float, 0, 1, above=True),
-        default=0.1,
-        help="step, exponential: (%(default)s)",
-    )
-    add(
-        "--scheduler_t_max",
-        type=SIZE,
-        default=10,
-        help="cosine: epochs to the minimum (%(default)s)",
-    )
-    add(
-        "--min_lr",
-        type=number(float, 0),
-        default=1e-7,
-        help="plateau, cosine: smallest rate (%(default)s)",
-    )
-    add(
-        "--warmup_epochs",
-        type=COUNT,
-        default=0,
-        help="one_cycle: epochs of rising rate (%(default)s)",
-    )
-
-
-def add_decoding_options(parser):
-    """How captions are written, and what test and caption mode leave behind."""
-    add = parser.add_argument_group("decoding, in test and caption mode").add_argument
-    add("--algorithm", choices=("greedy", "beam", "sample"), default="beam", help="default: beam")
-    add("--beam_size", type=SIZE, default=5, help="beam: hypotheses kept per image (%(default)s)")
-    add(
-        "--max_length",
-        type=SIZE,
-        default=40,
-        help="most tokens in a caption, <EOS> counted (%(default)s)",
-    )
-    add("--min_length", type=COUNT, default=0, help="fewest words in a caption (%(default)s)")
-    add("--length_penalty", type=number(float, -10, 10), default=0.0,
-        help="beam: score is log_prob / length ** penalty; above 0 favours long captions (%(default)s)")  # fmt: skip
-    add(
-        "--no_repeat_ngram_size",
-        type=COUNT,
-        default=0,
-        help="no n-gram of this size twice, 0 = off (%(default)s)",
-    )
-    add(
-        "--temperature",
-        type=number(float, 1e-3),
-        default=1.0,
-        help="sample: below 1 sharpens (%(default)s)",
-    )
-    add(
-        "--top_k",
-        type=COUNT,
-        default=0,
-        help="sample: from the k likeliest words, 0 = all (%(default)s)",
-    )
-    add(
-        "--top_p",
-        type=number(float, 0, 1, above=True),
-        default=1.0,
-        help="sample: nucleus probability (%(default)s)",
-    )
-    add(
-        "--num_captions",
-        type=SIZE,
-        default=1,
-        help="caption mode: captions per image (%(default)s)",
-    )
-
-    add = parser.add_argument_group("test and caption mode").add_argument
-    add(
-        "--split",
-        choices=("train", "val", "test"),
-        default="test",
-        help="test: which images (%(default)s)",
-    )
-    add("--ensemble", nargs="+", default=[], metavar="PATH",
-        help="more checkpoints, or folders of runs; word probabilities are averaged")  # fmt: skip
-    add(
-        "--images",
-        nargs="+",
-        metavar="FILE_OR_FOLDER",
-        help="caption: pictures, and folders of pictures",
-    )
-    add("--json", action="store_true", help="caption: one JSON object per line")
-    add("--output_dir", help="where test and caption mode write files (beside the checkpoint)")
-
-    add = parser.add_argument_group("attention pictures, attention decoder only").add_argument
-    add(
-        "--save_attention_viz",
-        action="store_true",
-        help="draw where the decoder looked, word by word",
-    )
-    add(
-        "--attention_viz_samples",
-        type=SIZE,
-        default=3,
-        help="train and test: how many images (%(default)s)",
-    )
-    add("--advanced_attention_viz", action="store_true", help="also raw maps, entropy and peaks")
-
-
-def parse_args(argv=None):
-    """Options of one run with `typed`, the names given on the command line. Misuse exits with status 2 and one line."""
-    parser = build_parser()
-    defaults = vars(parser.parse_args([]))
-    unset = object()
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
-    typed = {name: value for name, value in typed.items() if value is not unset}
-    args = argparse.Namespace(**{**defaults, **typed}, typed=frozenset(typed))
-    for name, modes in IDLE_ELSEWHERE.items():
-        if name in typed and args.mode not in modes:
-            hint = ": give --model_path" if name == "resume" else ""
-            parser.error(f"--{name} belongs to --mode {' and '.join(modes)}, not {args.mode}{hint}")
-        if typed.get(name) == "" or (isinstance(typed.get(name), list) and "" in typed[name]):
-            parser.error(f"--{name} is empty: give a path")
-    if args.resume and args.model_path:
-        parser.error("--resume and --model_path name the same thing: give one of them")
-    args.model_path = args.model_path or args.resume
-    if args.mode != "train" and not args.model_path:
-        parser.error(f"--mode {args.mode} needs --model_path, the checkpoint to use")
-    if args.mode == "caption" and not args.images:
-        parser.error("--mode caption needs --images, pictures or folders of them")
-    if (
-        args.model_path is None
-    ):  # with a checkpoint, the options it holds are checked together with the typed ones
-        try:
-            check_options(args)
-        except ValueError as error:
-            parser.error(str(error))
-    return args
-
-
-def check_options(args):
-    """Refuse options that contradict each other. Raises: ValueError naming the flags."""
-    args.save_attention_viz |= args.advanced_attention_viz
-    if args.save_attention_viz and args.decoder != "attention":
-        raise ValueError(
-            f"--save_attention_viz needs --decoder attention: the {args.decoder} decoder has no attention maps"
-        )
-    if args.min_length >= args.max_length:
-        raise ValueError(
-            f"--min_length {args.min_length} must be below --max_length {args.max_length}"
-        )
-    most = {"greedy": 1, "beam": args.beam_size, "sample": math.inf}[args.algorithm]
-    if args.num_captions > most:
-        raise ValueError(
-            f"--num_captions {args.num_captions} is more than --algorithm {args.algorithm} finds ({most})"
-        )
-    idle = dict.fromkeys(("temperature", "top_k", "top_p"), "sample") | {
-        "beam_size": "beam",
-        "length_penalty": "beam",
-    }
-    for name, algorithm in idle.items():
-        if name in args.typed and args.algorithm != algorithm:
-            raise ValueError(f"--{name} belongs to --algorithm {algorithm}, not {args.algorithm}")
-    if (
-        args.use_scheduler
-        and args.scheduler_type in ("reduce_lr_on_plateau", "cosine")
-        and args.min_lr > args.learning_rate
-    ):
-        raise ValueError(
-            f"--min_lr {args.min_lr:g} is above --learning_rate {args.learning_rate:g}"
-        )
-    new_plan = args.model_path is None  # a resumed one keeps the warm-up of its first plan
-    if (
-        new_plan
-        and args.use_scheduler
-        and args.scheduler_type == "one_cycle"
-        and args.warmup_epochs >= args.epochs
-    ):
-        raise ValueError(
-            f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}"
-        )
-
+from caption_options import ENCODERS, SCHEDULES, Options, inherit, parse_args, settle
 
 if __name__ == "__main__":
-    ARGS = (
-        parse_args()
-    )  # before torch, whose import takes seconds: --help and mistakes answer at once
+    OPTIONS = parse_args(description=__doc__)  # before torch: --help and mistakes answer at once
 
 import functools
 import hashlib
 import itertools
 import json
-import pickle
+import math
 import shutil
 import signal
+import sys
 import time
-import urllib.error
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
+import pandas
 import torch
 import torch.fx.experimental.optimization
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
+from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 import attention_visualization
-import caption_batches
 import caption_data
 import checkpoints
-import download_datasets
 import experiment_utils
-import feature_cache
 import image_loading
 import metrics_utils
 import process_group
-import runtime
+from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
+from download_datasets import load_encoder_weights
+from feature_cache import FeatureSource
 from repeated_linear import RepeatedLinear, summed_once
-from runtime import (
-    Stopped,
-    listen_for_stop,
-    resolve_device,
-    resolve_precision,
-    to_device,
-    until_stopped,
-)
+from runtime import Stopped, listen_for_stop, resolve_hardware, to_device, until_stopped
 
-WEIGHTS_DIR = download_datasets.WEIGHTS_DIR  # document A's place for downloaded weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
-DECODING_OPTIONS = (
-    "beam_size", "max_length", "min_length", "length_penalty", "no_repeat_ngram_size", "temperature", "top_k", "top_p",
-    "num_captions",
-)  # fmt: skip
-SCHEDULER_STATE = {
-    "last_epoch",
-    "_step_count",
-    "_last_lr",
-    "base_lrs",
-    "best",
-    "num_bad_epochs",
-    "cooldown_counter",
-}
-SCHEDULER_STATE |= {
-    "_schedule_phases"
-}  # OneCycle's plan; everything else a schedule holds follows from the options
-AT_EPOCH_START = {
-    "batch": 0,
-    "loss_sum": 0.0,
-    "tokens": 0,
-    "seconds": 0.0,
-    "rate": 0.0,
-}  # counters of one epoch
-SAMPLE = 512  # training images that the features' mean and standard deviation are taken from
-LOOK_EVERY = 50  # steps between looks at the loss: each look waits for the device
-CHUNK = 100  # images decoded together
-TOGETHER = 16  # captions of about one length that end their training step together
-BUCKET = (
-    8  # a compiled step's captions and images are padded to multiples of it: few shapes to compile
-)
+CALIBRATION_IMAGES = 512  # training images whose features standardise all others
+READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
+DECODE_CHUNK = 100  # images decoded together
+ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other heights are slower
 
-# --------------------------------------------------------------------------------------------------------- the encoder
+# --------------------------------------------------------------------------------------- the encoder
 
 
 class Encoder(nn.Module):
-    """A frozen torchvision trunk: pictures to the grid of features before pooling. BatchNorm never leaves eval mode.
+    """A frozen torchvision trunk: pictures to the grid of features before pooling.
 
-    `trunk` holds the weights as they came; what computes is a copy with BatchNorm folded into the convolutions.
+    `trunk` holds the weights as published; what computes is a copy with BatchNorm folded into the
+    convolutions. `tail` is what training may change, applied to the cached output of the frozen
+    stem: nothing yet.
     """
 
-    def __init__(
-        self, name, state, weights, precision="float32", image_size=None, coarse_size=None
-    ):
-        """`name`: one of ENCODERS. `state`: torchvision's state dict, classifier ignored. `weights`: its origin.
-
-        `image_size`: pixels a side; None: what the published weights were tested with. `coarse_size`: of a second look.
-        Raises: ValueError when `state` is of another architecture, or the second look is no smaller.
+    def __init__(self, name, state, source, precision="float32", image_size=None, coarse_size=None):
+        """
+        Args:
+            name: one of ENCODERS.
+            state: torchvision's state dict; the classifier is ignored.
+            source: where `state` comes from, for messages.
+            precision: float32, bfloat16 or float16, in which it computes.
+            image_size: pixels a side; None: what the published weights were tested with.
+            coarse_size: pixels a side of a second look at the same picture, or None.
+        Raises: ValueError when `state` is of another architecture, or the second look no smaller.
         """
         super().__init__()
         with torch.device("meta"):
@@ -569,41 +88,20 @@ class Encoder(nn.Module):
         self.trunk = nn.Sequential()
         for module in ENCODERS[name]:
             self.trunk.add_module(module, getattr(model, module))
-        wanted = self.trunk.state_dict()
-        state = {
-            key: torch.zeros_like(v)
-            for key, v in wanted.items()
-            if key.endswith("num_batches_tracked")
-        } | state
-        missing = sorted(wanted.keys() - state.keys()) or sorted(
-            state.keys() - model.state_dict().keys()
-        )
-        wrong = [
-            key
-            for key in wanted.keys() & state.keys()
-            if wanted[key].shape != getattr(state[key], "shape", None)
-        ]
-        if missing or wrong:
-            fault = f"they differ in {missing[0]}" if missing else f"another shape of {min(wrong)}"
-            raise ValueError(
-                f"--encoder_weights {weights}: not weights of --encoder {name} ({fault}): give both alike"
-            )
-        self.trunk.load_state_dict(
-            {key: state[key].to(value.dtype) for key, value in wanted.items()}, assign=True
-        )
-        self.name = name
-        own_size = (
-            torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
-        )
-        self.image_size, self.coarse_size = image_size or own_size, coarse_size
+        load_trunk(self.trunk, state, model.state_dict(), f"--encoder_weights {source}", name)
+        self.tail = nn.Identity()
+        published = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms()
+        self.name, self.precision = name, precision
+        self.image_size, self.coarse_size = image_size or published.crop_size[0], coarse_size
         if coarse_size and coarse_size >= self.image_size:
             raise ValueError(
-                f"--coarse_size {coarse_size} must be below the image size, {self.image_size} (--image_size)"
+                f"--coarse_size {coarse_size} must be below the image size, "
+                f"{self.image_size} (--image_size)"
             )
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
-        self.precision, self.folded = precision, torch.fx.experimental.optimization.fuse(self.trunk)
+        self.folded = torch.fx.experimental.optimization.fuse(self.trunk)
         self.folded.to(getattr(torch, precision), memory_format=torch.channels_last)
         with torch.inference_mode():
             blank = torch.zeros(1, 3, self.image_size, self.image_size)
@@ -617,135 +115,136 @@ class Encoder(nn.Module):
     def forward(self, images):
         """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
         images = to_device(images, self.mean.device).contiguous(memory_format=torch.channels_last)
-        images, dtype = (images / 255 - self.mean) / self.std, getattr(torch, self.precision)
-        features = self.folded(images.to(dtype)).float()  # (N, F, h, w)
+        images = (images / 255 - self.mean) / self.std
+        features = self.grid_of(images)  # (N, F, h, w)
         if self.coarse_size:
-            smaller = F.interpolate(
-                images, size=(self.coarse_size,) * 2, mode="bilinear", antialias=True
-            )
-            coarse = self.folded(smaller.to(dtype)).float()
-            features = torch.cat(
-                [features, F.interpolate(coarse, size=features.shape[2:], mode="bilinear")], dim=1
-            )
+            size = (self.coarse_size, self.coarse_size)
+            smaller = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+            coarse = F.interpolate(self.grid_of(smaller), size=features.shape[2:], mode="bilinear")
+            features = torch.cat([features, coarse], dim=1)
         return features.flatten(2).transpose(1, 2)
+
+    def grid_of(self, images):
+        """Normalised images (N, 3, S, S) -> (N, F, h, w) float32."""
+        return self.folded(images.to(getattr(torch, self.precision))).float()
 
     @functools.cached_property
     def weights_sha256(self):
-        """Over names and tensors of the trunk, which is frozen: taken once."""
+        """Over names and tensors of the trunk, which is frozen: computed once."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.trunk.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def key(self):
-        """What decides the features: the cache's key, and what a checkpoint says of its encoder."""
+        """What decides the features: the cache's key, and a checkpoint's record of its encoder."""
+        coarse = {"coarse_size": self.coarse_size} if self.coarse_size else {}
         return {
-            "name": self.name, "weights_sha256": self.weights_sha256, "image_size": self.image_size,
-            "grid": list(self.grid), "channels": self.channels, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
-            "precision": self.precision, **({"coarse_size": self.coarse_size} if self.coarse_size else {}),
-        }  # fmt: skip
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "image_size": self.image_size,
+            "grid": list(self.grid),
+            "channels": self.channels,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "precision": self.precision,
+            **coarse,
+        }
 
 
-def load_encoder_weights(name, source, seed):
-    """State dict of torchvision's `name` from `source`: imagenet, random (drawn from `seed`) or a file.
-
-    Raises: FileNotFoundError or ValueError that say how to get the weights: an encoder is never silently random.
-    """
-    if source == "random":
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return torchvision.models.get_model(name, weights=None).state_dict()
-    if source != "imagenet":
-        return read_weights(Path(source))
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    published = download_datasets.RESNET50  # document A's file, in a format older than weights_only
-    names = [published.name, Path(url).name] if name == "resnet50" else [Path(url).name]
-    for file in (WEIGHTS_DIR / name for name in names):
-        if file.is_file():
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            if not digest.startswith(file.stem.rpartition("-")[2]):
-                raise ValueError(
-                    f"{file}: its SHA-256 {digest[:8]}... is not the one in its name: fetch it again"
-                )
-            return read_weights(file, trusted=f"sha256:{digest}" == published.checksum)
-    try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True
-        )
-    except (
-        urllib.error.URLError,
-        OSError,
-        pickle.UnpicklingError,
-        *checkpoints.UNREADABLE,
-    ) as error:
-        reason = str(error).splitlines()[0] or type(error).__name__
-        raise FileNotFoundError(
-            f"--encoder_weights imagenet: cannot download {url} ({reason}): put the file into {WEIGHTS_DIR}/, "
-            "or give --encoder_weights FILE or random"
-        ) from error
+def load_trunk(trunk, state, model_state, source, name):
+    """Load a state dict that may hold a classifier, or lack BatchNorm's counters, into the trunk."""
+    expected = trunk.state_dict()
+    counters = [key for key in expected if key.endswith("num_batches_tracked")]
+    state = {key: torch.zeros_like(expected[key]) for key in counters} | state
+    missing = sorted(expected.keys() - state.keys()) or sorted(state.keys() - model_state.keys())
+    reshaped = sorted(
+        key
+        for key in expected.keys() & state.keys()
+        if expected[key].shape != getattr(state[key], "shape", None)
+    )
+    if missing or reshaped:
+        fault = f"they differ in {missing[0]}" if missing else f"another shape of {reshaped[0]}"
+        raise ValueError(f"{source}: not weights of --encoder {name} ({fault}): give both alike")
+    state = {key: state[key].to(value.dtype) for key, value in expected.items()}
+    trunk.load_state_dict(state, assign=True)
 
 
-def read_weights(file, trusted=False):
-    """State dict in a file; unless `trusted`, no code in it runs. Raises: FileNotFoundError, ValueError naming it."""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"--encoder_weights {file}: no such file: give imagenet, random or a torchvision state dict"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on pickles that it then refuses
-            state = torch.load(file, map_location="cpu", weights_only=not trusted)
-    except (pickle.UnpicklingError, *checkpoints.UNREADABLE) as error:
-        raise ValueError(
-            f"--encoder_weights {file}: not a readable state dict: give a torchvision .pth file"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"--encoder_weights {file}: holds a {type(state).__name__}, expected a torchvision state dict"
-        )
-    return state
-
-
-def open_encoder(args, checkpoint=None):
-    """The encoder of this run, on its device: from the checkpoint's own weights where it has them.
+def open_encoder(options, hardware, checkpoint=None):
+    """The encoder of this run, on its device: with the checkpoint's own weights where it has them.
 
     Raises: ValueError when the weights differ from those the checkpoint was trained with.
     """
-    stored, look = (
-        checkpoint["encoder"] if checkpoint else {},
-        (args.precision, args.image_size, args.coarse_size),
-    )
-    if stored.get("weights") is not None and "encoder_weights" not in args.typed:
-        with checkpoints.checkpoint_errors(args.model_path):
-            encoder = Encoder(args.encoder, stored["weights"], args.model_path, *look)
+    wanted, path = options.features, options.run.model_path
+    stored = checkpoint["encoder"] if checkpoint else {}
+    geometry = (hardware.precision, wanted.image_size, wanted.coarse_size)
+    if stored.get("weights") is not None and "encoder_weights" not in options.typed:
+        with checkpoints.checkpoint_errors(path):
+            encoder = Encoder(wanted.encoder, stored["weights"], path, *geometry)
     else:
-        weights = load_encoder_weights(args.encoder, args.encoder_weights, args.seed)
-        encoder = Encoder(args.encoder, weights, args.encoder_weights, *look)
-    args.image_size, key = encoder.image_size, encoder.key()
+        weights = load_encoder_weights(wanted.encoder, wanted.encoder_weights, options.run.seed)
+        encoder = Encoder(wanted.encoder, weights, wanted.encoder_weights, *geometry)
+    key = encoder.key()
     for name in ("channels", "image_size", "coarse_size") if checkpoint else ():
         if stored.get(name) != key.get(name):
             raise ValueError(
-                f"{args.model_path}: its encoder has other {name} than it says: give another checkpoint"
+                f"{path}: its encoder has other {name} than it says: give another checkpoint"
             )
     if checkpoint and key["weights_sha256"] != stored.get("weights_sha256"):
         raise ValueError(
-            f"--encoder_weights {args.encoder_weights}: other weights than {args.model_path} was trained with: "
-            "give the same ones, or leave the option out and use best.pt, which holds them"
+            f"--encoder_weights {wanted.encoder_weights}: other weights than {path} was trained "
+            "with: give the same ones, or leave the option out and use best.pt, which holds them"
         )
-    encoder.to(args.device)
-    if args.compile:
-        encoder.folded = torch.compile(encoder.folded, dynamic=False, options={"freezing": True})
-    return encoder
+    return encoder.to(hardware.device)
 
 
-# -------------------------------------------------------------------------------------------------------- the decoders
+# ----------------------------------------------------------------------------------------- attention
+
+
+class AdditiveAttention(nn.Module):
+    """Scores of a small network over query and key. Source: [3] section 3.1; [2] section 4.2.
+
+    tanh x is computed as 2 sigmoid(2 x) - 1, which takes a CPU 0.85 of a training step's time;
+    softmax ignores the 1. Another attention is another class with `keys` and `forward`.
+    """
+
+    def __init__(self, feature_dim, query_dim, attention_dim):
+        super().__init__()
+        self.project_keys = nn.Linear(feature_dim, attention_dim)
+        self.project_query = RepeatedLinear(query_dim, attention_dim, bias=False)  # keys have one
+        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a shared constant
+
+    def keys(self, features):
+        """features (N, P, F) -> twice the keys (N, P, A), once per image."""
+        return 2 * self.project_keys(features)
+
+    def forward(self, query, keys, values):
+        """query (N, K, H), keys (N, P, A), values (N, P, E) -> context (N, K, E), alphas (N, K, P).
+
+        Each row of alphas sums to 1.
+        """
+        query = 2 * self.project_query(query)
+        energy = (keys.unsqueeze(1) + query.unsqueeze(2)).sigmoid()  # (N, K, P, A)
+        alphas = (2 * self.score(energy).squeeze(-1).float()).softmax(dim=-1)
+        return alphas.type_as(values) @ values, alphas
+
+
+# -------------------------------------------------------------------------------------- the decoders
 
 
 class Decoder(nn.Module):
-    """What both decoders share. Features are standardised per channel, so that any encoder's scale suits them."""
+    """What writes a caption from features (N, P, F); the loop and the search ask for this alone.
 
-    compiled = None  # `teach` as --compile made it
+    options: names of the options that its constructor takes.
+    reads_grid: False where the mean over the cells is enough.
+    forward(features, batch): teacher forcing, step t is given reference token t and predicts the
+        next -> logits (tokens, V), alphas (tokens, P) or None, packed as the batch is.
+    start(features) -> state; step(tokens (N, K), state) -> logits (N, K, V), state, alphas
+        (N, K, P) or None. State is (per_image, per_hypothesis), tensors of axes N, and N and K.
+    """
+
+    options = ()
+    reads_grid = True
 
     def __init__(self, feature_dim, vocab_size, embed_size, hidden_size, drop_prob):
         super().__init__()
@@ -755,152 +254,102 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(drop_prob)
         self.head = nn.Linear(hidden_size, vocab_size)
 
-    def fit_features(self, features):
-        """Take mean and standard deviation of each channel from a sample (N, P, F) of the training images."""
+    def calibrate(self, features):
+        """Take each channel's mean and deviation from a sample (N, P, F) of training images."""
         std, mean = torch.std_mean(features, dim=(0, 1), correction=0)
         self.feature_mean.copy_(mean)
-        self.feature_std.copy_(
-            std.clamp_min(1e-3 * std.max() + 1e-12)
-        )  # a channel that never moves stays quiet
+        self.feature_std.copy_(std.clamp_min(1e-3 * std.max() + 1e-12))  # a constant channel: ~0
 
     def standardise(self, features):
-        """(N, P, F) -> (N, P, F)."""
+        """(N, P, F) -> (N, P, F), so that any encoder's scale suits the decoder."""
         return (features - self.feature_mean) / self.feature_std
 
-    def drop(self, x, owner=None, captions=None):
-        """Dropout that leaves the same units out in every cell of an image, or at every step of a caption.
+    def param_groups(self, weight_decay):
+        """For the optimizer. Biases do not decay, nor do embeddings: rare words' would fade."""
+        decays = {p: p.ndim > 1 and p is not self.embed.weight for p in self.parameters()}
+        return [
+            {"params": [p for p in decays if decays[p]], "weight_decay": weight_decay},
+            {"params": [p for p in decays if not decays[p]], "weight_decay": 0.0},
+        ]
 
-        x (N, P, D), or x (tokens, D) and the number (tokens,) of the caption that owns each token, below `captions`.
+    def locked_dropout(self, x, caption_index, num_captions):
+        """Dropout with one mask per caption: x (tokens, D), caption_index (tokens,).
+
         Source: Gal and Ghahramani 2016, section 4.
         """
         if not self.training:
             return x
-        if owner is None:
-            return x * self.dropout(x.new_ones(x.size(0), 1, x.size(-1)))
-        return x * self.dropout(torch.ones_like(x[:captions])).index_select(0, owner)
-
-    def forward(self, features, captions, lengths, image_index, packed=False):
-        """Teacher forcing: step t is given token t and predicts token t + 1.
-
-        Captions run longest first, and leave when they are written, TOGETHER at a time: matrix products of few
-        different sizes keep oneDNN's cache of compiled kernels warm.
-
-        Args: features (N, P, F), captions (B, T), lengths (B,), image_index (B,).
-        Returns: logits (B, T, V), 0 beyond a caption's length, and alphas (B, T, P) or None, of fewer cells where
-            --patch_dropout leaves some out; if `packed`, logits as a PackedSequence, which spares the loss the way over
-            (B, T, V).
-        """
-        exact = pack(captions, lengths)
-        order, steps = exact.sorted_indices, captions.size(1)
-        longest = (
-            lengths.cpu()
-            .sort(descending=True)
-            .values[::TOGETHER]
-            .repeat_interleave(TOGETHER)[: len(order)]
-        )
-        teach = (self.training and self.compiled) or self.teach
-        if teach is self.compiled:  # nobody leaves early
-            longest = longest.new_full(longest.shape, steps + -steps % BUCKET)
-            captions = F.pad(captions, (0, -steps % BUCKET))
-            features = F.pad(features, (0, 0, 0, 0, 0, -len(features) % BUCKET))
-        written = pack_padded_sequence(captions[order], longest, batch_first=True)
-        sizes = written.batch_sizes.tolist()
-        rows = list(itertools.zip_longest(sizes, exact.batch_sizes.tolist(), fillvalue=0))
-        owner = to_device(torch.cat([torch.arange(count) for count in sizes]), features.device)
-        within = (
-            torch.cat([torch.arange(count) < writing for count, writing in rows])
-            .nonzero()
-            .squeeze(1)
-        )
-        within = to_device(within, features.device)
-        found = teach(features, written.data, sizes, image_index[order], owner)
-        words, alphas = (
-            part if part is None else exact._replace(data=part.index_select(0, within))
-            for part in found
-        )
-        return words if packed else unpack(words, steps), None if alphas is None else unpack(
-            alphas, steps
-        )
+        masks = self.dropout(torch.ones_like(x[:num_captions]))  # (B, D)
+        return x * masks.index_select(0, caption_index)
 
 
 class LSTMDecoder(Decoder):
-    """LSTM that is shown the image once, then the words. Source: [1] section 3.1, equations 10 to 12.
+    """LSTM that is given the image once, then the words. Source: [1] section 3.1, equations 10-12.
 
-    Departure: the image also reaches the output of every step directly, so that it is not forgotten on the way.
+    Departure: the image also reaches every output directly, or it is forgotten on the way.
     """
 
     options = ("embed_size", "hidden_size", "num_layers", "drop_prob")
-    pooled = True  # reads the mean over the grid only
+    reads_grid = False
 
-    def __init__(self, vocab_size, feature_dim, embed_size, hidden_size, num_layers, drop_prob):
+    def __init__(self, feature_dim, vocab_size, embed_size, hidden_size, num_layers, drop_prob):
         super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
         self.project_image = nn.Linear(feature_dim, embed_size)
-        self.remind = nn.Linear(embed_size, hidden_size, bias=False)
+        self.image_skip = nn.Linear(embed_size, hidden_size, bias=False)
+        between_layers = drop_prob if num_layers > 1 else 0.0
         self.lstm = nn.LSTM(
-            embed_size,
-            hidden_size,
-            num_layers,
-            batch_first=True,
-            dropout=drop_prob * (num_layers > 1),
+            embed_size, hidden_size, num_layers, batch_first=True, dropout=between_layers
         )
 
-    def teach(self, features, tokens, sizes, image_index, owner):
-        """Teacher forcing on packed captions, longest first.
-
-        Args: features (N, P, F), tokens (tokens,) step by step, sizes: how many captions each step writes, image_index
-            (B,), owner (tokens,): the caption that each token belongs to.   Returns: logits (tokens, V), None.
-        """
-        image = self.show(features)[image_index]  # (B, E), the first input of each caption
-        inputs = torch.cat([image, self.embed(tokens)])
-        inputs = self.drop(inputs, torch.cat([owner[: len(image)], owner]), len(image))
-        hidden = self.lstm(PackedSequence(inputs, torch.tensor([sizes[0], *sizes])))[0].data
-        hidden = hidden[len(image) :]  # what follows the image itself is no word
-        hidden = hidden + self.remind(self.dropout(image)).index_select(0, owner)
-        return self.head(self.drop(hidden, owner, len(image))), None
-
-    def show(self, features):
-        """features (N, P, F) -> the image as the LSTM's first input (N, E)."""
+    def embed_image(self, features):
+        """(N, P, F) -> the image as the LSTM's first input (N, E)."""
         return self.project_image(self.dropout(self.standardise(features).mean(1)))
 
+    def forward(self, features, batch):
+        """features (N, P, F), batch -> logits (tokens, V), None."""
+        image = self.embed_image(features).index_select(0, batch.image_index)  # (B, E)
+        num_captions = len(image)
+        inputs = torch.cat([image, self.embed(batch.inputs)])  # the image is one step more
+        index = torch.cat([batch.caption_index[:num_captions], batch.caption_index])
+        sizes = torch.cat([batch.batch_sizes[:1], batch.batch_sizes])
+        inputs = PackedSequence(self.locked_dropout(inputs, index, num_captions), sizes)
+        hidden = self.lstm(inputs)[0].data[
+            num_captions:
+        ]  # (tokens, H); the image's output is no word
+        skipped = self.image_skip(self.dropout(image)).index_select(0, batch.caption_index)
+        hidden = self.locked_dropout(hidden + skipped, batch.caption_index, num_captions)
+        return self.head(hidden), None
+
     def start(self, features):
-        """features (N, P, F) -> state once the image was shown, one hypothesis per image."""
-        image = self.show(features).unsqueeze(1)
-        layers = tuple(
-            part.transpose(0, 1).unsqueeze(1) for part in self.lstm(image)[1]
-        )  # (N, 1, L, H) each
-        return self.remind(image), layers
+        """features (N, P, F) -> state after the image, one hypothesis per image."""
+        image = self.embed_image(features).unsqueeze(1)  # (N, 1, E)
+        _, layers = self.lstm(image)
+        layers = tuple(part.transpose(0, 1).unsqueeze(1) for part in layers)  # (N, 1, L, H) each
+        return self.image_skip(image), layers
 
     def step(self, tokens, state):
         """tokens (N, K), state -> logits (N, K, V), state, None."""
-        hidden, cell = (
-            part.flatten(0, 1).transpose(0, 1).contiguous() for part in state[1]
-        )  # (L, N K, H)
-        output, new = self.lstm(self.embed(tokens).flatten(0, 1).unsqueeze(1), (hidden, cell))
-        new = tuple(part.transpose(0, 1).unflatten(0, tokens.shape) for part in new)  # (N, K, L, H)
-        return self.head(output.view(*tokens.shape, -1) + state[0]), (state[0], new), None
+        skipped, layers = state
+        hidden, cell = (part.flatten(0, 1).transpose(0, 1).contiguous() for part in layers)
+        words = self.embed(tokens).flatten(0, 1).unsqueeze(1)  # (N K, 1, E)
+        output, layers = self.lstm(words, (hidden, cell))
+        layers = tuple(part.transpose(0, 1).unflatten(0, tokens.shape) for part in layers)
+        return self.head(output.view(*tokens.shape, -1) + skipped), (skipped, layers), None
 
 
 class AttentionDecoder(Decoder):
-    """LSTM that looks at the grid before each word. Source: [2] sections 3.1.2 and 4.2, scores as in [3] section 3.1.
+    """LSTM that attends to the grid before each word. Source: [2] sections 3.1.2 and 4.2.
 
-    Departures: the context is a mean of projected cells, gated unit by unit; the deep output layer (equation 7) adds
-    the LSTM's output as it is. tanh x is computed as 2 sigmoid 2x - 1, quicker on a CPU; softmax ignores the 1.
+    Departures: the context is a mean of projected cells, gated unit by unit; the deep output layer
+    (equation 7) adds the LSTM's output as it is.
     """
 
-    options = (
-        "embed_size",
-        "hidden_size",
-        "num_layers",
-        "drop_prob",
-        "attention_dim",
-        "patch_dropout",
-    )
-    pooled = False
+    options = ("embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim", "patch_dropout")  # fmt: skip
 
     def __init__(
         self,
-        vocab_size,
         feature_dim,
+        vocab_size,
         embed_size,
         hidden_size,
         num_layers,
@@ -910,1012 +359,1079 @@ class AttentionDecoder(Decoder):
     ):
         super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
         self.patch_dropout = patch_dropout
-        self.project_features = nn.Linear(feature_dim, embed_size)
-        self.project_keys = nn.Linear(feature_dim, attention_dim)
-        self.project_query = RepeatedLinear(
-            hidden_size, attention_dim, bias=False
-        )  # the keys have the bias
-        self.score = nn.Linear(attention_dim, 1, bias=False)  # softmax ignores a shared constant
+        self.project_values = nn.Linear(feature_dim, embed_size)
+        self.attention = AdditiveAttention(feature_dim, hidden_size, attention_dim)
         self.gate = RepeatedLinear(hidden_size, embed_size)
-        self.start_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
-        self.start_cell = nn.Linear(feature_dim, num_layers * hidden_size)
-        self.word_gates = nn.Linear(
-            embed_size, 4 * hidden_size
-        )  # the first layer's input weights for words
+        self.init_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
+        self.init_cell = nn.Linear(feature_dim, num_layers * hidden_size)
+        self.word_gates = nn.Linear(embed_size, 4 * hidden_size)  # the first layer's, for words
         below = [embed_size] + [hidden_size] * (num_layers - 1)
         self.layers = nn.ModuleList(
             RepeatedLinear(size + hidden_size, 4 * hidden_size) for size in below
         )
-        self.deepen = nn.Linear(2 * embed_size, hidden_size)  # word and context, into the output
+        self.deep_output = nn.Linear(2 * embed_size, hidden_size)  # of word and context
 
-    def some_cells(self, features):
-        """In training, of each image as many cells as --patch_dropout leaves, drawn at random: (N, P, F) -> (N, P', F).
+    def forward(self, features, batch):
+        """features (N, P, F), batch -> logits (tokens, V), alphas (tokens, P).
+
+        With --patch_dropout alphas are over the cells that were kept, fewer than P.
+        """
+        num_captions = len(batch.image_index)
+        state = self.start(self.drop_patches(features))  # once per image
+        state = map_tensors(lambda part: part.index_select(0, batch.image_index), state)  # (B, ...)
+        words = self.embed(batch.inputs)  # (tokens, E)
+        word_gates = self.word_gates(self.locked_dropout(words, batch.caption_index, num_captions))
+        outputs, contexts, alphas = [], [], []
+        with summed_once(self.attention.project_query, self.gate, *self.layers):
+            for gates in word_gates.unsqueeze(1).split(batch.batch_sizes.tolist()):
+                size = len(gates)
+                rows = min(num_captions, size + -size % ROW_TILE)  # finished captions leave
+                gates = F.pad(gates, (0, 0, 0, 0, 0, rows - size))
+                output, context, state, attended = self.lstm_step(gates, select(state, slice(rows)))
+                outputs.append(output[:size])
+                contexts.append(context[:size])
+                alphas.append(attended[:size])
+        output, context, alphas = (
+            torch.cat(steps).squeeze(1) for steps in (outputs, contexts, alphas)
+        )
+        output = output + self.deep_output(torch.cat([words, context], dim=-1))  # (tokens, H)
+        return self.head(self.locked_dropout(output, batch.caption_index, num_captions)), alphas
+
+    def drop_patches(self, features):
+        """In training, a random choice of each image's cells: (N, P, F) -> (N, P', F).
 
         Source: Liu et al. 2023, PatchDropout, section 3.
         """
         if not (self.training and self.patch_dropout):
             return features
         kept = max(1, round(features.size(1) * (1 - self.patch_dropout)))
-        cells = torch.rand(features.shape[:2], device=features.device).topk(kept).indices
+        cells = torch.rand(features.shape[:2], device=features.device).topk(kept).indices  # (N, P')
         images = torch.arange(len(features), device=features.device).unsqueeze(1)
         return features[images, cells]
 
     def start(self, features):
-        """features (N, P, F) -> state: what is computed once per image, and LSTM layers made of the mean feature."""
+        """features (N, P, F) -> state: keys and values, and LSTM layers from the mean feature."""
         features = self.standardise(features)
-        keys, values = (
-            2 * self.project_keys(features),
-            self.drop(self.project_features(features)),
-        )  # (N, P, A or E)
-        mean = self.dropout(features.mean(1, keepdim=True))
-        hidden, cell = (
-            layer(mean).tanh().chunk(len(self.layers), -1)
-            for layer in (self.start_hidden, self.start_cell)
-        )
-        return (keys, values), tuple(zip(hidden, cell, strict=True))  # each (N, 1, H)
+        values = self.project_values(features)  # (N, P, E)
+        if self.training:  # one mask for all cells of an image
+            values = values * self.dropout(values.new_ones(values.size(0), 1, values.size(-1)))
+        mean = self.dropout(features.mean(1, keepdim=True))  # (N, 1, F)
+        hidden = self.init_hidden(mean).tanh().chunk(len(self.layers), dim=-1)
+        cell = self.init_cell(mean).tanh().chunk(len(self.layers), dim=-1)
+        return (self.attention.keys(features), values), tuple(zip(hidden, cell, strict=True))
 
-    def look(self, query, keys, values):
-        """query (N, K, H), keys (N, P, A), values (N, P, E) -> context (N, K, E), alphas (N, K, P); rows sum to 1."""
-        energy = (
-            keys.unsqueeze(1) + 2 * self.project_query(query).unsqueeze(2)
-        ).sigmoid()  # (N, K, P, A)
-        alphas = (2 * self.score(energy).squeeze(-1).float()).softmax(dim=-1)
-        return alphas.type_as(values) @ values * self.gate(query).sigmoid(), alphas
+    def attend(self, query, keys, values):
+        """query (N, K, H) -> gated context (N, K, E), alphas (N, K, P). Source: [2] section 4.2.1."""
+        context, alphas = self.attention(query, keys, values)
+        return context * self.gate(query).sigmoid(), alphas
 
-    def advance(self, word_gates, state):
-        """One step: word gates (N, K, 4H), state -> output (N, K, H), context (N, K, E), state, alphas (N, K, P)."""
+    def lstm_step(self, word_gates, state):
+        """word_gates (N, K, 4H), state -> output (N, K, H), context (N, K, E), state, alphas."""
         per_image, layers = state
-        context, alphas = self.look(
-            layers[-1][0], *per_image
-        )  # the query: the top layer's output, one step ago
-        below, new = context, []
+        context, alphas = self.attend(layers[-1][0], *per_image)  # query: the last step's output
+        output, new_layers = context, []
         for layer, (hidden, cell) in zip(self.layers, layers, strict=True):
-            gates = layer(torch.cat([self.dropout(below) if new else below, hidden], dim=-1))
-            i, f, g, o = (gates if new else gates + word_gates).float().chunk(4, dim=-1)
+            first = not new_layers
+            below = output if first else self.dropout(output)
+            gates = layer(torch.cat([below, hidden], dim=-1))
+            gates = gates + word_gates if first else gates
+            i, f, g, o = gates.float().chunk(4, dim=-1)
             cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-            below = o.sigmoid() * cell.tanh()
-            new.append((below, cell))
-        return below, context, (per_image, tuple(new)), alphas
+            output = o.sigmoid() * cell.tanh()
+            new_layers.append((output, cell))
+        return output, context, (per_image, tuple(new_layers)), alphas
 
     def step(self, tokens, state):
         """tokens (N, K), state -> logits (N, K, V), state, alphas (N, K, P)."""
         words = self.embed(tokens)
-        output, context, state, alphas = self.advance(self.word_gates(words), state)
-        return self.head(output + self.deepen(torch.cat([words, context], dim=-1))), state, alphas
-
-    def teach(self, features, tokens, sizes, image_index, owner):
-        """As `LSTMDecoder.teach`, and alphas (tokens, P or P'). An image's captions share its projections."""
-        state = self.start(self.some_cells(features))
-        state = map_tensors(lambda part: part.index_select(0, image_index), state)  # (B, 1, ...)
-        words = self.embed(tokens)  # (tokens, E)
-        word_gates = self.word_gates(self.drop(words, owner, len(image_index))).unsqueeze(
-            1
-        )  # (tokens, 1, 4H)
-        outputs, contexts, looked = [], [], []
-        with summed_once(self.project_query, self.gate, *self.layers):
-            for gates in word_gates.split(sizes):
-                if outputs and len(gates) < len(outputs[-1]):
-                    state = select(state, slice(len(gates)))  # captions leave when they are written
-                output, context, state, alphas = self.advance(gates, state)
-                outputs.append(output)
-                contexts.append(context)
-                looked.append(alphas)
-        output, context, alphas = (
-            torch.cat(steps).squeeze(1) for steps in (outputs, contexts, looked)
-        )
-        output = output + self.deepen(torch.cat([words, context], dim=-1))
-        return self.head(self.drop(output, owner, len(image_index))), alphas
+        output, context, state, alphas = self.lstm_step(self.word_gates(words), state)
+        output = output + self.deep_output(torch.cat([words, context], dim=-1))
+        return self.head(output), state, alphas
 
 
 DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}
 
 
-def token_mask(lengths, steps):
-    """lengths (B,) -> (B, T) bool, False beyond each caption's length."""
-    return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
+def build_decoder(values, feature_dim, vocab_size):
+    """An untrained decoder from the values of all options by name."""
+    decoder = DECODERS[values["decoder"]]
+    return decoder(feature_dim, vocab_size, **{name: values[name] for name in decoder.options})
 
 
-def pack(sequences, lengths):
-    """sequences (B, T, ...), lengths (B,) -> PackedSequence: what lies within the lengths, step by step.
+# ------------------------------------------------------------------------------------- the captioner
 
-    The order depends on the lengths alone. Lengths that are on the CPU spare a GPU the wait for them.
+
+class Captioner:
+    """Encoder, decoder and vocabulary: what turns pictures into captions.
+
+    captioner = load_captioner("best.pt")
+    for (best, *others) in captioner.caption([Path("dog.jpg")], options.decoding):
+        print(captioner.vocabulary.decode(best.tokens))
     """
-    lengths, order = lengths.cpu().sort(descending=True, stable=True)
-    there, back = (to_device(indices, sequences.device) for indices in (order, order.argsort()))
-    packed = pack_padded_sequence(sequences.index_select(0, there), lengths, batch_first=True)
-    return PackedSequence(packed.data, packed.batch_sizes, there, back)
+
+    def __init__(self, encoder, decoder, vocabulary, hardware):
+        self.encoder, self.decoder, self.vocabulary = encoder, decoder, vocabulary
+        self.hardware = hardware
+
+    def caption(self, images, decoding, seed=0):
+        """The hypotheses of each image, best first.
+
+        Args:
+            images: (N, 3, S, S) uint8 RGB, S = encoder.image_size; or a list of files.
+            decoding: named tuple of `generate`'s options, such as `options.decoding`.
+            seed: of --algorithm sample.
+        Raises: ValueError naming the first file that is not a readable image.
+        """
+        if not isinstance(images, torch.Tensor):
+            size = self.encoder.image_size
+            pixels = [torch.from_numpy(image_loading.load_image(path, size)) for path in images]
+            images = torch.stack(pixels).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            features = self.encoder(images)
+        return list(self.caption_features([features], decoding, seed))
+
+    def caption_features(self, chunks, decoding, seed=0):
+        """Yield each image's hypotheses from chunks of encoded images (n, P, F)."""
+        generator = torch.Generator(self.hardware.device).manual_seed(seed)
+        self.decoder.eval()
+        for features in chunks:
+            features, search = self.encoder.tail(features), decoding._asdict()
+            with self.hardware.autocast():  # left before a caption is handed on
+                hypotheses = generate(
+                    self.decoder, features, self.vocabulary, generator=generator, **search
+                )
+            yield from hypotheses
+
+    def words(self, hypothesis):
+        """A hypothesis as a list of words, one for each row of its attention."""
+        return [self.vocabulary.words[token] for token in hypothesis.tokens]
+
+    def attention_grid(self, hypothesis):
+        """Its attention as an array (T, h, w)."""
+        return hypothesis.attention.unflatten(1, self.encoder.grid).numpy()
 
 
-def unpack(packed, steps):
-    """The way back: (B, steps, ...), 0 beyond each length. torch's own reordering would make a GPU wait."""
-    ordered = PackedSequence(packed.data, packed.batch_sizes)
-    padded, _ = pad_packed_sequence(ordered, batch_first=True, total_length=steps)
-    return padded.index_select(0, packed.unsorted_indices)
+def load_captioner(path, device="auto", precision="auto"):
+    """The Captioner of a checkpoint, or of the best one in a folder of runs, and its options.
 
-
-def build_decoder(args, feature_dim, vocab_size, device=None):
-    """An untrained decoder with the sizes that `args` gives, on its device or the given one."""
-    decoder = DECODERS[args.decoder]
-    sizes = {name: getattr(args, name) for name in decoder.options}
-    return decoder(vocab_size, feature_dim, **sizes).to(device or args.device)
-
-
-# ------------------------------------------------------------------------------------------------- losses and schedules
-
-
-def doubly_stochastic_penalty(alphas, lengths):
-    """Penalise grid cells that receive more or less than one unit of attention over a whole caption.
-
-    Args: alphas (B, T, P), each row sums to 1; lengths (B,) tokens per caption, <EOS> counted.
-    Returns: () float, dimensionless: (1 - attention received) ** 2, averaged over cells and captions.
-    Source: [2] section 4.2.1, which sums over cells; the mean keeps alpha_c independent of the grid's size.
+    Raises: FileNotFoundError or ValueError that name the file.
     """
-    within = token_mask(to_device(lengths, alphas.device), alphas.size(1))
-    received = (alphas * within.unsqueeze(-1)).sum(dim=1)  # (B, P)
-    return (1 - received).square().mean()
+    typed = {"mode": "caption", "model_path": path, "device": device, "precision": precision}
+    options, checkpoint = open_checkpoint(settle(typed, {}))
+    hardware = resolve_hardware(options.run.device, options.run.precision)
+    return open_captioner(options, hardware, checkpoint), options
 
 
-def cross_entropy(logits, captions, lengths, label_smoothing=0.0):
-    """logits (B, T, V) or packed, captions (B, T + 1), lengths (B,) -> smoothed and plain loss, () in nats per token.
+def open_captioner(options, hardware, checkpoint):
+    """What test and caption mode write with: the checkpoint's decoder, or its --ensemble."""
+    path = options.run.model_path
+    encoder = open_encoder(options, hardware, checkpoint)
+    decoder, vocabulary = restore_decoder(path, options.as_dict(), checkpoint)
+    others = [open_member(options, checkpoint, member) for member in options.output.ensemble]
+    decoder = Ensemble([decoder, *others]) if others else decoder
+    return Captioner(encoder, decoder.to(hardware.device), vocabulary, hardware)
 
-    Label smoothing spreads that share of the target evenly over the vocabulary (Szegedy et al. 2016, section 7). What
-    lies beyond a caption's length is left out by length: a padding id may also be a word.
+
+def restore_decoder(path, values, checkpoint):
+    """The checkpoint's decoder, on the CPU, and vocabulary.
+
+    Raises: ValueError when they do not fit each other; no memory is taken before that is known.
     """
-    logits = pack(logits, lengths) if isinstance(logits, torch.Tensor) else logits
-    log_probs = logits.data.float().log_softmax(dim=-1)  # (tokens, V)
-    plain = F.nll_loss(log_probs, pack(captions[:, 1:], lengths).data)
-    if not label_smoothing:
-        return plain, plain
-    return (1 - label_smoothing) * plain - label_smoothing * log_probs.mean(), plain
-
-
-def build_optimizer(decoder, args):
-    """AdamW (Loshchilov and Hutter 2019). Biases do not decay, nor do embeddings: those of rare words would fade."""
-    decays = {p: p.ndim > 1 and p is not decoder.embed.weight for p in decoder.parameters()}
-    groups = [
-        {"params": [p for p in decays if decays[p]], "weight_decay": args.weight_decay},
-        {"params": [p for p in decays if not decays[p]], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
-
-
-def build_scheduler(optimizer, args, plan):
-    """The torch scheduler that `args` asks for, or None. `plan` holds `epochs` and `steps`, OneCycle's length."""
-    schedule = torch.optim.lr_scheduler
-    if not args.use_scheduler:
-        return None
-    if args.scheduler_type == "reduce_lr_on_plateau":
-        return schedule.ReduceLROnPlateau(
-            optimizer,
-            factor=args.scheduler_factor,
-            patience=args.scheduler_patience,
-            min_lr=args.min_lr,
+    with checkpoints.checkpoint_errors(path), torch.device("meta"):
+        vocabulary = Vocabulary.from_plain(checkpoint["vocabulary"])
+        shape = checkpoint["encoder"]["channels"], len(vocabulary)
+        expected = build_decoder(values, *shape).state_dict()
+    stored = checkpoint["model"]
+    shapes = {name: getattr(tensor, "shape", None) for name, tensor in stored.items()}
+    if shapes != {name: tensor.shape for name, tensor in expected.items()}:
+        raise ValueError(
+            f"{path}: its decoder's weights do not fit its configuration: give another checkpoint"
         )
-    if args.scheduler_type == "step":
-        return schedule.StepLR(optimizer, args.scheduler_step_size, args.scheduler_gamma)
-    if args.scheduler_type == "cosine":
-        return schedule.CosineAnnealingLR(optimizer, args.scheduler_t_max, args.min_lr)
-    if args.scheduler_type == "exponential":
-        return schedule.ExponentialLR(optimizer, args.scheduler_gamma)
-    warmup = min(
-        1.0, args.warmup_epochs / args.epochs + 1e-9
-    )  # torch divides 0 by 0 for a warm-up of one step
-    return schedule.OneCycleLR(
-        optimizer, args.learning_rate, total_steps=plan["steps"], pct_start=warmup
-    )
+    decoder = build_decoder(values, *shape)
+    decoder.load_state_dict(stored)
+    return decoder, vocabulary
 
 
-def describe_scheduler(args, plan):
-    """What the console says of the schedule, such as `CosineAnnealingLR (T_max=20)`."""
+def open_member(options, checkpoint, path):
+    """The decoder of another checkpoint of an --ensemble.
+
+    Raises: ValueError when it has other words, pictures or splits (whose test images it may know).
+    """
+    member = checkpoints.load_checkpoint(path)
+    config = inherit(options._replace(typed=frozenset({"mode"})), path, member["config"]).as_dict()
+    with checkpoints.checkpoint_errors(options.run.model_path):
+        expected = in_common(checkpoint)
+    with checkpoints.checkpoint_errors(path):
+        actual = in_common(member)
+        differing = [name for name in expected if expected[name] != actual[name]]
+    if differing:
+        raise ValueError(
+            f"--ensemble {path}: has another {differing[0]} than {options.run.model_path}: "
+            "members must be trained alike"
+        )
+    return restore_decoder(path, config, member)[0]
+
+
+def in_common(checkpoint):
+    """What the members of an ensemble must have in common."""
+    encoder, splits = checkpoint["encoder"], checkpoint["splits"]
     return {
-        "reduce_lr_on_plateau": f"ReduceLROnPlateau (factor={args.scheduler_factor}, "
-                                f"patience={args.scheduler_patience})",
-        "step": f"StepLR (step_size={args.scheduler_step_size}, gamma={args.scheduler_gamma})",
-        "cosine": f"CosineAnnealingLR (T_max={args.scheduler_t_max})",
-        "exponential": f"ExponentialLR (gamma={args.scheduler_gamma})",
-        "one_cycle": f"OneCycleLR (max_lr={args.learning_rate:g}, warmup_epochs={args.warmup_epochs}, "
-                     f"steps={plan['steps']})",
-    }[args.scheduler_type] if args.use_scheduler else "none"  # fmt: skip
-
-
-def warn_about_schedule(args, epochs):
-    """Say on stderr what a schedule will do that its user may not expect."""
-    if args.use_scheduler and args.scheduler_type == "cosine" and epochs > args.scheduler_t_max:
-        print(f"warning: --epochs {epochs} is more than --scheduler_t_max {args.scheduler_t_max}: "
-              "the cosine's rate climbs again after its minimum", file=sys.stderr)  # fmt: skip
-    if args.use_scheduler and args.scheduler_type == "exponential" and args.scheduler_gamma <= 0.5:
-        print(f"warning: --scheduler_gamma {args.scheduler_gamma} multiplies the rate every epoch: after 3 epochs "
-              f"{args.scheduler_gamma**3:.2g} of it is left", file=sys.stderr)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------ data, as the models want it
-
-
-def open_dataset(args, checkpoint=None):
-    """The dataset, split as the checkpoint's was; another one, without any image in common, has its own split."""
-    stored, remote = checkpoint["splits"] if checkpoint else None, "image_dir" in args.typed
-    if stored and {"dataset_type", "captions_file"} & args.typed:
-        _, captions_file = caption_data.find_dataset(
-            args.dataset_type, args.image_dir, args.captions_file, remote
-        )
-        here = {row[0] for row in caption_data.read_captions(captions_file)[0]}
-        stored = stored if any(here.intersection(names) for names in stored.values()) else None
-    return caption_data.load_dataset(
-        args.dataset_type, args.image_dir, args.captions_file, split_seed=args.split_seed, splits=stored,
-        max_bad_fraction=args.max_bad_fraction, max_train_images=args.max_train_images,
-        remote_shards=remote,
-    )  # fmt: skip
-
-
-def open_features(args, encoder, dataset, split, pooled):
-    """(table of the images in `split`, their features); unreadable images leave the dataset first."""
-
-    def source():
-        table = dataset.table[dataset.table.split == split].reset_index(drop=True)
-        paths = [dataset.image_dir / name for name in table.image]
-        mirrored = args.horizontal_flip and args.mode == split == "train"
-        return table, feature_cache.FeatureSource(
-            encoder, paths, pooled=pooled, mirrored=mirrored,
-            cache_dir=None if args.no_feature_cache else args.cache_dir,
-            dtype=getattr(torch, args.cache_dtype), num_workers=args.num_workers, device=args.device,
-        )  # fmt: skip
-
-    table, features = source()
-    if features.unreadable:
-        names = zip(table.image, features.paths, strict=True)
-        reasons = {
-            name: features.unreadable[path] for name, path in names if path in features.unreadable
-        }
-        print(dataset.drop_unreadable(reasons))
-        table, features = source()
-    return table, features
-
-
-def caption_images(decoder, grids, vocabulary, args, **search):
-    """Yield each image's hypotheses, best first, decoded without reference tokens.
-
-    `grids`: features (n, P, F), chunk by chunk. `search` overrides the decoding options of `args`.
-    """
-    search = {name: getattr(args, name) for name in ("algorithm", *DECODING_OPTIONS)} | search
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    decoder.eval()
-    for grid in grids:
-        with autocast(args):
-            hypotheses = generate(decoder, grid, vocabulary, generator=generator, **search)
-        yield from hypotheses
-
-
-def autocast(args):
-    """The context in which decoders compute, at --precision."""
-    return torch.autocast(
-        args.device.type, getattr(torch, args.precision), enabled=args.precision != "float32"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-def train_step(run, features, batch, weights=(1.0, 1.0)):
-    """One update from one batch. Returns the plain loss before it: () float on the device, nats per token.
-
-    `weights`: of this batch in the mean over tokens and over captions, when it is a process's share of a larger one.
-    """
-    args, device = run.args, run.args.device
-    _, captions, lengths, image_index = batch
-    captions, image_index = (
-        to_device(captions, device),
-        to_device(image_index, device),
-    )  # lengths stay on the CPU
-    with autocast(args):
-        logits, alphas = run.model(features, captions[:, :-1], lengths, image_index, packed=True)
-    loss, plain = cross_entropy(logits, captions, lengths, args.label_smoothing)
-    loss = weights[0] * loss
-    if alphas is not None:
-        loss = loss + weights[1] * args.alpha_c * doubly_stochastic_penalty(alphas.float(), lengths)
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    run.scaler.unscale_(run.optimizer)
-    if args.grad_clip:
-        nn.utils.clip_grad_norm_(run.decoder.parameters(), args.grad_clip)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if (
-        run.per_step and run.scheduler.last_epoch + 1 < run.scheduler.total_steps
-    ):  # past its end the rate stays
-        run.scheduler.step()
-    return plain.detach()
-
-
-def train_epoch(run, received):
-    """Take the epoch's steps from where `run.progress` stands. Raises: Stopped, FloatingPointError."""
-    progress, unread = run.progress, []
-    todo, ahead = itertools.tee(
-        map(share_of, run.batches.epoch(progress["epoch"], start=progress["batch"]))
-    )
-    run.decoder.train()
-    silent = True if process_group.rank() else None  # None: where stderr is no terminal
-    bar = tqdm(todo, f"epoch {progress['epoch'] + 1}", run.batches.num_batches - progress["batch"], unit="batch",
-               disable=silent, leave=False)  # fmt: skip
-    mirror = run.batches.mirrored(progress["epoch"]) if run.args.horizontal_flip else None
-    steps = zip(
-        bar, run.features.stream((batch.image_rows for batch, _ in ahead), mirror), strict=True
-    )
-    try:
-        for (batch, weights), features in until_stopped(received, steps):
-            with process_group.lost_peers():
-                loss = train_step(run, features, batch, weights)
-            unread.append((loss, int(batch.lengths.sum()) if weights[0] else 0))
-            progress["batch"] += 1
-            progress["step"] += 1
-            if len(unread) == LOOK_EVERY:
-                bar.set_postfix(loss=f"{read_losses(progress, unread):.3f}")
-    except (
-        Stopped
-    ):  # of all processes together; what one of them raises alone must not wait for the others here
-        read_losses(progress, unread)
-        raise
-    read_losses(progress, unread)
-
-
-def share_of(batch):
-    """This process's part of a batch, and its weights in the means over the whole batch's tokens and captions.
-
-    DistributedDataParallel takes the mean of the processes' gradients, so the weights are times their number. A process
-    for which no caption is left computes one with weight 0, because all must take part.
-    """
-    rows, processes = process_group.shard(len(batch.lengths)), process_group.world_size()
-    if processes == 1:
-        return batch, (1.0, 1.0)
-    none = rows.start == rows.stop
-    rows = slice(0, 1) if none else rows
-    lengths = batch.lengths[rows]
-    image_rows, image_index = batch.image_rows[batch.image_index[rows]].unique(return_inverse=True)
-    own = batch._replace(
-        image_rows=image_rows, image_index=image_index, lengths=lengths,
-        captions=batch.captions[rows, : int(lengths.max()) + 1],
-    )  # fmt: skip
-    weights = int(lengths.sum()) / int(batch.lengths.sum()), len(lengths) / len(batch.lengths)
-    return own, tuple(0.0 if none else processes * weight for weight in weights)
-
-
-def read_losses(progress, unread):
-    """Move losses from the device into the epoch's sum; returns the last. Raises: FloatingPointError with the step."""
-    losses = torch.stack([loss for loss, _ in unread]).tolist() if unread else []
-    tokens = [tokens for _, tokens in unread]
-    unread.clear()
-    if process_group.world_size() > 1 and losses:
-        sums = process_group.all_reduce_sum(
-            [loss * count for loss, count in zip(losses, tokens, strict=True)] + tokens
-        )
-        tokens = [int(count) for count in sums[len(losses) :]]
-        losses = [loss / count for loss, count in zip(sums, tokens, strict=False)]
-    for number, (loss, count) in enumerate(zip(losses, tokens, strict=True)):
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss} at step {progress['step'] - len(losses) + number + 1} (epoch "
-                f"{progress['epoch'] + 1}): lower --learning_rate or --grad_clip; the last good checkpoint is kept"
-            )
-        progress["loss_sum"] += loss * count
-        progress["tokens"] += count
-    return losses[-1] if losses else math.nan
-
-
-def validate(run, received):
-    """Plain validation loss in nats per token, then scores of captions decoded without reference tokens, one row."""
-    losses, tokens = 0.0, 0
-    batches = list(run.val_batches.epoch(0, shuffle=False))
-    batches = batches[process_group.shard(len(batches))]
-    run.decoder.eval()
-    stream = zip(
-        batches, run.val_features.stream([batch.image_rows for batch in batches]), strict=True
-    )
-    for batch, features in until_stopped(received, stream, apart=True):
-        captions, image_index = (
-            to_device(batch.captions, run.args.device),
-            to_device(batch.image_index, run.args.device),
-        )
-        with torch.inference_mode(), autocast(run.args):
-            logits, _ = run.decoder(
-                features, captions[:, :-1], batch.lengths, image_index, packed=True
-            )
-            losses += float(cross_entropy(logits, captions, batch.lengths)[1]) * int(
-                batch.lengths.sum()
-            )
-        tokens += int(batch.lengths.sum())
-    losses, tokens = process_group.all_reduce_sum([losses, tokens])
-    if not math.isfinite(losses):
-        raise FloatingPointError(
-            f"the validation loss of epoch {run.progress['epoch'] + 1} is {losses}: lower --learning_rate"
-        )
-    own = torch.arange(len(run.val_table))[process_group.shard(len(run.val_table))]
-    grids = run.val_features.stream(own.split(CHUNK) if len(own) else [])
-    greedy = {"algorithm": "beam", "beam_size": run.args.val_beam_size, "num_captions": 1}
-    found = caption_images(run.decoder, grids, run.vocabulary, run.args, **greedy)
-    best = [hypotheses[0] for hypotheses in until_stopped(received, found, apart=True)]
-    shares = process_group.all_gather([hypothesis._replace(attention=None) for hypothesis in best])
-    best = [hypothesis for share in shares for hypothesis in share]
-    captions = dict(
-        zip(run.val_table.image, (run.vocabulary.decode(h.tokens) for h in best), strict=True)
-    )
-    scores = process_group.broadcast(
-        run.scorer.score(captions)[0] if process_group.rank() == 0 else None
-    )
-    del scores["METEOR"]
-    return {
-        "val_loss": losses / tokens,
-        **scores,
-        "share_cut": sum(not h.finished for h in best) / len(best),
+        "encoder": [encoder["weights_sha256"], encoder["channels"]],
+        "image size": [encoder["image_size"], encoder.get("coarse_size")],
+        "split": {name: sorted(splits[name]) for name in splits},
+        "vocabulary": checkpoint["vocabulary"],
     }
 
 
-def finish_epoch(run, row):
-    """Book one epoch: schedule, best score; and, in rank 0, history, checkpoints, files and the console block."""
-    args, progress = run.args, run.progress
-    if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        run.scheduler.step(row["val_loss"])
-    elif run.scheduler and not run.per_step:
-        run.scheduler.step()
-    progress.update({**AT_EPOCH_START, "epoch": progress["epoch"] + 1})
-    is_best = progress["best_score"] is None or row["CIDEr"] > progress["best_score"]
-    progress["stale_epochs"] = 0 if is_best else progress["stale_epochs"] + 1
-    progress["best_score"] = row["CIDEr"] if is_best else progress["best_score"]
+# -------------------------------------------------------------------------------------------- losses
+
+
+def doubly_stochastic_penalty(alphas, batch):
+    """Penalise grid cells that receive more or less than one unit of attention over a caption.
+
+    Args: alphas (tokens, P), each row sums to 1; batch: whose token each row is.
+    Returns: () float, dimensionless: (1 - attention received) ** 2, the mean over cells, summed
+        over this process's captions, divided by the number of all processes' captions.
+    Source: [2] section 4.2.1, which sums over cells; the mean keeps alpha_c independent of them.
+    """
+    received = alphas.new_zeros(len(batch.image_index), alphas.size(1))  # (B, P)
+    received = received.index_add(0, batch.caption_index, alphas)
+    return (1 - received).square().mean(dim=1).sum() / batch.num_captions
+
+
+def cross_entropy(logits, batch, label_smoothing=0.0):
+    """logits (tokens, V) -> smoothed loss and plain loss, both () in nats.
+
+    The smoothed one is this process's part of the mean over all tokens of the batch, the plain one
+    the sum over this process's. Label smoothing spreads that share of the target evenly over the
+    vocabulary (Szegedy et al. 2016, section 7).
+    """
+    log_probs = logits.float().log_softmax(dim=-1)  # (tokens, V)
+    plain = F.nll_loss(log_probs, batch.targets, reduction="sum")
+    loss = (1 - label_smoothing) * plain
+    if label_smoothing:
+        loss = loss - label_smoothing * log_probs.mean(dim=-1).sum()
+    return loss / batch.num_tokens, plain
+
+
+class CrossEntropyObjective:
+    """What a training step minimises: smoothed cross entropy, and the penalty on attention."""
+
+    def __init__(self, training):
+        self.label_smoothing, self.alpha_c = training.label_smoothing, training.alpha_c
+
+    def __call__(self, model, features, batch):
+        """features (N, P, F), batch -> loss to minimise () and plain nats (), as `cross_entropy`."""
+        logits, alphas = model(features, batch)
+        loss, nats = cross_entropy(logits, batch, self.label_smoothing)
+        if alphas is not None and self.alpha_c:
+            loss = loss + self.alpha_c * doubly_stochastic_penalty(alphas.float(), batch)
+        return loss, nats
+
+
+# ------------------------------------------------------------------------------ learning rate schedules
+
+
+def build_scheduler(optimizer, options, plan):
+    """The torch scheduler that a run's plan names, or None; SCHEDULES says which options it takes."""
+    if plan["schedule"] is None:
+        return None
+    schedule = SCHEDULES[plan["schedule"]]
+    values = options.as_dict()
+    arguments = {name: values[option] for name, option in schedule.arguments.items()}
+    if plan["schedule"] == "one_cycle":
+        rising = arguments.pop("warmup_epochs") / values["epochs"]
+        arguments["pct_start"] = min(1.0, rising + 1e-9)  # torch divides 0 by 0 for one step
+        arguments["total_steps"] = plan["steps"]
+    return getattr(lr_scheduler, schedule.torch_name)(optimizer, **arguments)
+
+
+def describe_scheduler(options, plan):
+    """What the console says of the schedule, such as `CosineAnnealingLR (T_max=20)`."""
+    if plan["schedule"] is None:
+        return "none"
+    schedule = SCHEDULES[plan["schedule"]]
+    values = options.as_dict()
+    shown = [f"{name}={values[schedule.arguments[name]]}" for name in schedule.shown]
+    shown += [f"steps={plan['steps']}"] if plan["schedule"] == "one_cycle" else []
+    return f"{schedule.torch_name} ({', '.join(shown)})"
+
+
+def warn(text):
+    """Say on stderr, once for all processes, what a user may not expect."""
+    if process_group.rank() == 0:
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def warn_about_schedule(schedule, plan):
+    """Warn of a rate that climbs again or all but vanishes."""
+    if plan["schedule"] == "cosine" and plan["epochs"] > schedule.scheduler_t_max:
+        warn(
+            f"--epochs {plan['epochs']} is more than --scheduler_t_max "
+            f"{schedule.scheduler_t_max}: the cosine's rate climbs again after its minimum"
+        )
+    if plan["schedule"] == "exponential" and schedule.scheduler_gamma <= 0.5:
+        left = schedule.scheduler_gamma**3
+        warn(
+            f"--scheduler_gamma {schedule.scheduler_gamma} multiplies the rate every "
+            f"epoch: after 3 epochs {left:.2g} of it is left"
+        )
+
+
+# ------------------------------------------------------------------------------------ training state
+
+SCHEDULER_PROGRESS = (
+    "last_epoch", "_step_count", "_last_lr", "base_lrs", "best", "num_bad_epochs", "cooldown_counter",
+    "_schedule_phases",
+)  # fmt: skip
+EPOCH_START = {"batch": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rate": 0.0}
+
+
+class TrainState:
+    """What a checkpoint must hold so that a resumed run is the run that was never stopped.
+
+    plan: {"epochs": the last epoch, "steps": those of one_cycle, "schedule": its name or None}.
+    loop: `epoch`, `step`, `best_score`, `epochs_without_improvement`, and the position inside an
+        epoch: EPOCH_START's `batch`, loss so far in nats and its tokens, seconds, rate it began at.
+    """
+
+    def __init__(self, decoder, options, hardware, plan):
+        groups = decoder.param_groups(options.training.weight_decay)
+        rate = options.training.learning_rate
+        self.plan, self.history = plan, []
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+        self.scheduler = build_scheduler(self.optimizer, options, plan)
+        scales = hardware.precision == "float16"
+        self.scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
+        self.loop = {"epoch": 0, "step": 0, "best_score": None, "epochs_without_improvement": 0}
+        self.loop |= EPOCH_START
+
+    def state_dict(self):
+        """Plain values and tensors: part of a checkpoint."""
+        loop = self.loop
+        patience = {"epochs_without_improvement": loop["epochs_without_improvement"]}
+        return {
+            "plan": self.plan,
+            "epoch": loop["epoch"],
+            "step": loop["step"],
+            "best_score": loop["best_score"],
+            "early_stopping": patience,
+            "data_position": {name: loop[name] for name in EPOCH_START},
+            "history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler and self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random_state": experiment_utils.random_state(),
+        }
+
+    def load_state_dict(self, state):
+        """Take over what `state_dict` gave. The plan, and what options decide, stay this run's."""
+        best, position = state["best_score"], state["data_position"]
+        self.loop |= {"epoch": state["epoch"], "step": state["step"]}
+        self.loop["best_score"] = best if best is None else float(best)
+        self.loop |= state["early_stopping"]
+        self.loop |= {name: type(zero)(position[name]) for name, zero in EPOCH_START.items()}
+        self.history = [dict(row) for row in state["history"]]
+        planned = self.optimizer.state_dict()["param_groups"]  # as this run's options have them
+        changes = self.plan["schedule"] not in (None, state["plan"]["schedule"])
+        groups = planned if changes else state["optimizer"]["param_groups"]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        for group, plan in zip(self.optimizer.param_groups, planned, strict=True):
+            group["weight_decay"] = plan["weight_decay"]
+        if self.scheduler and not changes:
+            stored = state["scheduler"].items()
+            progress = {name: value for name, value in stored if name in SCHEDULER_PROGRESS}
+            self.scheduler.load_state_dict(progress)
+        self.scaler.load_state_dict(state["scaler"])
+        experiment_utils.set_random_state(state["random_state"])
+
+    def step_finished(self):
+        """After a batch: one_cycle's rate moves; past its plan it stays."""
+        scheduler = self.scheduler if self.plan["schedule"] == "one_cycle" else None
+        if scheduler and scheduler.last_epoch + 1 < scheduler.total_steps:
+            scheduler.step()
+
+    def epoch_finished(self, row):
+        """After validation: the other schedules' rate moves. Returns whether CIDEr is the best."""
+        schedule, loop = self.plan["schedule"], self.loop
+        if schedule == "reduce_lr_on_plateau":
+            self.scheduler.step(row["val_loss"])
+        elif schedule not in (None, "one_cycle"):
+            self.scheduler.step()
+        loop |= EPOCH_START | {"epoch": loop["epoch"] + 1}
+        is_best = loop["best_score"] is None or row["CIDEr"] > loop["best_score"]
+        loop["epochs_without_improvement"] += 1
+        if is_best:
+            loop |= {"best_score": row["CIDEr"], "epochs_without_improvement": 0}
+        return is_best
+
+
+def make_plan(options, num_batches, checkpoint=None):
+    """The plan of a new run, or of one that goes on. Raises: ValueError when nothing is left."""
+    schedule = options.schedule.scheduler_type if options.schedule.use_scheduler else None
+    if checkpoint is None:
+        epochs = options.training.epochs
+        return {"epochs": epochs, "steps": epochs * num_batches, "schedule": schedule}
+    plan, epoch = dict(checkpoint["plan"]), checkpoint["epoch"]
+    if "epochs" in options.typed:
+        plan["epochs"] = epoch + options.training.epochs  # additional ones
+    if schedule != plan["schedule"] and not {"use_scheduler", "scheduler_type"} & options.typed:
+        raise ValueError(f"schedule {plan['schedule']} is not that of its configuration")
+    if schedule == plan["schedule"] and "warmup_epochs" in options.typed:
+        raise ValueError("--warmup_epochs belongs to a new plan: this one keeps its warm-up")
+    if plan["epochs"] <= epoch:
+        raise ValueError(
+            f"{options.run.model_path}: its plan of {plan['epochs']} epochs is done: "
+            "give --epochs for more"
+        )
+    if schedule != plan["schedule"] and schedule is not None:
+        done = checkpoint["data_position"]["batch"]
+        plan["steps"] = (plan["epochs"] - epoch) * num_batches - done
+    return plan | {"schedule": schedule}
+
+
+def change_course(state, options, checkpoint):
+    """On resume: say that a new schedule begins, or go on at another --learning_rate."""
+    schedule, old_rate = state.plan["schedule"], checkpoint["config"]["learning_rate"]
+    if schedule is not None and schedule != checkpoint["plan"]["schedule"]:
+        print(f"--scheduler_type {schedule} is new to this run: its schedule starts now")
+    elif options.training.learning_rate != old_rate:
+        scale_rate(state, options.training.learning_rate / old_rate)
+
+
+def scale_rate(state, factor):
+    """Multiply everything that the schedule computes the rate from."""
+    for group in state.optimizer.param_groups:
+        for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+            group[name] *= factor
+    if hasattr(state.scheduler, "base_lrs"):
+        state.scheduler.base_lrs = [rate * factor for rate in state.scheduler.base_lrs]
+
+
+# ----------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Split:
+    """The training or validation images: their table, their features, their captions in batches."""
+
+    table: pandas.DataFrame  # as caption_data.Dataset.table
+    features: FeatureSource
+    batches: CaptionBatches
+
+    def epoch(self, epoch, start=0, shuffle=True, mirror=False):
+        """Yield (batch, features (N, P, F)) of an epoch from batch `start` on."""
+        batches, ahead = itertools.tee(self.batches.epoch(epoch, start, shuffle))
+        mirrored = self.batches.mirrored(epoch) if mirror else None
+        features = self.features.stream((batch.image_rows for batch in ahead), mirrored)
+        return zip(batches, features, strict=True)
+
+
+def open_dataset(options, checkpoint=None):
+    """The dataset, split as the checkpoint's was; one without any image in common splits itself."""
+    data, stored = options.data, checkpoint["splits"] if checkpoint else None
+    remote = "image_dir" in options.typed
+    if stored and {"dataset_type", "captions_file"} & options.typed:
+        _, captions_file = caption_data.find_dataset(
+            data.dataset_type, data.image_dir, data.captions_file, remote
+        )
+        named = {row[0] for row in caption_data.read_captions(captions_file)[0]}
+        stored = stored if any(named.intersection(names) for names in stored.values()) else None
+    return caption_data.load_dataset(
+        data.dataset_type,
+        data.image_dir,
+        data.captions_file,
+        split_seed=data.split_seed,
+        splits=stored,
+        max_bad_fraction=data.max_bad_fraction,
+        max_train_images=data.max_train_images,
+        remote_shards=remote,
+    )
+
+
+def check_cache_dir(cache):
+    """Raises: ValueError when features are to be stored where they cannot be."""
+    if not cache.no_feature_cache:
+        checkpoints.check_writable_dir(cache.cache_dir, "--cache_dir")
+
+
+def open_features(options, hardware, encoder, dataset, split, reads_grid, mirrored=False):
+    """(table of the images in `split`, their features); unreadable images leave the dataset."""
+    cache = options.features
+    table = dataset.table[dataset.table.split == split].reset_index(drop=True)
+    features = FeatureSource(
+        encoder,
+        [dataset.image_dir / name for name in table.image],
+        pooled=not reads_grid,
+        mirrored=mirrored,
+        cache_dir=None if cache.no_feature_cache else cache.cache_dir,
+        dtype=getattr(torch, cache.cache_dtype),
+        num_workers=options.run.num_workers,
+        device=hardware.device,
+    )
+    if not features.unreadable:
+        return table, features
+    names = zip(table.image, features.paths, strict=True)
+    unreadable = features.unreadable
+    reasons = {name: unreadable[path] for name, path in names if path in unreadable}
+    print(dataset.drop_unreadable(reasons))
+    return open_features(options, hardware, encoder, dataset, split, reads_grid, mirrored)
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Run:
+    """Everything that a training run holds."""
+
+    options: Options
+    captioner: Captioner
+    dataset: caption_data.Dataset
+    training: Split
+    validation: Split
+    scorer: metrics_utils.CaptionScorer  # of the validation captions
+    objective: CrossEntropyObjective
+    state: TrainState
+    model: nn.Module  # the decoder, as several processes train it
+    config: dict  # every option's value, as run_config.json and checkpoints hold it
+    folder: Path | None = None
+    tracker: experiment_utils.RunTracker | None = None
+
+
+@process_group.lost_peers()
+def train_step(run, features, batch):
+    """One update from one batch. Returns () float on the device: nats, summed over its tokens."""
+    state, captioner = run.state, run.captioner
+    batch = batch.to(captioner.hardware.device)
+    with captioner.hardware.autocast():
+        loss, nats = run.objective(run.model, captioner.encoder.tail(features), batch)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(batch.weight * loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    if run.options.training.grad_clip:
+        nn.utils.clip_grad_norm_(captioner.decoder.parameters(), run.options.training.grad_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.step_finished()
+    return nats.detach() if batch.weight else 0 * nats.detach()
+
+
+def train(options, hardware, checkpoint):
+    """Train until the plan's last epoch, early stopping or a signal. Returns the exit status."""
+    run = start_run(options, hardware, checkpoint)
+    loop, patience = run.state.loop, options.training.early_stopping_patience
+    unread = []  # nats and tokens of steps whose loss is still on the device
+    with listen_for_stop() as received:
+        while loop["epoch"] < run.state.plan["epochs"]:
+            started = time.perf_counter() - loop["seconds"]
+            try:
+                bar = begin_epoch(run)
+                for batch, features in until_stopped(received, bar):
+                    unread.append((train_step(run, features, batch), batch.num_tokens))
+                    loop["batch"] += 1
+                    loop["step"] += 1
+                    if len(unread) == READ_LOSS_EVERY:
+                        bar.set_postfix(loss=f"{read_losses(loop, unread):.3f}")
+                read_losses(loop, unread)
+                row = {"epoch": loop["epoch"] + 1, "train_loss": loop["loss_sum"] / loop["tokens"]}
+                row |= {"learning_rate": loop["rate"], "val_loss": validation_loss(run, received)}
+                row |= validation_scores(run, received)
+            except Stopped as stop:  # by all processes together, so all read their losses here
+                read_losses(loop, unread)
+                loop["seconds"] = time.perf_counter() - started
+                return save_stopped(run, stop.args[0])
+            row["epoch_time_seconds"] = time.perf_counter() - started
+            is_best = run.state.epoch_finished(row)
+            if process_group.rank() == 0:
+                record_epoch(run, row, is_best)
+            if 0 < patience <= loop["epochs_without_improvement"]:
+                stale = loop["epochs_without_improvement"]
+                print(f"stopped early: no better CIDEr for {stale} epochs")
+                break
+    if process_group.rank() == 0:
+        finish_run(run)
+    return 0
+
+
+def begin_epoch(run):
+    """The epoch's (batch, features) from where the loop stands, behind a progress bar."""
+    loop, num_batches = run.state.loop, run.training.batches.num_batches
+    if loop["batch"] == 0:
+        loop["rate"] = run.state.optimizer.param_groups[0]["lr"]
+    run.captioner.decoder.train()
+    flip = run.options.training.horizontal_flip
+    steps = run.training.epoch(loop["epoch"], start=loop["batch"], mirror=flip)
+    silent = True if process_group.rank() else None  # None: where stderr is no terminal
+    title, left = f"epoch {loop['epoch'] + 1}", num_batches - loop["batch"]
+    return tqdm(steps, title, left, unit="batch", disable=silent, leave=False)
+
+
+def read_losses(loop, unread):
+    """Add losses to the epoch's sum; returns the last. Raises: FloatingPointError with its step."""
+    if not unread:
+        return math.nan
+    nats = process_group.all_reduce_sum(torch.stack([nats for nats, _ in unread]).tolist())
+    tokens = [tokens for _, tokens in unread]
+    unread.clear()
+    for number, (total, count) in enumerate(zip(nats, tokens, strict=True), start=1 - len(nats)):
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss became {total} at step {loop['step'] + number} (epoch "
+                f"{loop['epoch'] + 1}): lower --learning_rate or --grad_clip; "
+                "the last good checkpoint is kept"
+            )
+        loop["loss_sum"] += total
+        loop["tokens"] += count
+    return nats[-1] / tokens[-1]
+
+
+def validation_loss(run, received):
+    """Plain cross entropy of the validation captions, in nats per token."""
+    captioner, nats, tokens = run.captioner, 0.0, 0
+    captioner.decoder.eval()
+    batches = run.validation.epoch(0, shuffle=False)
+    for batch, features in until_stopped(received, batches):
+        batch = batch.to(captioner.hardware.device)
+        with torch.inference_mode(), captioner.hardware.autocast():
+            logits, _ = captioner.decoder(captioner.encoder.tail(features), batch)
+            nats += float(cross_entropy(logits, batch)[1]) if batch.weight else 0.0
+        tokens += batch.num_tokens
+    (nats,) = process_group.all_reduce_sum([nats])
+    if not math.isfinite(nats):
+        raise FloatingPointError(
+            f"the validation loss of epoch {run.state.loop['epoch'] + 1} is {nats}: "
+            "lower --learning_rate"
+        )
+    return nats / tokens
+
+
+def validation_scores(run, received):
+    """Scores of the validation captions, decoded without reference tokens as in test mode."""
+    captioner, table, options = run.captioner, run.validation.table, run.options
+    share = torch.arange(len(table))[process_group.shard(len(table))]
+    chunks = run.validation.features.stream(share.split(DECODE_CHUNK) if len(share) else [])
+    beam = options.training.val_beam_size
+    decoding = options.decoding._replace(algorithm="beam", beam_size=beam, num_captions=1)
+    hypotheses = captioner.caption_features(chunks, decoding, options.run.seed)
+    best = [image[0] for image in until_stopped(received, hypotheses, apart=True)]
+    shares = process_group.all_gather([hypothesis._replace(attention=None) for hypothesis in best])
+    best = list(itertools.chain.from_iterable(shares))
+    texts = (captioner.vocabulary.decode(hypothesis.tokens) for hypothesis in best)
+    captions = dict(zip(table.image, texts, strict=True))
+    scores = run.scorer.score(captions)[0] if process_group.rank() == 0 else None
+    scores = process_group.broadcast(scores)
+    del scores["METEOR"]
+    unfinished = sum(not hypothesis.finished for hypothesis in best)
+    return scores | {"share_cut": unfinished / len(best)}
+
+
+def start_run(options, hardware, checkpoint):
+    """A run before its next step, its folder made: new, or as the checkpoint left it."""
+    checkpoints.check_writable_dir(options.run.model_save_dir, "--model_save_dir")
+    check_cache_dir(options.features)
+    run = set_up(options, hardware, checkpoint)
+    loop, plan = run.state.loop, run.state.plan
+    if process_group.rank() == 0:
+        open_folder(run)
+    loop["best_score"] = process_group.broadcast(loop["best_score"])
+    warn_about_schedule(options.schedule, plan)
+    if checkpoint:
+        num_batches = run.training.batches.num_batches
+        where = f", batch {loop['batch'] + 1} of {num_batches}" if loop["batch"] else ""
+        print(
+            f"resumed from {options.run.model_path}: epoch {loop['epoch'] + 1}{where}; "
+            f"{plan['epochs'] - loop['epoch']} epochs to go"
+        )
+    return run
+
+
+def set_up(options, hardware, checkpoint=None):
+    """The parts of a run. Reads and encodes data; writes no file of the run."""
+    dataset = open_dataset(options, checkpoint)
+    print(*dataset.notes, sep="\n")
+    encoder = open_encoder(options, hardware, checkpoint)
+    reads_grid = DECODERS[options.model.decoder].reads_grid
+    open_split = functools.partial(open_features, options, hardware, encoder, dataset)
+    flip = options.training.horizontal_flip
+    table, features = open_split("train", reads_grid, mirrored=flip)
+    val_table, val_features = open_split("val", reads_grid)
+    texts = list(itertools.chain.from_iterable(table.captions))
+    experiment_utils.set_seed(options.run.seed)
+    if checkpoint:
+        decoder, vocabulary = restore_decoder(options.run.model_path, options.as_dict(), checkpoint)
+    else:
+        vocabulary = Vocabulary.build(texts, options.data.freq_threshold)
+        decoder = new_decoder(options, encoder, vocabulary, features)
+    print(
+        f"vocabulary: {len(vocabulary)} words, each in {len(texts)} captions "
+        f"{options.data.freq_threshold} times or more"
+    )
+    decoder.to(hardware.device)
+    training = Split(table, features, make_batches(table, vocabulary, options))
+    validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
+    references = dict(zip(val_table.image, val_table.captions, strict=True))
+    state = make_state(decoder, options, hardware, training.batches.num_batches, checkpoint)
+    resolved = {
+        "device": str(hardware.device),
+        "precision": hardware.precision,
+        "image_size": encoder.image_size,
+        "epochs": state.plan["epochs"] - state.loop["epoch"],
+    }
+    return Run(
+        options=options,
+        captioner=Captioner(encoder, decoder, vocabulary, hardware),
+        dataset=dataset,
+        training=training,
+        validation=validation,
+        scorer=metrics_utils.CaptionScorer(references, texts),
+        objective=CrossEntropyObjective(options.training),
+        state=state,
+        model=distributed(decoder, options.run.seed + state.loop["step"]),
+        config=options.as_dict() | resolved,
+    )
+
+
+def new_decoder(options, encoder, vocabulary, features):
+    """An untrained decoder that knows the scale of the training features."""
+    decoder = build_decoder(options.as_dict(), encoder.channels, len(vocabulary))
+    num_images = len(features.paths)
+    sample = torch.linspace(0, num_images - 1, min(num_images, CALIBRATION_IMAGES)).long()
+    decoder.to(features.device).calibrate(next(features.stream([sample])))
+    return decoder
+
+
+def make_batches(table, vocabulary, options):
+    """A table's captions as batches of word ids."""
+    ids = ([vocabulary.encode(text) for text in captions] for captions in table.captions)
+    batch_size, max_length = options.training.batch_size, options.decoding.max_length
+    return CaptionBatches(ids, batch_size, max_length, options.run.seed)
+
+
+def make_state(decoder, options, hardware, num_batches, checkpoint):
+    """The state of a new run, or the checkpoint's."""
+    if not checkpoint:
+        return TrainState(decoder, options, hardware, make_plan(options, num_batches))
+    with checkpoints.checkpoint_errors(options.run.model_path):
+        plan = make_plan(options, num_batches, checkpoint)
+        epochs = plan["epochs"] - checkpoint["epoch"]  # a schedule that begins now has these
+        options = options._replace(training=options.training._replace(epochs=epochs))
+        state = TrainState(decoder, options, hardware, plan)
+        state.load_state_dict(checkpoint)
+        change_course(state, options, checkpoint)
+        batch = state.loop["batch"]
+        if not 0 <= batch <= num_batches:
+            raise ValueError(f"batch {batch} of {num_batches}")
+    scheduler, left = state.scheduler, epochs * num_batches - batch
+    if plan["schedule"] == "one_cycle" and scheduler.last_epoch + left > scheduler.total_steps:
+        warn(f"one_cycle was planned for {plan['steps']} steps: past them the rate stays as it is")
+    return state
+
+
+def distributed(decoder, seed):
+    """The decoder as several processes train it together; each draws dropout of its own."""
     if process_group.rank():
+        torch.manual_seed(seed + 1_000_003 * process_group.rank())
+    if process_group.world_size() == 1:
+        return decoder
+    return nn.parallel.DistributedDataParallel(
+        decoder, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def open_folder(run):
+    """Make the run's folder and its first files; a resumed run brings the best checkpoint along."""
+    options, state = run.options, run.state
+    run.folder = experiment_utils.create_run_dir(options.run.model_save_dir, run.config)
+    schedule = SCHEDULES.get(state.plan["schedule"])
+    taken = schedule.arguments.values() if schedule else ()
+    run.tracker = experiment_utils.RunTracker(
+        run.folder,
+        run.config,
+        [Path(sys.executable).name, *sys.argv],
+        state.history,
+        schedule_options=[name for name in taken if name in options.schedule._fields],
+    )
+    state.history = run.tracker.history
+    print(f"run directory: {run.folder}")
+    print_checkpoint_sizes(run)
+    if state.loop["best_score"] is None:
         return
+    best = Path(options.run.model_path).with_name("best.pt")
+    if best.is_file() and checkpoints.load_checkpoint(best)["epoch"] <= state.loop["epoch"]:
+        with checkpoints.replace_file(run.folder / "best.pt") as copy, best.open("rb") as original:
+            shutil.copyfileobj(original, copy)
+        return
+    print(f"no best.pt as old as {options.run.model_path} beside it: the next one is the first")
+    state.loop["best_score"] = None
+
+
+def print_checkpoint_sizes(run):
+    """Say what the run's checkpoints will take on the disk."""
+    decoder, epochs = run.captioner.decoder, run.config["epochs"]
+    each = sum(p.nbytes for p in decoder.parameters()) * 3  # weights and Adam's two moments
+    kept = min(epochs, run.options.training.keep_checkpoints or epochs)
+    encoder = sum(t.nbytes for t in run.captioner.encoder.trunk.state_dict().values())
+    print(
+        f"checkpoints will take {(each * (kept + 1) + encoder) / 2**20:,.0f} MiB: "
+        f"{each / 2**20:,.0f} MiB for each of {kept} epochs, and best.pt with the encoder"
+    )
+
+
+def save(run, name):
+    """Write the whole state to a file of the run's folder; only best.pt holds the encoder."""
+    captioner = run.captioner
+    weights = captioner.encoder.trunk.state_dict() if name == "best.pt" else None
+    checkpoint = {
+        "config": run.config,
+        "vocabulary": captioner.vocabulary.to_plain(),
+        "model": captioner.decoder.state_dict(),
+        "encoder": {**captioner.encoder.key(), "weights": weights},
+        "splits": run.dataset.split_names(),
+    }
+    checkpoints.save_checkpoint(run.folder / name, checkpoint | run.state.state_dict())
+
+
+def save_stopped(run, signum):
+    """Write last.pt after a signal. Returns the exit status."""
+    if process_group.rank() == 0:
+        save(run, "last.pt")
+        print(
+            f"stopped by {signal.Signals(signum).name} in epoch {run.state.loop['epoch'] + 1}: "
+            f"--resume {run.folder / 'last.pt'} goes on from here"
+        )
+    return 128 + signum
+
+
+def record_epoch(run, row, is_best):
+    """Write an epoch's checkpoints, curves and console block."""
+    state, keep = run.state, run.options.training.keep_checkpoints
     run.tracker.log_epoch(row)
     if is_best:
         save(run, "best.pt")
-    save(run, f"model_epoch_{progress['epoch']}.pt")
-    if args.keep_checkpoints:
-        checkpoints.prune_checkpoints(run.run_dir, args.keep_checkpoints)
+    save(run, f"model_epoch_{row['epoch']}.pt")
+    if keep:
+        checkpoints.prune_checkpoints(run.folder, keep)
     print(
-        f"Epoch {row['epoch']} completed ({row['epoch']}/{run.plan['epochs']}):\n"
+        f"Epoch {row['epoch']} completed ({row['epoch']}/{state.plan['epochs']}):\n"
         f"  Training Loss: {row['train_loss']:.5f}\n"
         f"  Validation Loss: {row['val_loss']:.5f}\n"
         f"  Learning Rate: {row['learning_rate']:.6f}\n"
-        f"  Scheduler: {describe_scheduler(args, run.plan)}\n"
+        f"  Scheduler: {describe_scheduler(run.options, state.plan)}\n"
         f"  Validation captions: BLEU-4 {row['BLEU-4']:.4f}, CIDEr {row['CIDEr']:.4f}, "
         f"{row['share_unique']:.0%} unique, {row['share_cut']:.0%} cut at --max_length\n"
         f"  Model checkpoint saved (best: {is_best})",
         flush=True,
     )
-    if row["share_unique"] * len(run.val_table) < 1.5 and len(run.val_table) > 1:
-        print("warning: every validation image got the same caption: the decoder does not see the images (yet); "
-              "lower --learning_rate if it stays so", file=sys.stderr)  # fmt: skip
+    images = len(run.validation.table)
+    if images > 1 and row["share_unique"] * images < 1.5:
+        warn(
+            "every validation image got the same caption: the decoder does not see the "
+            "images (yet); lower --learning_rate if it stays so"
+        )
 
 
-def save(run, name):
-    """Write the whole state of the run to a file of its directory; only best.pt holds the encoder's weights."""
-    progress = run.progress
-    weights = run.encoder.trunk.state_dict() if name == "best.pt" else None
-    checkpoints.save_checkpoint(run.run_dir / name, {
-        "config": plain_config(run.args), "vocabulary": run.vocabulary.to_plain(), "model": run.decoder.state_dict(),
-        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "plan": run.plan,
-        "scheduler": run.scheduler and run.scheduler.state_dict(), "epoch": progress["epoch"], "step": progress["step"],
-        "data_position": {name: progress[name] for name in AT_EPOCH_START},
-        "history": run.tracker.history, "best_score": progress["best_score"],
-        "early_stopping": {"stale_epochs": progress["stale_epochs"]}, "random_state": experiment_utils.random_state(),
-        "encoder": {**run.encoder.key(), "weights": weights}, "splits": run.dataset.split_names(),
-    })  # fmt: skip
-
-
-def plain_config(args):
-    """Every option's value as plain types: what run_config.json and checkpoints store."""
-    return {
-        name: str(value) if name == "device" else value
-        for name, value in vars(args).items()
-        if name != "typed"
-    }
-
-
-def set_up(args, checkpoint):
-    """Everything a training run needs, new or as the checkpoint left it. Reads and encodes data; writes no run file."""
-    dataset = open_dataset(args, checkpoint)
-    print(*dataset.notes, sep="\n")
-    encoder = open_encoder(args, checkpoint)
-    pooled = DECODERS[args.decoder].pooled
-    table, features = open_features(args, encoder, dataset, "train", pooled)
-    val_table, val_features = open_features(args, encoder, dataset, "val", pooled)
-    texts = [caption for captions in table.captions for caption in captions]
-    experiment_utils.set_seed(args.seed)
-    if checkpoint:
-        decoder, vocabulary = restore_decoder(args, checkpoint)
-    else:
-        vocabulary = caption_batches.Vocabulary.build(texts, args.freq_threshold)
-        decoder = build_decoder(args, encoder.channels, len(vocabulary))
-        sample = torch.linspace(0, len(table) - 1, min(len(table), SAMPLE)).long()
-        decoder.fit_features(next(features.stream([sample])))
+def finish_run(run):
+    """Draw the attention pictures that were asked for, and say what to do next."""
+    best, options = run.folder / "best.pt", run.options
+    if options.pictures.save_attention_viz:
+        run.captioner.decoder.load_state_dict(checkpoints.load_checkpoint(best)["model"])
+        features = run.validation.features
+        images = torch.arange(min(options.pictures.attention_viz_samples, len(features.paths)))
+        chunks = features.stream([images])
+        hypotheses = run.captioner.caption_features(chunks, options.decoding, options.run.seed)
+        draw_attention(run.folder, run.captioner, features.paths, hypotheses, options)
     print(
-        f"vocabulary: {len(vocabulary)} words, each in {len(texts)} captions {args.freq_threshold} times or more"
+        f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"
+        f"test it: python {Path(sys.argv[0]).name} --mode test --model_path {best}"
     )
-    run = SimpleNamespace(
-        args=args, encoder=encoder, decoder=decoder, model=decoder, vocabulary=vocabulary, dataset=dataset,
-        features=features, batches=token_batches(table.captions, vocabulary, args),
-        val_table=val_table, val_features=val_features, val_batches=token_batches(val_table.captions, vocabulary, args),
-        scorer=metrics_utils.CaptionScorer(dict(zip(val_table.image, val_table.captions, strict=True)), texts),
-        optimizer=build_optimizer(decoder, args),
-        scaler=torch.amp.GradScaler(args.device.type, enabled=args.precision == "float16"),
-        progress={"epoch": 0, "step": 0, "best_score": None, "stale_epochs": 0, **AT_EPOCH_START}, history=[],
-    )  # fmt: skip
-    if args.compile and args.decoder == "attention":  # torch's LSTM is one call already
-        backend = "cudagraphs" if args.device.type == "cuda" else "inductor"
-        decoder.compiled = torch.compile(decoder.teach, dynamic=False, backend=backend)
-    if checkpoint:
-        with checkpoints.checkpoint_errors(args.model_path):
-            restore_progress(run, checkpoint)
-    else:
-        run.plan = {"epochs": args.epochs, "steps": args.epochs * run.batches.num_batches}
-        run.scheduler = build_scheduler(run.optimizer, args, run.plan)
-    if process_group.world_size() > 1:
-        run.model = nn.parallel.DistributedDataParallel(
-            decoder, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
-    if process_group.rank():  # dropout of its own
-        torch.manual_seed(args.seed + 1_000_003 * process_group.rank() + run.progress["step"])
-    run.per_step = isinstance(run.scheduler, torch.optim.lr_scheduler.OneCycleLR)
-    return run
 
 
-def token_batches(captions, vocabulary, args):
-    """Captions (per image a list of texts) as batches of word ids."""
-    ids = ([vocabulary.encode(text) for text in image] for image in captions)
-    return caption_batches.CaptionBatches(ids, args.batch_size, args.max_length, args.seed)
+# ------------------------------------------------------------------------ test and caption new images
 
 
-def restore_decoder(args, checkpoint):
-    """The checkpoint's decoder, on its device, and vocabulary. Raises: ValueError when they do not fit each other."""
-    with (
-        checkpoints.checkpoint_errors(args.model_path),
-        torch.device("meta"),
-    ):  # shapes first, before memory is taken
-        vocabulary = caption_batches.Vocabulary.from_plain(checkpoint["vocabulary"])
-        sizes = checkpoint["encoder"]["channels"], len(vocabulary)
-        expected = build_decoder(args, *sizes, device="meta").state_dict()
-    shapes = {name: getattr(tensor, "shape", None) for name, tensor in checkpoint["model"].items()}
-    if shapes != {name: tensor.shape for name, tensor in expected.items()}:
-        raise ValueError(
-            f"{args.model_path}: its decoder's weights do not fit its configuration: give another checkpoint"
-        )
-    decoder = build_decoder(args, *sizes)
-    decoder.load_state_dict(checkpoint["model"])
-    return decoder, vocabulary
-
-
-def family(checkpoint):
-    """What the members of an ensemble must have in common."""
-    encoder, splits = checkpoint["encoder"], checkpoint["splits"]
-    return {"encoder": [encoder["weights_sha256"], encoder["channels"]],
-            "image size": [encoder["image_size"], encoder.get("coarse_size")],
-            "split": {name: sorted(splits[name]) for name in splits},
-            "vocabulary": checkpoint["vocabulary"]}  # fmt: skip
-
-
-def open_decoder(args, checkpoint):
-    """What test and caption mode write with, and its vocabulary: the checkpoint's decoder, or its --ensemble.
-
-    Raises: ValueError when a member has other words, pictures or splits (whose test images the first may know).
-    """
-    decoder, vocabulary = restore_decoder(args, checkpoint)
-    members = [decoder]
-    args.ensemble = [str(found_checkpoint(args, path)) for path in args.ensemble]
-    with checkpoints.checkpoint_errors(args.model_path):
-        own = family(checkpoint)
-    for path in args.ensemble:
-        other = checkpoints.load_checkpoint(path)
-        stored = SimpleNamespace(
-            **check_stored(path, other["config"]) | {"device": args.device, "model_path": path}
-        )
-        with checkpoints.checkpoint_errors(path):
-            others = family(other)
-            differing = [name for name in own if own[name] != others[name]]
-        if differing:
-            raise ValueError(
-                f"--ensemble {path}: has another {differing[0]} than {args.model_path}: members must be trained alike"
-            )
-        members.append(restore_decoder(stored, other)[0])
-    return (Ensemble(members) if args.ensemble else decoder), vocabulary
-
-
-def restore_progress(run, checkpoint):
-    """Put optimizer, schedule, counters and random state back to where the checkpoint was taken."""
-    args, saved = run.args, checkpoint["config"]
-    best, where = checkpoint["best_score"], checkpoint["data_position"]
-    run.progress |= {name: type(start)(where[name]) for name, start in AT_EPOCH_START.items()}
-    run.progress |= {"epoch": checkpoint["epoch"], "step": checkpoint["step"]}
-    run.progress |= {
-        "best_score": best if best is None else float(best),
-        **checkpoint["early_stopping"],
-    }
-    run.history, run.plan = [dict(row) for row in checkpoint["history"]], dict(checkpoint["plan"])
-    if not 0 <= run.progress["batch"] <= run.batches.num_batches:
-        raise ValueError(f"batch {run.progress['batch']} of {run.batches.num_batches}")
-    if "epochs" in args.typed:
-        run.plan["epochs"] = checkpoint["epoch"] + args.epochs
-    args.epochs = run.plan["epochs"] - checkpoint["epoch"]
-    if args.epochs < 1:
-        raise ValueError(
-            f"{args.model_path}: its plan of {run.plan['epochs']} epochs is done: give --epochs for more"
-        )
-    fresh = args.use_scheduler and (
-        not saved["use_scheduler"] or args.scheduler_type != saved["scheduler_type"]
-    )
-    if fresh:
-        print(f"--scheduler_type {args.scheduler_type} is new to this run: its schedule starts now")
-        run.plan["steps"] = args.epochs * run.batches.num_batches - run.progress["batch"]
-    run.scheduler = build_scheduler(
-        run.optimizer, args, run.plan
-    )  # before the states: building one sets the rate
-    planned = [group | {} for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.scaler.load_state_dict(checkpoint["scaler"])
-    for group, plan in zip(run.optimizer.param_groups, planned, strict=True):
-        group.update(
-            {
-                name: plan[name]
-                for name in (plan if fresh else ("weight_decay",))
-                if name != "params"
-            }
-        )
-    if run.scheduler and not fresh:
-        state = {
-            name: value
-            for name, value in checkpoint["scheduler"].items()
-            if name in SCHEDULER_STATE
-        }
-        run.scheduler.load_state_dict(state)
-    if args.learning_rate != saved["learning_rate"] and not fresh:
-        scale_rate(run, args.learning_rate / saved["learning_rate"])
-    over = run.progress["step"] + args.epochs * run.batches.num_batches - run.plan["steps"]
-    if (
-        args.use_scheduler
-        and args.scheduler_type == "one_cycle"
-        and not fresh
-        and over > run.progress["batch"]
-    ):
-        print(f"warning: one_cycle was planned for {run.plan['steps']} steps: past them the rate stays as it is",
-              file=sys.stderr)  # fmt: skip
-    experiment_utils.set_random_state(checkpoint["random_state"])
-
-
-def scale_rate(run, factor):
-    """Go on at a typed --learning_rate: everything the schedule computes with, times `factor`."""
-    for group in run.optimizer.param_groups:
-        for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
-            group[name] *= factor
-    if hasattr(run.scheduler, "base_lrs"):
-        run.scheduler.base_lrs = [rate * factor for rate in run.scheduler.base_lrs]
-
-
-def open_run_dir(run):
-    """Make the run's directory and its first files; a resumed run brings the best checkpoint so far along."""
-    args, progress = run.args, run.progress
-    config = plain_config(args)
-    run.run_dir = experiment_utils.create_run_dir(args.model_save_dir, config)
-    schedule_options = {
-        "reduce_lr_on_plateau": ("scheduler_patience", "scheduler_factor", "min_lr"),
-        "step": ("scheduler_step_size", "scheduler_gamma"),
-        "cosine": ("scheduler_t_max", "min_lr"),
-        "exponential": ("scheduler_gamma",),
-        "one_cycle": ("warmup_epochs",),
-    }
-    run.tracker = experiment_utils.RunTracker(
-        run.run_dir,
-        config,
-        [Path(sys.executable).name, *sys.argv],
-        run.history,
-        schedule_options[args.scheduler_type] if args.use_scheduler else (),
-    )
-    print(f"run directory: {run.run_dir}")
-    size = (
-        sum(parameter.nbytes for parameter in run.decoder.parameters()) * 3
-    )  # weights and Adam's two moments
-    kept = min(args.epochs, args.keep_checkpoints or args.epochs)
-    weights = sum(tensor.nbytes for tensor in run.encoder.trunk.state_dict().values())
-    print(f"checkpoints will take {(size * (kept + 1) + weights) / 2**20:,.0f} MiB: {size / 2**20:,.0f} MiB for each "
-          f"of {kept} epochs, and best.pt with the encoder")  # fmt: skip
-    if progress["best_score"] is not None:
-        best = Path(args.model_path).with_name("best.pt")
-        if best.is_file() and checkpoints.load_checkpoint(best)["epoch"] <= progress["epoch"]:
-            with (
-                checkpoints.replace_file(run.run_dir / "best.pt") as copy,
-                best.open("rb") as original,
-            ):
-                shutil.copyfileobj(original, copy)
-        else:
-            print(
-                f"no best.pt as old as {args.model_path} beside it: the next epoch's will be the first"
-            )
-            progress["best_score"] = None
-
-
-def train(args, checkpoint):
-    """Train until the plan's last epoch, early stopping or a signal. Returns the exit status."""
-    for flag in ("model_save_dir", "cache_dir"):
-        checkpoints.check_writable_dir(getattr(args, flag), f"--{flag}")
-    run = set_up(args, checkpoint)
-    progress = run.progress
-    if process_group.rank() == 0:
-        open_run_dir(run)
-    progress["best_score"] = process_group.broadcast(progress["best_score"])
-    warn_about_schedule(args, run.plan["epochs"])
-    if checkpoint:
-        where = (
-            f", batch {progress['batch'] + 1} of {run.batches.num_batches}"
-            if progress["batch"]
-            else ""
-        )
-        print(
-            f"resumed from {args.model_path}: epoch {progress['epoch'] + 1}{where}; {args.epochs} epochs to go"
-        )
-    with listen_for_stop() as received:
-        while progress["epoch"] < run.plan["epochs"]:
-            started = time.perf_counter() - progress["seconds"]
-            try:
-                if not progress["batch"]:
-                    progress["rate"] = run.optimizer.param_groups[0]["lr"]
-                train_epoch(run, received)
-                row = {
-                    "epoch": progress["epoch"] + 1,
-                    "train_loss": progress["loss_sum"] / progress["tokens"],
-                }
-                row |= {"learning_rate": progress["rate"], **validate(run, received)}
-            except Stopped as stop:
-                progress["seconds"] = time.perf_counter() - started
-                if process_group.rank():
-                    return 128 + stop.args[0]
-                save(run, "last.pt")
-                print(f"stopped by {signal.Signals(stop.args[0]).name} in epoch {progress['epoch'] + 1}: "
-                      f"--resume {run.run_dir / 'last.pt'} goes on from here")  # fmt: skip
-                return 128 + stop.args[0]
-            finish_epoch(run, row | {"epoch_time_seconds": time.perf_counter() - started})
-            if 0 < args.early_stopping_patience <= progress["stale_epochs"]:
-                print(f"stopped early: no better CIDEr for {progress['stale_epochs']} epochs")
-                break
-    if process_group.rank():
-        return 0
-    best = run.run_dir / "best.pt"
-    if args.save_attention_viz:
-        run.decoder.load_state_dict(checkpoints.load_checkpoint(best)["model"])
-        positions = torch.arange(min(args.attention_viz_samples, len(run.val_table)))
-        found = caption_images(
-            run.decoder, run.val_features.stream([positions]), run.vocabulary, args
-        )
-        paths = run.val_features.paths[: len(positions)]
-        draw_attention(run.run_dir, args, run.encoder.grid, run.vocabulary, paths, found)
-    print(f"best CIDEr {progress['best_score']:.4f}: {best}\ntest it: python {Path(sys.argv[0]).name} --mode test "
-          f"--model_path {best}")  # fmt: skip
-    return 0
-
-
-# ----------------------------------------------------------------------------------------- test and caption new images
-
-
-def draw_attention(folder, args, grid, vocabulary, paths, found, first=1):
-    """One picture per path, numbered from `first`: where the decoder looked for each word of its best hypothesis."""
+def draw_attention(folder, captioner, paths, hypotheses, options, first=1):
+    """A picture for each image's best hypothesis, numbered from `first`: its attention per word."""
     pictures = image_loading.open_images(paths)
-    for number, (picture, hypotheses) in enumerate(zip(pictures, found, strict=False), start=first):
-        best = hypotheses[0]
+    for number, (picture, (best, *_)) in enumerate(zip(pictures, hypotheses), start=first):  # noqa: B905
         attention_visualization.save_attention_viz(
-            folder, number, picture, [vocabulary.words[token] for token in best.tokens],
-            best.attention.unflatten(1, grid).numpy(), advanced=args.advanced_attention_viz, log_prob=best.log_prob,
-        )  # fmt: skip
+            folder,
+            number,
+            picture,
+            captioner.words(best),
+            captioner.attention_grid(best),
+            advanced=options.pictures.advanced_attention_viz,
+            log_prob=best.log_prob,
+        )
 
 
-def output_folder(args):
-    """Where test and caption mode write: --output_dir, not yet made, or the checkpoint's folder. Raises: ValueError."""
-    folder = Path(args.output_dir or Path(args.model_path).parent)
+def output_folder(options):
+    """Where files go: --output_dir, not yet made, or the checkpoint's folder. Raises: ValueError."""
+    folder = Path(options.output.output_dir or Path(options.run.model_path).parent)
     checkpoints.check_writable_dir(folder, "--output_dir")
     return folder
 
 
-def test(args, checkpoint):
-    """Caption a whole split without reference tokens, score it, write what was found. Returns the exit status."""
-    folder, started = output_folder(args), time.perf_counter()
-    checkpoints.check_writable_dir(args.cache_dir, "--cache_dir")
-    dataset = open_dataset(args, checkpoint)
-    encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), open_decoder(args, checkpoint)
+def test(options, hardware, checkpoint):
+    """Caption a whole split without reference tokens and score it. Returns the exit status."""
+    started, folder = time.perf_counter(), output_folder(options)
+    check_cache_dir(options.features)
+    dataset = open_dataset(options, checkpoint)
+    captioner = open_captioner(options, hardware, checkpoint)
     print(*dataset.notes, sep="\n")
-    table, features = open_features(args, encoder, dataset, args.split, decoder.pooled)
-    grids = features.stream(torch.arange(len(table)).split(CHUNK))
-    found = caption_images(decoder, grids, vocabulary, args, num_captions=1)
-    found = list(tqdm(found, "decoding", len(table), unit="image", disable=None))
-    best = [hypotheses[0] for hypotheses in found]
-    captions = {
-        name: vocabulary.decode(h.tokens) for name, h in zip(table.image, best, strict=True)
-    }
-    training = [
-        c for captions in dataset.table.captions[dataset.table.split == "train"] for c in captions
-    ]
-    scorer = metrics_utils.CaptionScorer(
-        dict(zip(table.image, table.captions, strict=True)), training
+    split, reads_grid = options.output.split, captioner.decoder.reads_grid
+    table, features = open_features(
+        options, hardware, captioner.encoder, dataset, split, reads_grid
     )
-    scores, per_image = scorer.score(captions, meteor=True, bootstrap=1000)
-    scores["share_cut"] = sum(not h.finished for h in best) / len(best)
-    boxes = dataset.captions_file.with_name("boxes.json")
-    if best[0].attention is not None and boxes.is_file():
-        boxes = json.loads(boxes.read_text())
-        words = [[vocabulary.words[token] for token in h.tokens] for h in best]
-        maps = [h.attention.unflatten(1, encoder.grid).numpy() for h in best]
-        known = [boxes.get(name, []) for name in table.image]
-        scores["attention"] = metrics_utils.peak_in_box(zip(words, maps, known, strict=True))
+    chunks = features.stream(torch.arange(len(table)).split(DECODE_CHUNK))
+    hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
+    hypotheses = list(tqdm(hypotheses, "decoding", len(table), unit="image", disable=None))
+    scores, rows = score_split(captioner, dataset, table, [image[0] for image in hypotheses])
     folder.mkdir(parents=True, exist_ok=True)
-    decoding = {name: getattr(args, name) for name in ("algorithm", *DECODING_OPTIONS)} | {
-        "num_captions": 1
+    if options.pictures.save_attention_viz:
+        paths = features.paths[: options.pictures.attention_viz_samples]
+        draw_attention(folder, captioner, paths, hypotheses, options)
+    scores |= {
+        "dataset_type": options.data.dataset_type,
+        "split": split,
+        "images": len(table),
+        "decoding": options.decoding._asdict(),
+        "checkpoint": options.run.model_path,
+        "ensemble": options.output.ensemble,
+        "wall_time_seconds": time.perf_counter() - started,
     }
-    rows = [
-        {
-            "image_id": number,
-            "file_name": name,
-            "caption": captions[name],
-            "log_prob": h.log_prob,
-            **per_image[name],
-        }
-        for number, (name, h) in enumerate(zip(table.image, best, strict=True))
-    ]
-    if args.save_attention_viz:
-        draw_attention(
-            folder,
-            args,
-            encoder.grid,
-            vocabulary,
-            features.paths[: args.attention_viz_samples],
-            found,
-        )
-    scores |= {"dataset_type": args.dataset_type, "split": args.split, "images": len(table), "decoding": decoding,
-               "checkpoint": str(args.model_path), "ensemble": args.ensemble,
-               "wall_time_seconds": time.perf_counter() - started}  # fmt: skip
-    checkpoints.write_json(folder / f"{args.split}_captions.json", rows)
-    checkpoints.write_json(folder / f"{args.split}_metrics.json", scores)
-    how = f"beam {args.beam_size}" if args.algorithm == "beam" else args.algorithm
-    print(f"{args.dataset_type} {args.split}: {len(table)} images, {how}")
+    checkpoints.write_json(folder / f"{split}_captions.json", rows)
+    checkpoints.write_json(folder / f"{split}_metrics.json", scores)
+    algorithm = options.decoding.algorithm
+    search = f"beam {options.decoding.beam_size}" if algorithm == "beam" else algorithm
+    print(f"{options.data.dataset_type} {split}: {len(table)} images, {search}")
     print(metrics_utils.scores_table(scores))
-    print(f"written: {folder / f'{args.split}_metrics.json'} and {args.split}_captions.json")
+    print(f"written: {folder / f'{split}_metrics.json'} and {split}_captions.json")
     return 0
 
 
-def caption(args, checkpoint):
-    """Print a caption per picture; goes on past files that are no pictures. Returns the status, 1 if there were any."""
-    paths = [path for given in args.images for path in image_loading.pictures_in(Path(given))]
-    folder = output_folder(args) if args.save_attention_viz else None
-    encoder, (decoder, vocabulary) = open_encoder(args, checkpoint), open_decoder(args, checkpoint)
+def score_split(captioner, dataset, table, best):
+    """Scores of each image's best hypothesis, and a row per image for the captions file."""
+    texts = [captioner.vocabulary.decode(hypothesis.tokens) for hypothesis in best]
+    training = dataset.table.captions[dataset.table.split == "train"]
+    training = list(itertools.chain.from_iterable(training))
+    references = dict(zip(table.image, table.captions, strict=True))
+    scorer = metrics_utils.CaptionScorer(references, training)
+    captions = dict(zip(table.image, texts, strict=True))
+    scores, per_image = scorer.score(captions, meteor=True, bootstrap=1000)
+    scores["share_cut"] = sum(not hypothesis.finished for hypothesis in best) / len(best)
+    boxes_file = dataset.captions_file.with_name("boxes.json")
+    if best[0].attention is not None and boxes_file.is_file():
+        boxes = json.loads(boxes_file.read_text())
+        records = [
+            (captioner.words(hypothesis), captioner.attention_grid(hypothesis), boxes.get(name, []))
+            for name, hypothesis in zip(table.image, best, strict=True)
+        ]
+        scores["attention"] = metrics_utils.peak_in_box(records)
+    rows = [
+        {"image_id": number, "file_name": name, "caption": text, "log_prob": hypothesis.log_prob}
+        | per_image[name]
+        for number, (name, text, hypothesis) in enumerate(
+            zip(table.image, texts, best, strict=True)
+        )
+    ]
+    return scores, rows
+
+
+def caption(options, hardware, checkpoint):
+    """Print captions of pictures, past files that are none. Returns the status, 1 if there were."""
+    paths = [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
+    folder = output_folder(options) if options.pictures.save_attention_viz else None
+    captioner = open_captioner(options, hardware, checkpoint)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
+    workers = options.run.num_workers if len(paths) > DECODE_CHUNK else 0
+    chunks = image_loading.decode_images(paths, captioner.encoder.image_size, DECODE_CHUNK, workers)
     status, drawn = 0, 0
-    for start in range(0, len(paths), CHUNK):
-        images, readable = [], []
-        for path in paths[start : start + CHUNK]:
-            try:
-                images.append(torch.from_numpy(image_loading.load_image(path, encoder.image_size)))
-                readable.append(path)
-            except ValueError as error:
-                print(f"flickr_image_caption.py: {error}", file=sys.stderr)
-                status = 1
-        if not images:
+    for positions, pixels, reasons in chunks:
+        for position, reason in reasons.items():
+            print(f"flickr_image_caption.py: {paths[position]}: {reason}", file=sys.stderr)
+            status = 1
+        if not positions:
             continue
-        with torch.inference_mode():
-            grid = encoder(torch.stack(images).permute(0, 3, 1, 2))
-        found = list(caption_images(decoder, [grid], vocabulary, args))
-        for path, hypotheses in zip(readable, found, strict=True):
-            texts = [
-                {"caption": vocabulary.decode(h.tokens), "log_prob": h.log_prob} for h in hypotheses
-            ]
-            if args.json:
-                print(
-                    json.dumps({"image": str(path), "captions": texts}, ensure_ascii=False),
-                    flush=True,
-                )
-            else:
-                print(*(f"{path}\t{text['caption']}" for text in texts), sep="\n", flush=True)
+        readable = [paths[position] for position in positions]
+        pixels = torch.from_numpy(pixels)
+        hypotheses = captioner.caption(pixels, options.decoding, options.run.seed)
+        for path, image in zip(readable, hypotheses, strict=True):
+            print_captions(captioner, path, image, options.output.json)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            draw_attention(folder, args, encoder.grid, vocabulary, readable, found, first=drawn + 1)
+            draw_attention(folder, captioner, readable, hypotheses, options, first=drawn + 1)
             drawn += len(readable)
     return status
 
 
-# --------------------------------------------------------------------------------------------------------- the program
+def print_captions(captioner, path, hypotheses, as_json):
+    """An image's captions: a line each, or one JSON object."""
+    decode = captioner.vocabulary.decode
+    captions = [{"caption": decode(h.tokens), "log_prob": h.log_prob} for h in hypotheses]
+    if as_json:
+        line = {"image": str(path), "captions": captions}
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+    else:
+        print(*(f"{path}\t{c['caption']}" for c in captions), sep="\n", flush=True)
+
+
+# --------------------------------------------------------------------------------------------- main
 
 MODES = {"train": train, "test": test, "caption": caption}
 
 
-def found_checkpoint(args, path):
-    """The file that `path`, a file or a folder of runs, means; said where it is another. Raises: FileNotFoundError."""
-    found = checkpoints.resolve_checkpoint(path, "newest" if args.mode == "train" else "best")
-    if str(found) != str(path):
-        print(f"checkpoint: {found}", file=sys.stderr if args.mode == "caption" else sys.stdout)
-    return found
+def open_checkpoint(options):
+    """(settled options, checkpoint or None): what was not typed comes from the checkpoint.
 
-
-def open_checkpoint(args):
-    """The checkpoint that --model_path or --resume means, or None; options that were not typed become its own.
-
-    Raises: FileNotFoundError, ValueError; ValueError too when a typed option contradicts the stored model.
+    Raises: FileNotFoundError, ValueError that name the file or the flag.
     """
-    if args.model_path is None:
-        return None
-    if args.resume == "latest":
-        args.model_path = args.model_save_dir
-    path = args.model_path = str(found_checkpoint(args, args.model_path))
+    if options.checkpoint is None:
+        return options, None
+    path = find_checkpoint(options, options.checkpoint)
     checkpoint = checkpoints.load_checkpoint(path)
-    keep = THIS_RUN_ONLY + (
-        ()
-        if args.mode == "train"
-        else ("precision", "save_attention_viz", "advanced_attention_viz")
-    )
-    stored = check_stored(path, checkpoint["config"])
+    options = inherit(options, path, checkpoint["config"])
     with checkpoints.checkpoint_errors(path):
-        checkpoint["splits"] = {
-            split: list(checkpoint["splits"][split]) for split in caption_data.SPLITS
-        }
-    differing = [
-        name for name in ARCHITECTURE if name in args.typed and getattr(args, name) != stored[name]
-    ]
-    if differing:
-        said = ", ".join(
-            f"--{name} {getattr(args, name)} (stored: {stored[name]})" for name in differing
-        )
-        raise ValueError(
-            f"{path}: trained with other options than {said}: leave them out, they come from the checkpoint"
-        )
-    vars(args).update(
-        {
-            name: value
-            for name, value in stored.items()
-            if name not in args.typed and name not in keep
-        }
-    )
-    check_options(args)
-    return checkpoint
+        splits = {split: list(checkpoint["splits"][split]) for split in caption_data.SPLITS}
+    members = tuple(str(find_checkpoint(options, member)) for member in options.output.ensemble)
+    options = options._replace(output=options.output._replace(ensemble=members))
+    return options, checkpoint | {"splits": splits}
 
 
-def check_stored(path, config):
-    """A checkpoint's options, checked as if they were typed: the file may come from anyone. Raises: ValueError.
-
-    Options that the file lacks have their defaults, which do what the program did before there was the option.
-    """
-    checked = {}
-    for action in build_parser()._actions:
-        if action.dest in ("help", *THIS_RUN_ONLY):
-            continue
-        try:
-            value = config.get(action.dest, action.default)
-            as_typed = action.type or (bool if action.nargs == 0 else str)
-            if value is not None or action.default is not None:
-                same = as_typed(value if as_typed is bool else str(value)) == value
-                if not same or (action.choices and value not in action.choices):
-                    raise ValueError(value)
-        except (TypeError, ValueError, RuntimeError, argparse.ArgumentTypeError) as error:
-            raise ValueError(
-                f"{path}: its configuration has no usable --{action.dest}: give another checkpoint"
-            ) from error
-        checked[action.dest] = value
-    return checked
+def find_checkpoint(options, path):
+    """The file that `path`, a file or a folder of runs, means; printed where it is another."""
+    prefer = "newest" if options.run.mode == "train" else "best"
+    file = checkpoints.resolve_checkpoint(path, prefer)
+    if str(file) != str(path):
+        stream = sys.stderr if options.run.mode == "caption" else sys.stdout
+        print(f"checkpoint: {file}", file=stream)
+    return file
 
 
-def main(args):
-    """Run the mode. Returns the exit status: 0 done, 1 stopped by a failure, 2 misuse, 128 + signal."""
+def main(options):
+    """Run the mode. Returns the status: 0 done, 1 stopped by a failure, 2 misuse, 128 + signal."""
     try:
-        checkpoint = open_checkpoint(args)
-        args.device = resolve_device(args.device)
-        args.precision = resolve_precision(args.precision, args.device)
-        if args.compile:
-            runtime.check_compiler(args.device)
-        if args.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32
-        if args.device.type == "cpu":
-            runtime.keep_freed_memory()
-        if process_group.world_size() > 1 and args.mode != "train":
-            raise ValueError(f"--mode {args.mode} runs in one process: start it without torchrun")
-        with process_group.joined(args.device):
-            return MODES[args.mode](args, checkpoint)
+        options, checkpoint = open_checkpoint(options)
+        hardware = resolve_hardware(options.run.device, options.run.precision)
+        mode = options.run.mode
+        if process_group.world_size() > 1 and mode != "train":
+            raise ValueError(f"--mode {mode} runs in one process: start it without torchrun")
+        with process_group.joined(hardware.device):
+            return MODES[mode](options, hardware, checkpoint)
     except KeyboardInterrupt:
         return 130
     except (ValueError, FileNotFoundError) as error:
         fault, status = error, 2
     except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         fault, status = error, 1
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # the CPU's has no class of its own
+            raise
+        fault, status = error, 1
     print(f"flickr_image_caption.py: error: {' '.join(str(fault).split())}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(ARGS))
+    sys.exit(main(OPTIONS))

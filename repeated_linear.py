@@ -71,10 +71,10 @@ class LinearUses(torch.autograd.Function):
 def summed_once(*layers):
     """Sum the gradients of RepeatedLinear `layers` once for the one sequence run in the block.
 
-    torch.compile cannot trace this: within it, and without gradients, they are plain layers.
+    Without gradients they are plain layers.
     """
     try:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
             for layer in layers:
                 _share(layer)
         yield

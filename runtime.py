@@ -1,6 +1,7 @@
 """The machine and the operating system: device, precision, memory, and signals to stop.
 
-    device = resolve_device("auto")
+    hardware = resolve_hardware("auto", "auto")
+    with hardware.autocast(): ...
     with listen_for_stop() as received:
         for batch in until_stopped(received, batches): ...  # raises Stopped between two batches
 
@@ -10,10 +11,39 @@ Nothing here knows captions.
 import contextlib
 import ctypes
 import signal
+from typing import NamedTuple
 
 import torch
 
 import process_group
+
+
+class Hardware(NamedTuple):
+    """What this machine decides: where a run computes, and in which precision."""
+
+    device: torch.device
+    precision: str  # float32, bfloat16 or float16
+
+    @property
+    def dtype(self):
+        """The precision as torch.dtype."""
+        return getattr(torch, self.precision)
+
+    def autocast(self):
+        """The context in which decoders compute."""
+        enabled = self.precision != "float32"
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+
+def resolve_hardware(device, precision):
+    """--device and --precision -> Hardware, prepared. Raises: ValueError when it is not there."""
+    device = resolve_device(device)
+    hardware = Hardware(device, resolve_precision(precision, device))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    if device.type == "cpu":
+        keep_freed_memory()
+    return hardware
 
 
 def resolve_device(name):
@@ -38,7 +68,7 @@ def resolve_device(name):
 
 
 def to_device(tensor, device):
-    """The tensor on the device. To CUDA it goes from pinned memory, and nobody waits until it is there."""
+    """The tensor on the device. A copy to CUDA starts from pinned memory and is not waited for."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -56,17 +86,6 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
 
 
-def check_compiler(device):
-    """Compile a little for --compile. Raises: ValueError when torch.compile does not work for this device."""
-    try:
-        torch.compile(torch.sin)(torch.ones(1, device=device))
-    except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"--compile: torch.compile does not work here ({reason}): leave the option out"
-        ) from error
-
-
 def resolve_precision(name, device):
     """--precision -> float32, bfloat16 or float16; auto takes the fastest with hardware support.
 
@@ -74,8 +93,10 @@ def resolve_precision(name, device):
     """
     if name == "float16" and device.type == "cpu":
         raise ValueError("--precision float16 is for GPUs: give bfloat16 or float32 on a CPU")
-    if name != "auto":
+    if name in ("float32", "bfloat16", "float16"):
         return name
+    if name != "auto":
+        raise ValueError(f"--precision {name}: give auto, float32, bfloat16 or float16")
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     native = device.type == "cpu" and (

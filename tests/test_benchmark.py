@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import benchmark
 import caption_decoding
@@ -16,47 +17,74 @@ import download_datasets
 import feature_cache
 import flickr_image_caption as program
 import image_loading
-import runtime
+from runtime import Hardware
 
 ROOT = Path(__file__).resolve().parents[1]
+FLOAT32 = Hardware(torch.device("cpu"), "float32")
+
+
+def in_turn(batch, padded):
+    """Which caption and which step each token of a packed batch is, as positions in padded ones."""
+    order = padded.lengths.sort(descending=True, stable=True).indices
+    steps = torch.arange(len(batch.batch_sizes)).repeat_interleave(batch.batch_sizes)
+    return order[batch.caption_index], steps
+
+
+def test_the_packed_batch_holds_the_padded_captions():
+    features, padded = benchmark.generated(43)
+    batch = benchmark.packed(padded)
+    rows, steps = in_turn(batch, padded)
+    assert sorted(zip(rows.tolist(), steps.tolist(), strict=True)) == [
+        (row, step) for row, length in enumerate(padded.lengths) for step in range(length)
+    ]
+    assert batch.inputs.equal(padded.captions[rows, steps])
+    assert batch.targets.equal(padded.captions[rows, steps + 1])
+    assert batch.image_rows[batch.image_index][batch.caption_index].equal(padded.image_index[rows])
+    assert padded.image_index.bincount().tolist() == [5] * 8 + [3] and len(features) == 9
 
 
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
 def test_the_training_step_is_the_textbooks(kind):
-    fast, plain = benchmark.new_run(kind, "float32"), benchmark.new_run(kind, "float32")
-    features, batch = benchmark.generated(40)
-    for run in (fast, plain):
-        run.args.grad_clip, run.args.label_smoothing = 0.5, 0.1
-        run.decoder.eval()  # without dropout
+    typed = ["--grad_clip", "0.5", "--label_smoothing", "0.1"]
+    fast, plain = (benchmark.new_run(kind, FLOAT32, *typed) for _ in range(2))
+    decoders = fast.captioner.decoder.eval(), plain.captioner.decoder.eval()  # without dropout
+    features, padded = benchmark.generated(40)
+    batch = benchmark.packed(padded)
+    rows, steps = in_turn(batch, padded)
     with torch.no_grad():
-        _, captions, lengths, image_index = batch
-        ours, alphas = fast.decoder(features, captions[:, :-1], lengths, image_index)
-        theirs, looked = benchmark.plain_logits(
-            plain.decoder, features[image_index], captions[:, :-1]
-        )
-        mask = program.token_mask(lengths, ours.size(1))
-        torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
-        if alphas is not None:
-            torch.testing.assert_close(alphas[mask], looked[mask], atol=1e-5, rtol=0)
-    losses = [float(step(run, features, batch)) for step, run in
-              [(program.train_step, fast), (benchmark.plain_step, plain)]]  # fmt: skip
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    largest = max(float(parameter.grad.abs().max()) for parameter in plain.decoder.parameters())
-    for (name, ours), theirs in zip(
-        fast.decoder.named_parameters(), plain.decoder.parameters(), strict=True
-    ):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5 * largest, rtol=1e-4, msg=name)
+        logits, alphas = decoders[0](features, batch)
+        all_features, words = features[padded.image_index], padded.captions[:, :-1]
+        plain_logits, plain_alphas = benchmark.plain_logits(decoders[1], all_features, words)
+        torch.testing.assert_close(logits, plain_logits[rows, steps], atol=1e-5, rtol=0)
+        if kind == "attention":
+            torch.testing.assert_close(alphas, plain_alphas[rows, steps], atol=1e-5, rtol=0)
+        loss, _ = fast.objective(fast.model, features, batch)
+    nats = program.train_step(fast, features, batch) / batch.num_tokens
+    plain_nats = F.cross_entropy(plain_logits[rows, steps], batch.targets)
+    assert float(nats) == pytest.approx(float(plain_nats), abs=1e-5)
+    plain_loss = benchmark.plain_step(plain, features, padded)
+    assert float(loss) == pytest.approx(float(plain_loss), abs=1e-5)
+    check_updates(*decoders)
+
+
+def check_updates(ours, plain):
+    """Two decoders got the same gradients and were changed alike."""
+    largest = max(float(parameter.grad.abs().max()) for parameter in plain.parameters())
+    for (name, fast), slow in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        close = {"atol": 1e-5 * largest, "rtol": 1e-4, "msg": name}
+        torch.testing.assert_close(fast.grad, slow.grad, **close)
+        clear = slow.grad.abs() > 1e-3 * largest  # Adam's first step takes the sign of any gradient
+        torch.testing.assert_close(fast[clear], slow[clear], atol=1e-6, rtol=0, msg=name)
 
 
 @torch.inference_mode()
 def test_beam_search_finds_the_textbooks_captions():
-    decoder, vocabulary, _ = benchmark.searcher()
-    features = torch.rand(
-        12, benchmark.CELLS, benchmark.CHANNELS, generator=torch.Generator().manual_seed(3)
-    )
-    found = caption_decoding.generate(decoder, features, vocabulary, **benchmark.BEAM)
+    decoder, vocabulary = benchmark.searcher(FLOAT32)
+    generator = torch.Generator().manual_seed(3)
+    features = torch.rand(12, benchmark.CELLS, benchmark.CHANNELS, generator=generator)
+    hypotheses = caption_decoding.generate(decoder, features, vocabulary, **benchmark.BEAM)
     texts = set()
-    for image, (best,) in zip(features, found, strict=True):
+    for image, (best,) in zip(features, hypotheses, strict=True):
         tokens, log_prob = benchmark.plain_beam_search(decoder, image, vocabulary, **benchmark.BEAM)
         assert best.log_prob == pytest.approx(log_prob, abs=1e-3)
         assert best.tokens == tokens
@@ -67,16 +95,20 @@ def test_beam_search_finds_the_textbooks_captions():
 def test_the_cache_holds_the_textbooks_features(tmp_path):
     images = download_datasets.draw_sample_dataset(tmp_path / "sample", num_images=10) / "Images"
     paths = image_loading.pictures_in(images)
-    encoder = program.Encoder(
-        "mobilenet_v2", program.load_encoder_weights("mobilenet_v2", "random", 0), "random"
-    )
+    weights = download_datasets.load_encoder_weights("mobilenet_v2", "random", 0)
+    encoder = program.Encoder("mobilenet_v2", weights, "random")
     plain = torch.cat(benchmark.plain_encoding(encoder, paths)).flatten(2).transpose(1, 2)
-    cached, _ = feature_cache.cached_features(
-        paths, encoder, cache_dir=tmp_path / "cache", progress=False
+    source = feature_cache.FeatureSource(
+        encoder,
+        paths,
+        pooled=False,
+        cache_dir=tmp_path / "cache",
+        dtype=torch.float16,
+        num_workers=0,
+        device=FLOAT32.device,
     )
-    torch.testing.assert_close(
-        cached[torch.arange(10)].float(), plain, atol=1e-4, rtol=2e-3
-    )  # float16 on disk
+    cached = next(source.stream([torch.arange(10)]))
+    torch.testing.assert_close(cached, plain, atol=1e-4, rtol=2e-3)  # float16 on disk
 
 
 def test_the_report_is_one_json_object_and_a_chart(tmp_path):
@@ -94,25 +126,36 @@ def test_the_report_is_one_json_object_and_a_chart(tmp_path):
 
 
 def test_the_share_of_captions_that_differ_is_counted(monkeypatch):
-    monkeypatch.setattr(runtime, "resolve_precision", lambda *_: "float32")
-    args = SimpleNamespace(search=100, rounds=1)
+    args = SimpleNamespace(search=100, rounds=1, hardware=FLOAT32)
     assert benchmark.beam_search(args)["differing"] == 0
     monkeypatch.setattr(benchmark, "plain_beam_search", lambda *_args, **_options: ([], 0.0))
     assert benchmark.beam_search(args)["differing"] == 1
 
 
-def test_a_stage_that_is_none_is_misuse():
-    done = subprocess.run(
-        [sys.executable, "benchmark.py", "coffee"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "no stage coffee" in done.stderr
+@pytest.mark.parametrize(
+    "typed, message",
+    [
+        (["coffee"], "no stage coffee"),
+        (["--scale", "9"], "--scale 9: expected at least 10 images"),
+        (["--scale", "30", "--device", "cuda"], "leave --device cuda out"),
+    ],
+)
+def test_misuse_is_refused(typed, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(typed)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_comes_without_torch():
+    code = "import sys, benchmark; benchmark.build_parser().format_help(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "benchmark" in done.stdout.split() and "torch" not in done.stdout.split()
 
 
 def check_scale(found):
     parts = ("import", "cache", "data_and_model", "first_step")
-    assert sum(found[f"{part}_seconds"] for part in parts) == pytest.approx(
-        found["startup_seconds"], abs=1e-3
-    )
+    startup_seconds = sum(found[f"{part}_seconds"] for part in parts)
+    assert startup_seconds == pytest.approx(found["startup_seconds"], abs=1e-3)
     assert found["training_captions"] == 24 * 5 and found["words"] > 400
     assert found["epoch_seconds"] == pytest.approx(found["ms_per_caption"] * 0.12)
 

@@ -1,10 +1,12 @@
 """caption_batches.py: words of a caption, the vocabulary, and batches of an epoch."""
 
+import itertools
 import random
 import unicodedata
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 import caption_batches
 from caption_batches import CaptionBatches, Vocabulary, tokenize
@@ -111,27 +113,76 @@ def test_a_damaged_vocabulary_is_refused(plain):
 CAPTIONS = [[[4, 5], [6]], [[7, 8, 9]], [], [[10], [11, 12], [13]]]
 
 
+def epoch_of(captions, *, batch_size=4, max_length=20, seed=0, epoch=0, **more):
+    """The batches of an epoch, as a list."""
+    return list(CaptionBatches(captions, batch_size, max_length, seed).epoch(epoch, **more))
+
+
+def unpacked(batch):
+    """(image, inputs, targets) of each caption of a batch, one token after the other."""
+    captions = []
+    for number, index in enumerate(batch.image_index):
+        mine = batch.caption_index == number
+        captions.append(
+            (
+                int(batch.image_rows[index]),
+                batch.inputs[mine].tolist(),
+                batch.targets[mine].tolist(),
+            )
+        )
+    return captions
+
+
+def as_lists(batch):
+    """A batch's fields as plain values."""
+    return [field.tolist() if isinstance(field, torch.Tensor) else field for field in batch]
+
+
 def test_batches_worked_by_hand():
-    batches = list(
-        CaptionBatches(CAPTIONS, batch_size=4, max_length=3, seed=0).epoch(0, shuffle=False)
-    )
-    first, second = batches
+    first, second = epoch_of(CAPTIONS, max_length=3, shuffle=False)
     assert first.image_rows.tolist() == [0, 1, 3]
-    assert first.image_index.tolist() == [0, 0, 1, 2]
-    assert first.captions.tolist() == [
-        [1, 4, 5, 2],
-        [1, 6, 2, 0],
-        [1, 7, 8, 2],  # 9 is beyond step 3
-        [1, 10, 2, 0],
-    ]
-    assert first.lengths.tolist() == [3, 2, 3, 2]
+    # longest first, and of one length in the order of the images: 4 5, 7 8, 6, 10
+    assert first.image_index.tolist() == [0, 1, 0, 2]
+    assert first.batch_sizes.tolist() == [4, 4, 2]
+    assert first.caption_index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert first.inputs.tolist() == [1, 1, 1, 1, 4, 7, 6, 10, 5, 8]
+    assert first.targets.tolist() == [4, 7, 6, 10, 5, 8, 2, 2, 2, 2]  # 9 is beyond step 3
+    assert (first.num_tokens, first.num_captions, first.weight) == (10, 4, 1.0)
     assert second.image_rows.tolist() == [3]
-    assert second.captions.tolist() == [[1, 11, 12, 2], [1, 13, 2, 0]]
-    assert all(tensor.dtype == torch.int64 for tensor in first)
+    assert unpacked(second) == [(3, [1, 11, 12], [11, 12, 2]), (3, [1, 13], [13, 2])]
+    assert (second.num_tokens, second.num_captions) == (5, 2)
+    tensors = [field for field in (*first, *second) if isinstance(field, torch.Tensor)]
+    assert len(tensors) == 12 and all(tensor.dtype == torch.int64 for tensor in tensors)
 
 
-def _sequence(batches):
-    return [[tensor.tolist() for tensor in batch] for batch in batches]
+def random_captions(images, seed=0):
+    """Per image 0 to 5 captions of 0 to 12 words."""
+    draw = random.Random(seed)
+    return [
+        [
+            [draw.randrange(4, 99) for _ in range(draw.randrange(13))]
+            for _ in range(draw.randrange(6))
+        ]
+        for _ in range(images)
+    ]
+
+
+def test_a_batch_is_what_torch_packs_of_its_captions_longest_first():
+    captions = random_captions(30)
+    for batch in epoch_of(captions, batch_size=16, max_length=9, shuffle=False):
+        owners = batch.image_rows[batch.image_index]
+        rows = [inputs for _, inputs, _ in unpacked(batch)]
+        lengths = torch.tensor([len(row) for row in rows])
+        assert (lengths.diff() <= 0).all() and lengths[0] <= 9
+        packed = pack_sequence([torch.tensor(row) for row in rows])
+        assert torch.equal(batch.inputs, packed.data)
+        assert torch.equal(batch.batch_sizes, packed.batch_sizes)
+        targets = pack_sequence([torch.tensor([*row[1:], Vocabulary.eos]) for row in rows])
+        assert torch.equal(batch.targets, targets.data)
+        numbers = [torch.full((int(length),), n) for n, length in enumerate(lengths)]
+        assert torch.equal(batch.caption_index, pack_sequence(numbers).data)
+        assert batch.batch_sizes[0] == len(owners) == batch.num_captions
+        assert int(batch.batch_sizes.sum()) == len(batch.inputs) == batch.num_tokens
 
 
 def test_an_epoch_is_decided_by_seed_and_number_alone():
@@ -139,23 +190,89 @@ def test_an_epoch_is_decided_by_seed_and_number_alone():
     batches = CaptionBatches(captions, 7, 20, seed=3)
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    straight = _sequence(batches.epoch(5))
+    straight = [as_lists(batch) for batch in batches.epoch(5)]
     assert torch.equal(state, torch.get_rng_state())
     assert len(straight) == batches.num_batches == 17  # 114 captions
-    assert straight == _sequence(CaptionBatches(captions, 7, 20, seed=3).epoch(5))
+    assert straight == [
+        as_lists(batch) for batch in epoch_of(captions, batch_size=7, seed=3, epoch=5)
+    ]
     for start in (1, 16, 17, 30):
-        assert _sequence(batches.epoch(5, start=start)) == straight[start:]
-    assert straight != _sequence(batches.epoch(6))
-    assert straight != _sequence(CaptionBatches(captions, 7, 20, seed=4).epoch(5))
+        assert [as_lists(batch) for batch in batches.epoch(5, start=start)] == straight[start:]
+    assert straight != [as_lists(batch) for batch in batches.epoch(6)]
+    assert straight != [
+        as_lists(batch) for batch in epoch_of(captions, batch_size=7, seed=4, epoch=5)
+    ]
 
 
 def test_every_caption_comes_once_with_its_own_image():
     captions = [[[1000 * image + k] for k in range(5)] for image in range(1, 30)]
     seen = []
-    for batch in CaptionBatches(captions, 8, 20, seed=0).epoch(2):
-        owners = batch.image_rows[batch.image_index]
-        words = batch.captions[:, 1]
-        assert torch.equal(words // 1000, owners + 1)
-        seen += words.tolist()
-        assert (batch.image_index.diff() >= 0).all()  # captions of an image lie together
+    for batch in epoch_of(captions, batch_size=8, epoch=2):
+        for image, (_, word), targets in unpacked(batch):
+            assert word // 1000 == image + 1 and targets == [word, Vocabulary.eos]
+            seen.append(word)
     assert sorted(seen) == sorted(caption[0] for image in captions for caption in image)
+
+
+def test_captions_of_one_image_stay_together():
+    captions = [[[image]] * 5 for image in range(4, 30)]
+    order = [image for batch in epoch_of(captions, batch_size=8) for image, _, _ in unpacked(batch)]
+    assert [image for image, _ in itertools.groupby(order)] == list(dict.fromkeys(order))
+    assert order != sorted(order)  # but the images are shuffled
+
+
+def test_no_captions_are_refused():
+    with pytest.raises(ValueError, match="no captions"):
+        CaptionBatches([[], []], 4, 9, seed=0)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_half_of_the_images_are_mirrored_anew_each_epoch(epoch):
+    batches = CaptionBatches([[[4]]] * 2000, 8, 9, seed=1)
+    mirrored = batches.mirrored(epoch)
+    assert mirrored.dtype == torch.bool and abs(float(mirrored.float().mean()) - 0.5) < 0.05
+    assert torch.equal(mirrored, batches.mirrored(epoch))
+    assert not torch.equal(mirrored, batches.mirrored(epoch + 1))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_shares_of_several_processes_hold_every_caption_once(monkeypatch, world_size, start):
+    captions = [
+        [[100 * image + k] * (1 + k) for k in range(1 + image % 3)] for image in range(1, 20)
+    ]
+    options = {"batch_size": 7, "max_length": 3, "epoch": 4, "start": start}
+    whole = epoch_of(captions, **options)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    shares = []
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(epoch_of(captions, **options))
+    for batch, *parts in zip(whole, *shares, strict=True):
+        counted = [part for part in parts if part.weight]
+        assert {part.weight for part in counted} == {world_size}
+        together = itertools.chain.from_iterable(unpacked(part) for part in counted)
+        assert sorted(together) == sorted(unpacked(batch))
+        assert sum(len(part.inputs) for part in counted) == batch.num_tokens
+        for part in parts:
+            assert (part.num_tokens, part.num_captions) == (batch.num_tokens, batch.num_captions)
+            assert part.image_rows.tolist() == list(dict.fromkeys(part.image_rows.tolist()))
+
+
+def test_a_process_without_captions_computes_another_ones_with_weight_0(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    weights = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        (batch,) = epoch_of([[[4, 5]], [[6]]], shuffle=False)
+        weights.append(batch.weight)
+        assert len(batch.inputs) > 0 and (batch.num_captions, batch.num_tokens) == (2, 5)
+    assert sorted(weights) == [0.0, 3.0, 3.0]
+
+
+def test_sizes_stay_on_the_cpu_when_a_batch_goes_to_a_device():
+    (batch,) = epoch_of(CAPTIONS, batch_size=9)
+    there = batch.to(torch.device("meta"))
+    moved = [name for name, value in there._asdict().items() if getattr(value, "is_meta", False)]
+    assert moved == ["image_index", "caption_index", "inputs", "targets"]
+    assert there.batch_sizes is batch.batch_sizes and there.num_tokens == batch.num_tokens

@@ -26,7 +26,7 @@ class Toy(nn.Module):
     ones may be.
     """
 
-    pooled = False
+    reads_grid = True
 
     def __init__(self, images, vocab_size, seed=0, eos=0.0):
         super().__init__()
@@ -74,7 +74,7 @@ class Markov(nn.Module):
     Anything may follow a token that is not in the table.
     """
 
-    pooled = False
+    reads_grid = True
 
     def __init__(self, table, vocab_size=7):
         super().__init__()
@@ -559,3 +559,9 @@ def test_an_ensemble_of_copies_writes_as_the_decoder_alone(copies):
     for one, other in zip(itertools.chain(*together), itertools.chain(*alone), strict=True):
         assert one.tokens == other.tokens
         assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+
+
+def test_an_ensemble_reads_the_grid_if_a_member_does():
+    blind, toy = Markov({}), Toy(1, vocab_size=7)
+    blind.reads_grid = False
+    assert Ensemble([blind, toy]).reads_grid and not Ensemble([blind, blind]).reads_grid

@@ -266,8 +266,14 @@ def test_an_archive_that_claims_more_than_the_file_holds_is_refused(tmp_path):
         ([1, 2], "it has no format_version"),
         ({"conv1.weight": torch.zeros(3)}, "it has no format_version"),
         ({"format_version": torch.zeros(2)}, "it has no format_version"),
-        ({"format_version": 3}, "its 'config' is missing or not of type dict"),
-        (checkpoint(format_version=3, model=[]), "its 'model' is missing or not of type dict"),
+        (
+            {"format_version": checkpoints.FORMAT_VERSION},
+            "its 'config' is missing or not of type dict",
+        ),
+        (
+            checkpoint(model=[], format_version=checkpoints.FORMAT_VERSION),
+            "its 'model' is missing or not of type dict",
+        ),
     ],
 )
 def test_other_files_of_torch_are_refused_by_what_they_lack(tmp_path, content, expected):
@@ -279,7 +285,7 @@ def test_other_files_of_torch_are_refused_by_what_they_lack(tmp_path, content, e
 def test_another_format_version_is_refused_by_its_number(tmp_path):
     torch.save({"format_version": 1}, tmp_path / "old.pt")
     assert refusal(tmp_path / "old.pt") == (
-        "checkpoint format version 1, expected 3: use the version of this program that wrote it"
+        "checkpoint format version 1, expected 4: use the version of this program that wrote it"
     )
 
 

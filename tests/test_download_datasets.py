@@ -1,4 +1,4 @@
-"""download_datasets.py against a misbehaving local server, hostile archives, damaged folders.
+"""download_datasets.py against a misbehaving local server, hostile archives, damaged folders and weights.
 
 What the sample dataset's pictures and captions hold is in test_sample_dataset.py.
 """
@@ -9,15 +9,21 @@ import http.server
 import io
 import itertools
 import json
+import os
+import pickle
 import stat
 import subprocess
 import sys
 import tarfile
 import threading
+import urllib.error
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import download_datasets as dd
@@ -552,6 +558,163 @@ def test_the_sample_command_draws_verifies_and_mends(tmp_path, monkeypatch, caps
     assert dd.main([*command, "--force"]) == 0
     (tmp_path / "sample" / "boxes.json").write_text("[1]")
     assert dd.main([*command, "--verify_only"]) == 1
+
+
+# ---------------------------------------------------------------------------------- encoder weights
+
+
+def refusal(kind, source, name="squeezenet1_1"):
+    """The one line with which a source of weights is refused."""
+    with pytest.raises(kind) as error:
+        dd.load_encoder_weights(name, source, seed=0)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class Bomb:
+    """Pickles as a command that makes the file it is given."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def test_unusable_weight_files_are_refused_by_name(tmp_path):
+    missing, bomb, text, listing, empty = (
+        tmp_path / name for name in ("missing.pth", "bomb.pth", "text.pth", "list.pth", "empty.pth")
+    )
+    bomb.write_bytes(pickle.dumps({"conv1.weight": Bomb(tmp_path / "exploded")}, protocol=2))
+    text.write_text("these are no weights")
+    torch.save([torch.zeros(2)], listing)
+    empty.touch()
+    assert str(missing) in refusal(FileNotFoundError, str(missing))
+    assert str(tmp_path) in refusal(FileNotFoundError, str(tmp_path))  # a folder
+    for file in (bomb, text, listing, empty):
+        message = refusal(ValueError, str(file))
+        assert str(file) in message and "state dict" in message
+    assert "list" in refusal(ValueError, str(listing))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_weight_file_that_was_cut_short_is_refused(tmp_path):
+    file = tmp_path / "short.pth"
+    torch.save(dd.load_encoder_weights("squeezenet1_1", "random", seed=0), file)
+    whole = file.read_bytes()
+    for share in (0.1, 0.5, 0.99):
+        file.write_bytes(whole[: int(len(whole) * share)])
+        assert str(file) in refusal(ValueError, str(file))
+
+
+def test_a_file_of_weights_is_read_as_it_is(tmp_path):
+    saved = dd.load_encoder_weights("squeezenet1_1", "random", seed=0)
+    torch.save(saved, tmp_path / "weights.pth")
+    state = dd.load_encoder_weights("squeezenet1_1", str(tmp_path / "weights.pth"), seed=5)
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+
+
+def no_network(url, **_options):
+    """Stands in for torch.hub's download on a machine without a network."""
+    raise urllib.error.URLError("Name or service not known")
+
+
+def publish(monkeypatch, folder, digest, name="squeezenet1_1"):
+    """As if torchvision's weights were a file with this SHA-256, and there were no network. Returns its local place."""
+    weights = SimpleNamespace(
+        IMAGENET1K_V1=SimpleNamespace(url=f"https://nowhere/{name}-{digest[:8]}.pth")
+    )
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _name: weights)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    monkeypatch.setattr(dd, "WEIGHTS_DIR", folder)
+    return folder / f"{name}-{digest[:8]}.pth"
+
+
+def sha256(file):
+    """The file's SHA-256 in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_imagenet_weights_are_looked_for_in_the_documented_folder_first(tmp_path, monkeypatch):
+    assert Path("../../resources/models") == dd.WEIGHTS_DIR
+    state = dd.load_encoder_weights("squeezenet1_1", "random", seed=3)
+    torch.save(state, tmp_path / "weights.pth")
+    placed = publish(monkeypatch, tmp_path, sha256(tmp_path / "weights.pth"))
+    (tmp_path / "weights.pth").rename(placed)
+    found = dd.load_encoder_weights("squeezenet1_1", "imagenet", seed=0)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+    with placed.open("ab") as file:
+        file.write(b"\0")
+    message = refusal(ValueError, "imagenet")
+    assert str(placed) in message and "SHA-256" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet50-19c8e357.pth", "resnet50-0676ba61.pth"],  # torchvision's first and present file
+)
+def test_resnet50_may_be_placed_under_either_name_but_not_with_other_contents(
+    tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(dd, "WEIGHTS_DIR", tmp_path)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2))
+    message = refusal(ValueError, "imagenet", "resnet50")
+    assert str(tmp_path / name) in message and "SHA-256" in message
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_file_whose_hash_merely_begins_as_its_name_says_runs_no_code(tmp_path, monkeypatch):
+    (tmp_path / "bomb").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2))
+    placed = publish(monkeypatch, tmp_path, sha256(tmp_path / "bomb"))
+    (tmp_path / "bomb").rename(placed)
+    assert str(placed) in refusal(ValueError, "imagenet")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_broken_file_in_torchs_own_download_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dd, "WEIGHTS_DIR", tmp_path / "models")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth").write_text(
+        "half a page of some proxy's error message"
+    )
+    assert "squeezenet1_1-b8a52dc0.pth" in refusal((ValueError, FileNotFoundError), "imagenet")
+
+
+@pytest.mark.parametrize(
+    "fault", [urllib.error.URLError("no route"), TimeoutError("timed out"), ConnectionResetError("reset"),
+              RuntimeError('invalid hash value (expected "b8a52dc0", got "0")')]
+)  # fmt: skip
+def test_weights_that_cannot_be_downloaded_are_an_error_never_random(tmp_path, monkeypatch, fault):
+    asked = {}
+
+    def fail(url, **options):
+        asked.update(options)
+        raise fault
+
+    monkeypatch.setattr(dd, "WEIGHTS_DIR", tmp_path / "models")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    message = refusal(FileNotFoundError, "imagenet")
+    assert "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth" in message
+    assert f"{tmp_path / 'models'}" in message and "--encoder_weights" in message
+    assert asked["check_hash"] and asked["weights_only"]
+
+
+def test_random_weights_are_drawn_from_the_seed_alone():
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first, second, other = (
+        dd.load_encoder_weights("squeezenet1_1", "random", seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12)
+    third = dd.load_encoder_weights("squeezenet1_1", "random", 1)
+    name = "features.0.weight"
+    assert all(torch.equal(first[k], second[k]) and torch.equal(first[k], third[k]) for k in first)
+    assert not torch.equal(first[name], other[name])
 
 
 if __name__ == "__main__":

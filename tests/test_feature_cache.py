@@ -11,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,13 +20,17 @@ import pytest
 import torch
 from pictures import UNIX, grey_images, save_image, unreadable_files
 from PIL import Image
+from tqdm import tqdm
 
 import feature_cache
-from feature_cache import cached_features
+from feature_cache import FeatureSource, cached_features
 
 
 class FakeEncoder:
-    """Grid of 2 x 2 cells with 3 channels: grey level + 10 * cell + channel / 8. Counts the images it was given."""
+    """Grid of 2 x 2 cells with 3 channels: grey level + 10 * cell + channel / 8.
+
+    `images`: how many it was given.
+    """
 
     grid, channels, image_size, weights = [2, 2], 3, 8, "0"
 
@@ -52,7 +57,10 @@ class FakeEncoder:
 
 
 class NoiseEncoder(FakeEncoder):
-    """Random grids of 7 x 7 cells, laid out in memory as those of a real encoder; `encoded`: grey levels so far."""
+    """Random grids of 7 x 7 cells, laid out in memory as those of a real encoder.
+
+    `encoded`: grey levels so far.
+    """
 
     grid, channels = [7, 7], 96
 
@@ -228,9 +236,15 @@ def test_a_source_streams_the_same_with_and_without_a_cache(tmp_path, pooled):
     mirror, seen = torch.tensor([False, True, True]), []
     for cache_dir in (tmp_path / "cache", None):
         source = feature_cache.FeatureSource(
-            FakeEncoder(), paths, pooled=pooled, mirrored=True, cache_dir=cache_dir,
-            dtype=torch.float16, num_workers=0, device=torch.device("cpu"),
-        )  # fmt: skip
+            FakeEncoder(),
+            paths,
+            pooled=pooled,
+            mirrored=True,
+            cache_dir=cache_dir,
+            dtype=torch.float16,
+            num_workers=0,
+            device=torch.device("cpu"),
+        )
         assert (source.paths, source.pooled, source.unreadable) == (paths, pooled, {})
         batches = [torch.tensor([2, 0]), torch.tensor([1])]
         for coins, levels in ((None, [[0, 0], [1]]), (mirror, [[50, 0], [1]])):
@@ -246,9 +260,15 @@ def test_a_source_names_what_cannot_be_read(tmp_path):
     paths = [*grey_images(tmp_path / "i", 1), tmp_path / "none.png"]
     for cache_dir in (tmp_path / "cache", None):
         source = feature_cache.FeatureSource(
-            FakeEncoder(), paths, pooled=False, mirrored=True, cache_dir=cache_dir,
-            dtype=torch.float16, num_workers=0, device=torch.device("cpu"),
-        )  # fmt: skip
+            FakeEncoder(),
+            paths,
+            pooled=False,
+            mirrored=True,
+            cache_dir=cache_dir,
+            dtype=torch.float16,
+            num_workers=0,
+            device=torch.device("cpu"),
+        )
         assert list(source.unreadable) == paths[1:]
 
 
@@ -523,7 +543,7 @@ def _check_whole(cache, copy):
 
 
 def _fill_until(line, paths, cache):
-    """In a process of its own: fill the cache; kill it at the `line`th line that feature_cache.py executes."""
+    """In a process of its own: fill the cache, killed at that line of those executed there."""
     lines = itertools.count()
 
     def trace(frame, event, _argument):
@@ -535,6 +555,7 @@ def _fill_until(line, paths, cache):
 
     feature_cache.COMMIT_SECONDS = -1.0
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # the one that forks share stays taken if its holder is killed
     sys.settrace(trace if line else None)
     _cached(paths, FakeEncoder(), cache)
 
@@ -542,7 +563,7 @@ def _fill_until(line, paths, cache):
 @UNIX
 @pytest.mark.slow
 def test_fifty_kills_at_random_moments_leave_the_cache_whole(tmp_path):
-    """By turns between two lines of feature_cache.py and at any time, within SQLite and the system as well."""
+    """By turns between two lines of feature_cache.py and at any time, so within SQLite, too."""
     paths, cache, draw = grey_images(tmp_path / "i", 120), tmp_path / "cache", random.Random(0)
     kills, kept = 0, []
     while kills < 50:
@@ -575,3 +596,73 @@ def test_a_full_disk_leaves_a_usable_cache(tmp_path):
     assert 0 < encoder.images < 100
     assert torch.equal(features[range(100)], _expected(range(100)))
     assert images >= kept > 0
+
+
+# ------------------------------------------------------------------------------- features of a list
+
+
+class LeftEdge(FakeEncoder):
+    """A FakeEncoder that says what it is. Its grey level is the left edge's, so mirroring is seen."""
+
+    grid, channels, image_size = (2, 2), 3, 8
+
+    def key(self):
+        """As an encoder's."""
+        return {"name": "left/edge", "weights_sha256": "0"}
+
+
+def _half_grey_images(folder: Path, count: int) -> list[Path]:
+    """Images whose left half has grey level n, the right half n + 100."""
+    paths = []
+    for level in range(count):
+        pixels = np.full((8, 8, 3), level, np.uint8)
+        pixels[:, 4:] += 100
+        paths.append(save_image(folder / f"{level}.png", Image.fromarray(pixels)))
+    return paths
+
+
+def _source(paths, cache_dir, encoder=None, **options):
+    options = {"pooled": False, "dtype": torch.float16, "num_workers": 0} | options
+    return FeatureSource(
+        encoder or LeftEdge(), paths, cache_dir=cache_dir, device=torch.device("cpu"), **options
+    )
+
+
+BATCHES = [torch.tensor([2, 0]), torch.tensor([1]), torch.tensor([3, 3, 1])]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("mirror", [None, [False, True, False, True]])
+def test_a_source_streams_the_features_of_each_batch(tmp_path, pooled, cached, mirror):
+    paths, cache = _half_grey_images(tmp_path / "i", 4), tmp_path / "cache" if cached else None
+    coins = None if mirror is None else torch.tensor(mirror)
+    source = _source(paths, cache, pooled=pooled, mirrored=mirror is not None)
+    assert source.unreadable == {} and source.paths == paths and source.pooled == pooled
+    batches = list(source.stream(iter(BATCHES), coins))
+    for rows, features in zip(BATCHES, batches, strict=True):
+        levels = [row + 100 * (mirror is not None and mirror[row]) for row in rows.tolist()]
+        expected = _expected(levels).float()
+        expected = expected.mean(1, keepdim=True) if pooled else expected
+        assert features.dtype == torch.float32 and not features.is_inference()
+        torch.testing.assert_close(features, expected)
+    assert cached == (tmp_path / "cache").exists()
+
+
+def test_a_source_with_a_cache_encodes_once_and_without_one_each_time(tmp_path):
+    paths = _half_grey_images(tmp_path / "i", 4)
+    for cache, counts in ((tmp_path / "cache", [4, 4, 4]), (None, [0, 6, 12])):
+        encoder = LeftEdge()
+        source, images = _source(paths, cache, encoder), [encoder.images]
+        for _ in range(2):
+            list(source.stream(BATCHES))
+            images.append(encoder.images)
+        assert images == counts
+    _source(paths, tmp_path / "cache", LeftEdge(break_after=0, error=AssertionError))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_source_knows_its_unreadable_images(tmp_path, cached):
+    paths = [*_half_grey_images(tmp_path / "i", 2), tmp_path / "none.png"]
+    source = _source(paths, tmp_path / "cache" if cached else None, mirrored=True)
+    assert list(source.unreadable) == paths[2:]

@@ -1,11 +1,11 @@
-"""flickr_image_caption.py: the encoder, the decoders and the losses. Schedules are in test_lr_scheduling.py."""
+"""flickr_image_caption.py: decoders, losses, training step and encoder.
+
+Schedules and what a resumed run takes over are in test_lr_scheduling.py.
+"""
 
 import contextlib
-import hashlib
-import os
-import pickle
+import copy
 import re
-import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,18 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from small_runs import CPU, make_batch, make_run, packed_order, unpack
 from torch import nn
 
 import flickr_image_caption as program
+from caption_batches import CaptionBatches
 from caption_decoding import generate
+from caption_options import parse_args
+from download_datasets import load_encoder_weights
 from flickr_image_caption import (
     ENCODERS,
-    AttentionDecoder,
     Encoder,
-    LSTMDecoder,
     cross_entropy,
     doubly_stochastic_penalty,
-    load_encoder_weights,
 )
 from repeated_linear import RepeatedLinear
 
@@ -40,69 +41,121 @@ every_decoder = pytest.mark.parametrize(("kind", "num_layers"), KINDS)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# --------------------------------------------------------------------------------------------------------- the decoders
+# -------------------------------------------------------------------------------------- the decoders
 
 
-def make_decoder(kind, num_layers, drop_prob=0.0, seed=0, scale=3.0):
+def make_decoder(kind, num_layers, drop_prob=0.0, seed=0, scale=3.0, **more):
     """A decoder in eval mode; `scale` makes its random weights large enough for captions to differ."""
     torch.manual_seed(seed)
-    sizes = (VOCAB_SIZE, CHANNELS, EMBED, HIDDEN, num_layers, drop_prob)
-    decoder = LSTMDecoder(*sizes) if kind == "lstm" else AttentionDecoder(*sizes, COMPARE)
+    sizes = {"embed_size": EMBED, "hidden_size": HIDDEN, "num_layers": num_layers}
+    sizes |= {"attention_dim": COMPARE, "patch_dropout": 0.0, "drop_prob": drop_prob, **more}
+    decoder = program.build_decoder({"decoder": kind, **sizes}, CHANNELS, VOCAB_SIZE)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(scale)
     return decoder.eval()
 
 
-def make_batch(extra_padding=0):
-    """features (4, P, F), captions (7, 1 + T): <SOS>, words, <EOS>, <PAD>."""
+def make_data(lengths=LENGTHS, images=4):
+    """features (images, P, F), captions (B, 1 + T): <SOS>, words, <EOS>, <PAD>."""
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(4, CELLS, CHANNELS, generator=generator)
-    captions = torch.zeros(len(LENGTHS), 1 + int(LENGTHS.max()), dtype=torch.int64)
-    for caption, length in zip(captions, LENGTHS.tolist(), strict=True):
+    features = torch.randn(images, CELLS, CHANNELS, generator=generator)
+    captions = torch.zeros(len(lengths), 1 + int(lengths.max()), dtype=torch.int64)
+    for caption, length in zip(captions, lengths.tolist(), strict=True):
         words = torch.randint(4, VOCAB_SIZE, (length - 1,), generator=generator)
         caption[: length + 1] = torch.cat([torch.tensor([1]), words, torch.tensor([2])])
-    return features, F.pad(captions, (0, extra_padding))
+    return features, captions
 
 
 def run_decoder(decoder, features, captions, lengths=LENGTHS, image_index=IMAGE_INDEX):
-    """Logits and alphas under teacher forcing."""
-    return decoder(features, captions[:, :-1], lengths, image_index)
+    """Logits (B, T, V) and alphas (B, T, P) under teacher forcing, in the order of the captions."""
+    logits, alphas = decoder(features, make_batch(captions, lengths, image_index))
+    return unpack(logits, lengths), unpack(alphas, lengths)
 
 
-def steps(decoder, features, tokens):
-    """What `start` and `step` say of one image's tokens, one after another: logits (T, V), alphas (T, P) or None."""
+def run_steps(decoder, features, tokens):
+    """What `start` and `step` give for one image's tokens: logits (T, V), alphas (T, P) or None."""
     state, logits, alphas = decoder.start(features.unsqueeze(0)), [], []
     for token in tokens:
-        written, state, looked = decoder.step(token.view(1, 1), state)
-        logits.append(written[0, 0])
-        alphas.append(None if looked is None else looked[0, 0])
+        step_logits, state, step_alphas = decoder.step(token.view(1, 1), state)
+        logits.append(step_logits[0, 0])
+        alphas.append(None if step_alphas is None else step_alphas[0, 0])
     return torch.stack(logits), None if alphas[0] is None else torch.stack(alphas)
 
 
+def run_steps_packed(decoder, features, captions, lengths, image_index):
+    """As the decoder's forward on `make_batch`'s batch, but each caption on its own, step by step."""
+    rows = zip(captions, lengths.tolist(), image_index, strict=True)
+    each = [run_steps(decoder, features[image], tokens[:length]) for tokens, length, image in rows]
+    order = packed_order(lengths).tolist()
+    places = [(b, t) for t in range(int(lengths.max())) for b in order if t < lengths[b]]
+    logits = torch.stack([each[b][0][t] for b, t in places])
+    if each[0][1] is None:
+        return logits, None
+    return logits, torch.stack([each[b][1][t] for b, t in places])
+
+
+def total_loss(logits, alphas, batch):
+    """Cross entropy, and the penalty where there is attention."""
+    loss = cross_entropy(logits, batch)[0]
+    return loss if alphas is None else loss + doubly_stochastic_penalty(alphas, batch)
+
+
+def gradients(decoder, loss):
+    """{name: gradient of the loss}."""
+    decoder.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+
+
 @every_decoder
-def test_defect_5_step_by_step_is_teacher_forcing(kind, num_layers):
-    decoder, (features, captions) = make_decoder(kind, num_layers), make_batch()
+def test_step_by_step_is_teacher_forcing(kind, num_layers):
+    decoder, (features, captions) = make_decoder(kind, num_layers), make_data()
     logits, alphas = run_decoder(decoder, features, captions)
     assert logits.shape == (7, 6, VOCAB_SIZE)
     for row, (image, length) in enumerate(zip(IMAGE_INDEX, LENGTHS, strict=True)):
-        expected, looked = steps(decoder, features[image], captions[row, :length])
+        expected, expected_alphas = run_steps(decoder, features[image], captions[row, :length])
         torch.testing.assert_close(logits[row, :length], expected, atol=1e-5, rtol=0)
         if kind == "attention":
-            torch.testing.assert_close(alphas[row, :length], looked, atol=1e-5, rtol=0)
+            torch.testing.assert_close(alphas[row, :length], expected_alphas, atol=1e-5, rtol=0)
     assert (alphas is None) == (kind == "lstm")
 
 
+@every_decoder
+def test_many_captions_of_very_different_lengths_are_those_of_step_by_step(kind, num_layers):
+    """More than ROW_TILE captions: the attention decoder pads each step's rows up to a multiple."""
+    lengths = torch.tensor([1, 25, 3, 2, 19, 1, 7, 2, 12, 1, 30, 4, 2, 1, 9, 5, 2, 16] * 2 + [28])
+    image_index = torch.arange(len(lengths)) * 5 % 8
+    decoder, (features, captions) = make_decoder(kind, num_layers, scale=1.5), make_data(lengths, 8)
+    batch = make_batch(captions, lengths, image_index)
+    heights = []
+    if kind == "attention":
+        decoder.layers[0].register_forward_pre_hook(lambda _layer, x: heights.append(len(x[0])))
+    logits, alphas = decoder(features, batch)
+    if kind == "attention":
+        sizes = batch.batch_sizes.tolist()
+        assert heights == [37 if size > 32 else 32 if size > 16 else 16 for size in sizes]
+        assert set(heights) == {16, 32, 37}
+    steps = run_steps_packed(decoder, features, captions, lengths, image_index)
+    torch.testing.assert_close(logits, steps[0], atol=1e-5, rtol=0)
+    if kind == "attention":
+        torch.testing.assert_close(alphas, steps[1], atol=1e-5, rtol=0)
+    expected = gradients(decoder, total_loss(*steps, batch))
+    for name, gradient in gradients(decoder, total_loss(logits, alphas, batch)).items():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5 * scale, rtol=1e-4, msg=name)
+
+
 def check_against_teacher_forcing(decoder, features, image, hypothesis):
-    """Its log_prob and attention are those of the teacher-forced pass on its own tokens. Returns that pass's argmax."""
-    written = torch.tensor([[1, *hypothesis.tokens, *[2] * hypothesis.finished]])
-    length = written.size(1) - 1
+    """Its log_prob and attention are the teacher-forced pass's on its own tokens. Returns the argmax."""
+    tokens = torch.tensor([[1, *hypothesis.tokens, *[2] * hypothesis.finished]])
+    length = tokens.size(1) - 1
     with torch.no_grad():
         logits, alphas = run_decoder(
-            decoder, features, written, torch.tensor([length]), torch.tensor([image])
+            decoder, features, tokens, torch.tensor([length]), torch.tensor([image])
         )
-    own = logits[0].log_softmax(-1).gather(1, written[0, 1:, None]).sum()
-    assert hypothesis.log_prob == pytest.approx(float(own), abs=1e-4)
+    expected = logits[0].log_softmax(-1).gather(1, tokens[0, 1:, None]).sum()
+    assert hypothesis.log_prob == pytest.approx(float(expected), abs=1e-4)
     if alphas is not None:
         torch.testing.assert_close(
             hypothesis.attention, alphas[0, : len(hypothesis.tokens)], atol=1e-5, rtol=0
@@ -111,24 +164,19 @@ def check_against_teacher_forcing(decoder, features, image, hypothesis):
 
 
 @every_decoder
-def test_defect_5_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_output(
-    kind, num_layers
-):
+def test_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_output(kind, num_layers):
     lengths = set()
     features = torch.randn(6, CELLS, CHANNELS, generator=torch.Generator().manual_seed(2)) * 2
     for seed in range(8):
         decoder = make_decoder(kind, num_layers, seed=seed, scale=4.0)
         with torch.no_grad():
-            decoder.head.bias[
-                [0, 1, 3]
-            ] = -50.0  # search never writes these; here teacher forcing does not, either
+            decoder.head.bias[[0, 1, 3]] = -50.0  # search never writes these: the argmax must not
             decoder.head.bias[2] += 4 * (seed % 4)  # some captions end, some are cut
-        for image, (best,) in enumerate(
-            generate(decoder, features, VOCABULARY, algorithm="greedy", max_length=8)
-        ):
-            written = best.tokens + [2] * best.finished
-            assert check_against_teacher_forcing(decoder, features, image, best) == written
-            lengths.add(len(written))
+        hypotheses = generate(decoder, features, VOCABULARY, algorithm="greedy", max_length=8)
+        for image, (best,) in enumerate(hypotheses):
+            tokens = best.tokens + [2] * best.finished
+            assert check_against_teacher_forcing(decoder, features, image, best) == tokens
+            lengths.add(len(tokens))
     assert lengths > {1, 8}
 
 
@@ -136,55 +184,45 @@ def test_defect_5_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_ou
 def test_beam_search_agrees_with_teacher_forcing_after_reordering(kind, num_layers):
     decoder = make_decoder(kind, num_layers)
     features = torch.randn(3, CELLS, CHANNELS, generator=torch.Generator().manual_seed(3))
-    found = generate(
-        decoder, features, VOCABULARY, beam_size=4, num_captions=4, max_length=6, min_length=2
-    )
-    for image, hypotheses in enumerate(found):
+    search = {"beam_size": 4, "num_captions": 4, "max_length": 6, "min_length": 2}
+    for image, hypotheses in enumerate(generate(decoder, features, VOCABULARY, **search)):
         assert len(hypotheses) == 4
         for hypothesis in hypotheses:
             check_against_teacher_forcing(decoder, features, image, hypothesis)
 
 
 def test_the_lstm_decoder_is_a_torch_lstm_that_sees_the_image_first_and_again_beside_every_output():
-    decoder, (features, captions) = make_decoder("lstm", 3), make_batch()
+    decoder, (features, captions) = make_decoder("lstm", 3), make_data()
     logits, _ = run_decoder(decoder, features, captions)
     for row, (image, length) in enumerate(zip(IMAGE_INDEX, LENGTHS, strict=True)):
         mean = features[image].mean(0) @ decoder.project_image.weight.T + decoder.project_image.bias
         inputs = torch.stack([mean, *decoder.embed.weight[captions[row, :length]]])
-        hidden = decoder.lstm(inputs)[0][1:] + mean @ decoder.remind.weight.T
+        hidden = decoder.lstm(inputs)[0][1:] + mean @ decoder.image_skip.weight.T
         torch.testing.assert_close(logits[row, :length], decoder.head(hidden), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_layers):
-    decoder, (features, _) = make_decoder("attention", num_layers), make_batch()
-    grid, token = features[1], torch.tensor([[7]])
+    decoder, (features, _) = make_decoder("attention", num_layers), make_data()
+    grid, token, attention = features[1], torch.tensor([[7]]), decoder.attention
     state = decoder.start(features[1:2])
-    hidden = [
-        torch.tanh(decoder.start_hidden(grid.mean(0)))[i * HIDDEN : (i + 1) * HIDDEN]
-        for i in range(num_layers)
-    ]
-    cell = [
-        torch.tanh(decoder.start_cell(grid.mean(0)))[i * HIDDEN : (i + 1) * HIDDEN]
-        for i in range(num_layers)
-    ]
+    hidden = list(torch.tanh(decoder.init_hidden(grid.mean(0))).split(HIDDEN))
+    cell = list(torch.tanh(decoder.init_cell(grid.mean(0))).split(HIDDEN))
     for _ in range(2):  # from the image alone, then from a state with a word in it
         query, energies = hidden[-1], []
         for vector in grid:  # Bahdanau et al. 2015, section 3.1: v . tanh(W q + U x)
-            summed = decoder.project_keys(vector) + decoder.project_query.weight @ query
-            energies.append(decoder.score.weight[0] @ torch.tanh(summed))
+            summed = attention.project_keys(vector) + attention.project_query.weight @ query
+            energies.append(attention.score.weight[0] @ torch.tanh(summed))
         weights = torch.stack(energies).exp() / sum(energy.exp() for energy in energies)
-        context = sum(
-            weight * decoder.project_features(vector)
-            for weight, vector in zip(weights, grid, strict=True)
-        )
+        cells = zip(weights, grid, strict=True)
+        context = sum(weight * decoder.project_values(vector) for weight, vector in cells)
         inputs = context = torch.sigmoid(decoder.gate(query)) * context
         for number, layer in enumerate(decoder.layers):
             reference = nn.LSTMCell(len(inputs) + (0 if number else EMBED), HIDDEN)
-            below, own = layer.weight.split([len(inputs), HIDDEN], dim=1)
+            below, recurrent = layer.weight.split([len(inputs), HIDDEN], dim=1)
             words = [] if number else [decoder.word_gates.weight]
             biases = layer.bias, torch.zeros_like(layer.bias) if number else decoder.word_gates.bias
-            named = {"weight_ih": torch.cat([*words, below], dim=1), "weight_hh": own}
+            named = {"weight_ih": torch.cat([*words, below], dim=1), "weight_hh": recurrent}
             named |= dict(zip(("bias_ih", "bias_hh"), biases, strict=True))
             inputs = inputs if number else torch.cat([decoder.embed.weight[7], inputs])
             hidden[number], cell[number] = torch.func.functional_call(
@@ -193,15 +231,14 @@ def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_lay
             inputs = hidden[number]
         logits, state, alphas = decoder.step(token, state)
         torch.testing.assert_close(alphas[0, 0], weights, atol=1e-5, rtol=0)
-        deep = inputs + decoder.deepen(
-            torch.cat([decoder.embed.weight[7], context])
-        )  # Xu et al. 2015, equation 7
+        # Xu et al. 2015, equation 7
+        deep = inputs + decoder.deep_output(torch.cat([decoder.embed.weight[7], context]))
         torch.testing.assert_close(logits[0, 0], decoder.head(deep), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_defect_1_attention_sums_to_1_and_varies_by_word_and_by_image(num_layers):
-    decoder, (features, captions) = make_decoder("attention", num_layers, scale=5.0), make_batch()
+def test_attention_sums_to_1_and_varies_by_word_and_by_image(num_layers):
+    decoder, (features, captions) = make_decoder("attention", num_layers, scale=5.0), make_data()
     _, alphas = run_decoder(decoder, features, captions)
     is_token = torch.arange(6) < LENGTHS.unsqueeze(1)
     torch.testing.assert_close(alphas[is_token].sum(-1), torch.ones(int(LENGTHS.sum())))
@@ -214,64 +251,38 @@ def test_defect_1_attention_sums_to_1_and_varies_by_word_and_by_image(num_layers
 
 
 @every_decoder
-def test_padding_and_company_change_nothing(kind, num_layers):
-    decoder, (features, captions) = make_decoder(kind, num_layers), make_batch()
+def test_order_and_company_change_nothing(kind, num_layers):
+    decoder, (features, captions) = make_decoder(kind, num_layers), make_data()
     logits, alphas = run_decoder(decoder, features, captions)
     is_token = torch.arange(6) < LENGTHS.unsqueeze(1)
 
-    def same(found, looked, rows=slice(None)):
-        torch.testing.assert_close(
-            found[:, :6][is_token[rows]], logits[rows][is_token[rows]], atol=1e-5, rtol=0
-        )
-        if kind == "attention":
-            torch.testing.assert_close(
-                looked[:, :6][is_token[rows]], alphas[rows][is_token[rows]], atol=1e-5, rtol=0
-            )
+    def check(other_logits, other_alphas, rows=slice(None)):
+        within = is_token[rows][:, : other_logits.size(1)]
+        for other, reference in ((other_logits, logits), (other_alphas, alphas)):
+            if reference is not None:
+                expected = reference[rows][:, : within.size(1)][within]
+                torch.testing.assert_close(other[within], expected, atol=1e-5, rtol=0)
 
-    same(*run_decoder(decoder, *make_batch(extra_padding=4)))
-    other = captions.masked_fill(
-        F.pad(~is_token, (1, 0)), 11
-    )  # beyond its length, a caption may hold any id
-    same(*run_decoder(decoder, features, other))
-    for rows in (torch.tensor([3, 6, 0, 5, 2, 4, 1]), torch.tensor([4]), torch.tensor([3, 1])):
-        same(
-            *run_decoder(decoder, features, captions[rows], LENGTHS[rows], IMAGE_INDEX[rows]), rows
-        )
+    for rows in ([3, 6, 0, 5, 2, 4, 1], [4], [3, 1]):
+        some = captions[rows], LENGTHS[rows], IMAGE_INDEX[rows]
+        check(*run_decoder(decoder, features, *some), rows)
     shuffled = torch.tensor([3, 1, 0, 2])  # the images in another order
-    same(
-        *run_decoder(
-            decoder, features[shuffled], captions, image_index=shuffled.argsort()[IMAGE_INDEX]
-        )
-    )
-
-
-@every_decoder
-@torch.inference_mode()
-def test_padding_changes_neither_loss_nor_penalty(kind, num_layers):
-    decoder, found = make_decoder(kind, num_layers), []
-    for padding in (0, 4):
-        features, captions = make_batch(padding)
-        logits, alphas = run_decoder(decoder, features, captions)
-        found.append([float(loss) for loss in cross_entropy(logits, captions, LENGTHS, 0.1)])
-        if kind == "attention":
-            found[-1].append(float(doubly_stochastic_penalty(alphas, LENGTHS)))
-    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    positions = shuffled.argsort()[IMAGE_INDEX]
+    check(*run_decoder(decoder, features[shuffled], captions, image_index=positions))
 
 
 @every_decoder
 def test_captions_of_one_image_share_its_work_without_a_trace(kind, num_layers):
-    decoder, (features, captions) = make_decoder(kind, num_layers), make_batch()
-    shared = run_decoder(
-        decoder, features[:1], captions, LENGTHS, torch.zeros(7, dtype=torch.int64)
-    )
-    copied = run_decoder(
-        decoder, features[:1].expand(7, -1, -1), captions, LENGTHS, torch.arange(7)
-    )
+    decoder, (features, captions) = make_decoder(kind, num_layers), make_data()
+    first = torch.zeros(7, dtype=torch.int64)
+    shared = run_decoder(decoder, features[:1], captions, image_index=first)
+    copies = features[:1].expand(7, -1, -1)
+    copied = run_decoder(decoder, copies, captions, image_index=torch.arange(7))
     torch.testing.assert_close(shared[0], copied[0], atol=1e-5, rtol=0)
 
 
 @every_decoder
-def test_defect_15_every_size_counts(kind, num_layers):
+def test_every_size_counts(kind, num_layers):
     upper = 2 if kind == "lstm" else 1  # biases of a layer above the first: torch's LSTM has two
     lstm = {  # weights and two biases for each of four gates
         "lstm": 4 * HIDDEN * (EMBED + HIDDEN + 2), "attention": 4 * HIDDEN * (2 * EMBED + HIDDEN + 2)
@@ -287,14 +298,14 @@ def test_defect_15_every_size_counts(kind, num_layers):
 
 
 @every_decoder
-def test_defect_15_dropout_acts_on_every_layers_input_in_training_only(kind, num_layers):
-    decoder, (features, captions) = make_decoder(kind, num_layers, drop_prob=0.5), make_batch()
+def test_dropout_acts_on_every_layers_input_in_training_only(kind, num_layers):
+    decoder, (features, captions) = make_decoder(kind, num_layers, drop_prob=0.5), make_data()
     inputs = {}  # of each layer, in training: half of what goes in is 0
     modules = {"head": decoder.head} | (
-        {"lstm": decoder.lstm, "image": decoder.project_image, "remind": decoder.remind}
+        {"lstm": decoder.lstm, "image": decoder.project_image, "skip": decoder.image_skip}
         if kind == "lstm"
         else {
-            "mean": decoder.start_cell,
+            "mean": decoder.init_cell,
             "words": decoder.word_gates,
             **{f"layer {n}": m for n, m in enumerate(decoder.layers) if n},
         }
@@ -327,7 +338,7 @@ def test_defect_15_dropout_acts_on_every_layers_input_in_training_only(kind, num
 
 @every_decoder
 def test_without_dropout_training_and_evaluation_agree(kind, num_layers):
-    decoder, (features, captions) = make_decoder(kind, num_layers), make_batch()
+    decoder, (features, captions) = make_decoder(kind, num_layers), make_data()
     evaluated = run_decoder(decoder, features, captions)[0]
     decoder.train()
     torch.testing.assert_close(run_decoder(decoder, features, captions)[0], evaluated)
@@ -335,152 +346,261 @@ def test_without_dropout_training_and_evaluation_agree(kind, num_layers):
 
 @every_decoder
 def test_gradients_reach_every_parameter(kind, num_layers):
-    decoder, (features, captions) = make_decoder(kind, num_layers, scale=1.0), make_batch()
-    logits, alphas = run_decoder(decoder, features, captions)
-    loss = cross_entropy(logits, captions, LENGTHS)[0]
-    if alphas is not None:
-        loss = loss + doubly_stochastic_penalty(alphas, LENGTHS)
-    loss.backward()
-    for name, parameter in decoder.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    decoder, (features, captions) = make_decoder(kind, num_layers, scale=1.0), make_data()
+    batch = make_batch(captions, LENGTHS, IMAGE_INDEX)
+    found = gradients(decoder, total_loss(*decoder(features, batch), batch))
+    for name, gradient in found.items():
+        assert gradient.abs().sum() > 0, name
     used = set(captions[:, :-1][torch.arange(6) < LENGTHS.unsqueeze(1)].tolist())
-    assert set(decoder.embed.weight.grad.abs().sum(1).nonzero().flatten().tolist()) == used
+    assert set(found["embed.weight"].abs().sum(1).nonzero().flatten().tolist()) == used
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_gradients_summed_once_are_those_summed_step_by_step(num_layers, monkeypatch):
-    decoder, (features, captions) = (
-        make_decoder("attention", num_layers, scale=1.0).double(),
-        make_batch(),
-    )
-    gradients = []
+    decoder = make_decoder("attention", num_layers, scale=1.0).double()
+    features, captions = make_data()
+    batch, found = make_batch(captions, LENGTHS, IMAGE_INDEX), []
     for plain in (False, True):
         if plain:
             monkeypatch.setattr(program, "summed_once", lambda *_layers: contextlib.nullcontext())
-        decoder.zero_grad()
-        logits, alphas = run_decoder(decoder, features.double(), captions)
-        (
-            cross_entropy(logits, captions, LENGTHS)[0] + doubly_stochastic_penalty(alphas, LENGTHS)
-        ).backward()
-        gradients.append(
-            {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
-        )
+        loss = total_loss(*decoder(features.double(), batch), batch)
+        found.append(gradients(decoder, loss))
     assert all(
         layer.uses is None for layer in decoder.modules() if isinstance(layer, RepeatedLinear)
     )
-    for name, gradient in gradients[1].items():
-        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("kind", ["lstm", "attention"])
-def test_packed_logits_are_the_padded_ones(kind):
-    decoder, (features, captions) = make_decoder(kind, 1), make_batch()
-    padded, _ = run_decoder(decoder, features, captions)
-    packed, _ = decoder(features, captions[:, :-1], LENGTHS, IMAGE_INDEX, packed=True)
-    assert torch.equal(program.unpack(packed, 6), padded)
-    assert cross_entropy(packed, captions, LENGTHS, 0.1) == cross_entropy(
-        padded, captions, LENGTHS, 0.1
-    )
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
 
 
 @every_decoder
 def test_dropout_leaves_the_same_units_out_at_every_step_of_a_caption(kind, num_layers):
     decoder = make_decoder(kind, num_layers, drop_prob=0.5).train()
-    owner = torch.tensor([0, 1, 2, 0, 1, 0])
-    kept = decoder.drop(torch.ones(6, 200), owner, 3)
+    caption_index = torch.tensor([0, 1, 2, 0, 1, 0])
+    kept = decoder.locked_dropout(torch.ones(6, 200), caption_index, 3)
     assert set(kept.unique().tolist()) == {0.0, 2.0}
-    assert (
-        torch.equal(kept[0], kept[3])
-        and torch.equal(kept[0], kept[5])
-        and torch.equal(kept[1], kept[4])
-    )
+    for one, other in ((0, 3), (0, 5), (1, 4)):
+        assert torch.equal(kept[one], kept[other])
     assert not torch.equal(kept[0], kept[1])
-    cells = decoder.drop(torch.ones(2, CELLS, 200))
-    assert torch.equal(cells[:, 0], cells[:, 1]) and not torch.equal(cells[0], cells[1])
+
+
+def test_dropout_leaves_the_same_units_out_of_all_cells_of_an_image():
+    decoder = make_decoder("attention", 1, drop_prob=0.5, embed_size=200).train()
+    with torch.no_grad():
+        decoder.project_values.weight.zero_()
+        decoder.project_values.bias.fill_(1.0)
+    (_, values), _ = decoder.start(make_data()[0])  # (N, P, E)
+    assert set(values.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(values[:, 0], values[:, 1]) and not torch.equal(values[0], values[1])
+
+
+def test_patch_dropout_keeps_a_random_choice_of_each_images_cells_in_training_only():
+    decoder, (features, captions) = make_decoder("attention", 1, patch_dropout=0.4), make_data()
+    assert decoder.drop_patches(features) is features
+    decoder.train()
+    kept = [decoder.drop_patches(features) for _ in range(20)]
+    assert {part.shape for part in kept} == {(4, 5, CHANNELS)}  # 9 * 0.6 = 5.4 cells
+    choices = set()
+    for part in kept:
+        is_kept = (part.unsqueeze(2) == features.unsqueeze(1)).all(-1)  # (N, P', P)
+        assert (is_kept.sum(2) == 1).all() and is_kept.sum(1).max() == 1  # five different cells
+        choices |= {tuple(image.tolist()) for image in is_kept.any(1)}
+    assert len(choices) > 40  # of 20 * 4: by image, and anew each time
+    _, alphas = run_decoder(decoder, features, captions)
+    assert alphas.shape == (7, 6, 5)
+
+
+def test_features_are_standardised_by_the_sample_that_calibrated_the_decoder():
+    decoder, features = make_decoder("attention", 1), 50 * make_data()[0] + 7
+    features[..., 2] = 3.0  # a channel that is constant in the sample
+    decoder.calibrate(features)
+    standardised = decoder.standardise(features)
+    others = [channel for channel in range(CHANNELS) if channel != 2]
+    std, mean = torch.std_mean(standardised, dim=(0, 1), correction=0)
+    torch.testing.assert_close(mean, torch.zeros(CHANNELS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(std[others], torch.ones(CHANNELS - 1))
+    features[..., 2] += 0.01  # what it may do elsewhere is not blown up
+    assert decoder.standardise(features)[..., 2].abs().max() < 1
+
+
+@every_decoder
+def test_weight_matrices_decay_and_embeddings_and_biases_do_not(kind, num_layers):
+    decoder = make_decoder(kind, num_layers)
+    decaying, others = decoder.param_groups(0.25)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.25, 0.0)
+    grouped = [id(parameter) for group in (decaying, others) for parameter in group["params"]]
+    assert sorted(grouped) == sorted(map(id, decoder.parameters()))
+    names = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    undecayed = {names[id(parameter)] for parameter in others["params"]}
+    assert undecayed == {"embed.weight"} | {name for name in names.values() if "bias" in name}
+
+
+# ---------------------------------------------------------------------------------- the training step
+
+
+def run_options(*typed):
+    """Options of a small run."""
+    sizes = "--embed_size 16 --hidden_size 32 --num_layers 1 --drop_prob 0"
+    return parse_args([*sizes.split(), *typed])
 
 
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
 def test_five_images_are_overfitted(kind):
     torch.manual_seed(0)
     features = torch.randn(5, CELLS, CHANNELS)
-    texts = [
-        [4, 5, 6],
-        [4, 5, 7, 8],
-        [9],
-        [4, 10, 4, 11, 12],
-        [6, 5, 4],
-    ]  # shared beginnings: the image must tell
-    lengths = torch.tensor([len(text) + 1 for text in texts])
-    captions = torch.tensor([[1, *text, 2] + [0] * (5 - len(text)) for text in texts])
-    args = program.parse_args(["--decoder", kind, "--embed_size", "16", "--hidden_size", "32", "--num_layers", "1",
-                               "--attention_dim", "16", "--drop_prob", "0", "--alpha_c", "0.1"])  # fmt: skip
-    args.device, args.precision = torch.device("cpu"), "float32"
-    decoder = program.build_decoder(args, CHANNELS, VOCAB_SIZE).train()
-    run = SimpleNamespace(
-        args=args, decoder=decoder, model=decoder, per_step=False,
-        optimizer=torch.optim.Adam(decoder.parameters(), lr=0.02),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )  # fmt: skip
-    batch = (torch.arange(5), captions, lengths, torch.arange(5))
+    # shared beginnings: the image must tell
+    texts = [[4, 5, 6], [4, 5, 7, 8], [9], [4, 10, 4, 11, 12], [6, 5, 4]]
+    attention = ["--attention_dim", "16", "--alpha_c", "0.1"] if kind == "attention" else []
+    options = run_options("--decoder", kind, "--learning_rate", "0.02", *attention)
+    decoder = program.build_decoder(options.as_dict(), CHANNELS, VOCAB_SIZE)
+    run = make_run(decoder, options)
+    (batch,) = CaptionBatches([[text] for text in texts], 5, 9, seed=0).epoch(0, shuffle=False)
     losses = [float(program.train_step(run, features, batch)) for _ in range(150)]
+    losses = [nats / batch.num_tokens for nats in losses]
     assert losses[0] > 2 > 0.05 > losses[-1]  # from about log(13) nats per token
-    found = generate(decoder.eval(), features, VOCABULARY, algorithm="greedy")
-    assert [best.tokens for (best,) in found] == texts
-    assert all(best.finished for (best,) in found)
+    hypotheses = generate(decoder.eval(), features, VOCABULARY, algorithm="greedy")
+    assert [best.tokens for (best,) in hypotheses] == texts
+    assert all(best.finished for (best,) in hypotheses)
 
 
-# ----------------------------------------------------------------------------------------------------------- the losses
+def test_a_training_step_is_one_of_torchs_optimizer_on_the_clipped_gradient():
+    """Written out plainly: tail, loss, gradient, clipping, AdamW."""
+    options = run_options("--decoder", "attention", "--grad_clip", "0.01", "--label_smoothing", "0.1",
+                          "--weight_decay", "0.2", "--alpha_c", "0.7", "--learning_rate", "0.03")  # fmt: skip
+    features, captions = make_data()
+    batch = make_batch(captions, LENGTHS, IMAGE_INDEX)
+    decoder, reference = (make_decoder("attention", 1, scale=1.0) for _ in range(2))
+    run, optimizer = (
+        make_run(decoder, options),
+        torch.optim.AdamW(reference.param_groups(0.2), 0.03),
+    )
+    run.captioner.encoder.tail = lambda features: 2 * features
+    for _ in range(2):
+        nats = program.train_step(run, features, batch)
+
+        logits, alphas = reference(2 * features, batch)
+        loss, plain = cross_entropy(logits, batch, 0.1)
+        loss = loss + 0.7 * doubly_stochastic_penalty(alphas, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm()
+        assert norm > 0.01
+        for parameter in reference.parameters():
+            parameter.grad *= 0.01 / norm
+        optimizer.step()
+        torch.testing.assert_close(nats, plain.detach())
+        pairs = zip(decoder.parameters(), reference.parameters(), strict=True)
+        for parameter, expected in pairs:
+            torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-7, rtol=1e-3)
+            torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-3)
+
+
+def shares_of(captions, world_size, monkeypatch):
+    """The batch of all these captions as each of so many processes has it."""
+    batches = []
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        batches += CaptionBatches(captions, 99, 20, seed=0).epoch(0)
+    return batches
+
+
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_the_shares_of_several_processes_are_together_one_batch(kind, world_size, monkeypatch):
+    """The mean of the processes' gradients, which DistributedDataParallel takes, is the batch's."""
+    captions = [[[4, 5, 6], [7]], [[8, 9, 10, 11, 12]], [[5, 4, 6, 6], [6], [9, 9]], [[12, 4]]]
+    decoder, features = make_decoder(kind, 1, scale=1.0), make_data()[0]
+    options = run_options("--decoder", kind, "--label_smoothing", "0.1", "--grad_clip", "0")
+
+    def nats_and_gradients(world_size):
+        total, means = 0.0, {name: 0.0 for name, _ in decoder.named_parameters()}
+        for batch in shares_of(captions, world_size, monkeypatch):
+            run = make_run(copy.deepcopy(decoder), options)
+            nats = program.train_step(run, features[batch.image_rows], batch)
+            total += float(nats) if batch.weight else 0.0
+            for name, parameter in run.model.named_parameters():
+                means[name] = means[name] + parameter.grad / world_size
+        return total, means
+
+    nats, expected = nats_and_gradients(1)
+    shared_nats, means = nats_and_gradients(world_size)
+    assert shared_nats == pytest.approx(nats, rel=1e-6)
+    for name, mean in means.items():
+        torch.testing.assert_close(mean, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+# ---------------------------------------------------------------------------------------- the losses
+
+
+def as_batch(captions, lengths):
+    """The batch of captions that are each of another image."""
+    return make_batch(captions, lengths, torch.arange(len(lengths)))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
-def test_cross_entropy_is_torchs_over_what_lies_within_the_lengths(smoothing):
-    _, captions = make_batch()
+def test_cross_entropy_is_torchs_over_the_tokens_of_the_captions(smoothing):
+    _, captions = make_data()
     captions[0, 2] = VOCABULARY.pad  # a padding id within the caption is a word like any other
-    logits = torch.randn(
-        7, 6, VOCAB_SIZE, generator=torch.Generator().manual_seed(4), requires_grad=True
-    )
-    targets = captions[:, 1:].masked_fill(torch.arange(6) >= LENGTHS.unsqueeze(1), -100)
-    smooth, plain = cross_entropy(logits, captions, LENGTHS, smoothing)
-    expected = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, label_smoothing=smoothing
-    )
-    torch.testing.assert_close(smooth, expected)
+    batch = as_batch(captions, LENGTHS)
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(27, VOCAB_SIZE, generator=generator, requires_grad=True)
+    padded = unpack(logits, LENGTHS).flatten(0, 1)
+    targets = captions[:, 1:].masked_fill(torch.arange(6) >= LENGTHS.unsqueeze(1), -100).flatten()
+    smoothed, nats = cross_entropy(logits, batch, smoothing)
+    expected = F.cross_entropy(padded, targets, ignore_index=-100, label_smoothing=smoothing)
+    torch.testing.assert_close(smoothed, expected)
     torch.testing.assert_close(
-        plain, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        nats, F.cross_entropy(padded, targets, ignore_index=-100, reduction="sum")
     )
     torch.testing.assert_close(
-        *(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (smooth, expected))
+        *(torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (smoothed, expected))
     )
 
 
 def test_cross_entropy_of_a_caption_worked_by_hand():
-    logits = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]]).log()
-    captions, lengths = torch.tensor([[1, 0, 1, 2]]), torch.tensor([2])
-    _, plain = cross_entropy(logits, captions, lengths, 0.3)
-    assert float(plain) == pytest.approx(
-        -float(torch.tensor(0.5 * 0.8).log()) / 2
-    )  # the third word is none
+    batch = as_batch(torch.tensor([[1, 0, 1]]), torch.tensor([2]))
+    logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]).log()
+    loss, nats = cross_entropy(logits, batch)
+    expected = -float(torch.tensor(0.5 * 0.8).log())
+    assert float(nats) == pytest.approx(expected) and float(loss) == pytest.approx(expected / 2)
+    loss, nats = cross_entropy(logits, batch._replace(num_tokens=8), 0.3)  # a share of 8 tokens
+    spread = -float(torch.tensor(0.5 * 0.25 * 0.25 * 0.1 * 0.8 * 0.1).log()) / 3
+    assert float(nats) == pytest.approx(expected)  # which are reported are never smoothed
+    assert float(loss) == pytest.approx((0.7 * expected + 0.3 * spread) / 8)
 
 
-def test_the_penalty_of_a_caption_worked_by_hand():
-    alphas = torch.tensor(
-        [[[0.5, 0.5], [1.0, 0.0], [0.7, 0.3]], [[0.2, 0.8], [0.9, 0.1], [0.0, 1.0]]]
-    )
-    # two of three words of the first caption: cells get 1.5 and 0.5, so 0.25 each; one of the second: 0.2 and 0.8
-    assert float(doubly_stochastic_penalty(alphas, torch.tensor([2, 1]))) == pytest.approx(
-        (0.25 + 0.25 + 0.64 + 0.04) / 4
-    )
+def test_the_penalty_of_captions_worked_by_hand():
+    captions, lengths = torch.tensor([[1, 4, 2], [1, 2, 0]]), torch.tensor([2, 1])
+    batch = as_batch(captions, lengths)
+    alphas = torch.tensor([[0.5, 0.5], [0.2, 0.8], [1.0, 0.0]])  # first words, then the second
+    # the first caption's cells receive 1.5 and 0.5, so 0.25 each; the second's 0.2 and 0.8
+    expected = (0.25 + 0.25 + 0.64 + 0.04) / 4
+    assert float(doubly_stochastic_penalty(alphas, batch)) == pytest.approx(expected)
+    share = batch._replace(num_captions=10)  # of a batch of ten captions
+    assert float(doubly_stochastic_penalty(alphas, share)) == pytest.approx(expected * 2 / 10)
 
 
 def test_a_caption_that_looks_at_every_cell_alike_has_no_penalty_at_its_grids_length():
     for cells in (4, 49):
-        alphas = torch.full((3, cells + 5, cells), 1 / cells)
-        assert float(doubly_stochastic_penalty(alphas, torch.full((3,), cells))) == pytest.approx(
-            0, abs=1e-10
-        )
+        captions = torch.full((3, cells + 1), 5)
+        batch = as_batch(captions, torch.full((3,), cells))
+        alphas = torch.full((3 * cells, cells), 1 / cells)
+        assert float(doubly_stochastic_penalty(alphas, batch)) == pytest.approx(0, abs=1e-10)
 
 
-# ---------------------------------------------------------------------------------------------------------- the encoder
+@pytest.mark.parametrize("alpha_c", [0.0, 0.7])
+def test_the_objective_adds_the_penalty_times_alpha_c(alpha_c):
+    decoder, (features, captions) = make_decoder("attention", 1), make_data()
+    batch = make_batch(captions, LENGTHS, IMAGE_INDEX)
+    options = run_options("--decoder", "attention", "--label_smoothing", "0.2", "--alpha_c", str(alpha_c))  # fmt: skip
+    loss, nats = program.CrossEntropyObjective(options.training)(decoder, features, batch)
+    logits, alphas = decoder(features, batch)
+    smoothed, plain = cross_entropy(logits, batch, 0.2)
+    torch.testing.assert_close(loss, smoothed + alpha_c * doubly_stochastic_penalty(alphas, batch))
+    torch.testing.assert_close(nats, plain)
+
+
+# --------------------------------------------------------------------------------------- the encoder
 
 
 def through_pool(model, grid):
@@ -501,6 +621,7 @@ TAILS = {  # one member of each torchvision family, and what its model does with
     "mnasnet0_5": through_pool,
     "swin_t": through_pool,
 }
+SLOW = ("vgg11", "convnext_tiny")
 
 
 def normalize(images):
@@ -523,7 +644,9 @@ def small():
     return load_encoder_weights("mobilenet_v3_small", "random", seed=0)
 
 
-@pytest.mark.parametrize("name", TAILS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TAILS]
+)
 @torch.inference_mode()
 def test_features_are_the_grid_that_torchvision_pools(name):
     with torch.random.fork_rng():
@@ -573,7 +696,7 @@ def test_resnet50_has_a_grid_of_7_by_7_cells_of_2048_channels():
     assert encoder(some_images(1, 224)).shape == (1, 49, 2048)
 
 
-def test_defect_6_images_are_normalized_as_torchvision_does(small):
+def test_images_are_normalized_as_torchvision_does(small):
     encoder = Encoder("mobilenet_v3_small", small, "random")
     encoder.folded = nn.Identity()
     images = some_images(2, 16)
@@ -606,7 +729,7 @@ def test_folded_batchnorm_and_bfloat16_compute_the_same_features(name):
     assert float((found - plain).norm() / plain.norm()) < 0.03
 
 
-def test_defect_7_the_encoder_stays_in_eval_mode(small):
+def test_the_encoder_stays_in_eval_mode(small):
     encoder = Encoder("mobilenet_v3_small", small, "random")
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     images = some_images(3, encoder.image_size)
@@ -627,7 +750,7 @@ def test_defect_7_the_encoder_stays_in_eval_mode(small):
 
 def test_an_encoder_outside_the_table_is_refused_by_name(capsys):
     with pytest.raises(SystemExit) as stop:
-        program.parse_args(["--encoder", "vit_b_16"])
+        parse_args(["--encoder", "vit_b_16"])
     message = capsys.readouterr().err
     assert stop.value.code == 2
     assert (
@@ -657,7 +780,7 @@ def test_weights_of_another_architecture_are_refused(name, other):
 
 
 def test_weights_saved_before_batch_norm_counted_its_batches_are_taken(small):
-    """torchvision's older files, document A's resnet50-19c8e357.pth among them, have no num_batches_tracked."""
+    """torchvision's older files, such as resnet50-19c8e357.pth, have no num_batches_tracked."""
     old = {
         name: tensor for name, tensor in small.items() if not name.endswith("num_batches_tracked")
     }
@@ -680,163 +803,6 @@ def test_a_state_dict_may_lack_the_classifier_and_be_of_half_precision(small):
     whole = Encoder("mobilenet_v3_small", small, "whole.pth")
     images = some_images(1, 224)
     torch.testing.assert_close(encoder(images), whole(images), atol=0.02, rtol=0.05)
-
-
-# Where weights come from
-
-
-def refusal(kind, source, name="squeezenet1_1"):
-    """The one line with which a source of weights is refused."""
-    with pytest.raises(kind) as error:
-        load_encoder_weights(name, source, seed=0)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-class Bomb:
-    """Pickles as a command that makes the file it is given."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.file),)
-
-
-def test_defect_14_unusable_weight_files_are_refused_by_name(tmp_path):
-    missing, bomb, text, listing, empty = (
-        tmp_path / name for name in ("missing.pth", "bomb.pth", "text.pth", "list.pth", "empty.pth")
-    )
-    bomb.write_bytes(pickle.dumps({"conv1.weight": Bomb(tmp_path / "exploded")}, protocol=2))
-    text.write_text("these are no weights")
-    torch.save([torch.zeros(2)], listing)
-    empty.touch()
-    assert str(missing) in refusal(FileNotFoundError, str(missing))
-    assert str(tmp_path) in refusal(FileNotFoundError, str(tmp_path))  # a folder
-    for file in (bomb, text, listing, empty):
-        message = refusal(ValueError, str(file))
-        assert str(file) in message and "state dict" in message
-    assert "list" in refusal(ValueError, str(listing))
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_a_weight_file_that_was_cut_short_is_refused(tmp_path, small):
-    file = tmp_path / "short.pth"
-    torch.save(small, file)
-    whole = file.read_bytes()
-    for share in (0.1, 0.5, 0.99):
-        file.write_bytes(whole[: int(len(whole) * share)])
-        assert str(file) in refusal(ValueError, str(file))
-
-
-def test_a_file_of_weights_is_read_as_it_is(tmp_path, small):
-    torch.save(small, tmp_path / "weights.pth")
-    state = load_encoder_weights("mobilenet_v3_small", str(tmp_path / "weights.pth"), seed=5)
-    assert state.keys() == small.keys()
-    assert all(torch.equal(state[name], small[name]) for name in small)
-
-
-def no_network(url, **_options):
-    """Stands in for torch.hub's download on a machine without a network."""
-    raise urllib.error.URLError("Name or service not known")
-
-
-def publish(monkeypatch, folder, digest, name="squeezenet1_1"):
-    """As if torchvision's weights were a file with this SHA-256, and there were no network. Returns its local place."""
-    weights = SimpleNamespace(
-        IMAGENET1K_V1=SimpleNamespace(url=f"https://nowhere/{name}-{digest[:8]}.pth")
-    )
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda _name: weights)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    monkeypatch.setattr(program, "WEIGHTS_DIR", folder)
-    return folder / f"{name}-{digest[:8]}.pth"
-
-
-def sha256(file):
-    """The file's SHA-256 in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def test_imagenet_weights_are_looked_for_in_the_documented_folder_first(tmp_path, monkeypatch):
-    assert Path("../../resources/models") == program.WEIGHTS_DIR
-    state = load_encoder_weights("squeezenet1_1", "random", seed=3)
-    torch.save(state, tmp_path / "weights.pth")
-    placed = publish(monkeypatch, tmp_path, sha256(tmp_path / "weights.pth"))
-    (tmp_path / "weights.pth").rename(placed)
-    found = load_encoder_weights("squeezenet1_1", "imagenet", seed=0)
-    assert all(torch.equal(found[name], state[name]) for name in state)
-
-    with placed.open("ab") as file:
-        file.write(b"\0")
-    message = refusal(ValueError, "imagenet")
-    assert str(placed) in message and "SHA-256" in message
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet50-19c8e357.pth", "resnet50-0676ba61.pth"]
-)  # document A's and torchvision's
-def test_resnet50_may_be_placed_under_either_name_but_not_with_other_contents(
-    tmp_path, monkeypatch, name
-):
-    monkeypatch.setattr(program, "WEIGHTS_DIR", tmp_path)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    (tmp_path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2))
-    message = refusal(ValueError, "imagenet", "resnet50")
-    assert str(tmp_path / name) in message and "SHA-256" in message
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_a_file_whose_hash_merely_begins_as_its_name_says_runs_no_code(tmp_path, monkeypatch):
-    (tmp_path / "bomb").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2))
-    placed = publish(monkeypatch, tmp_path, sha256(tmp_path / "bomb"))
-    (tmp_path / "bomb").rename(placed)
-    assert str(placed) in refusal(ValueError, "imagenet")
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_a_broken_file_in_torchs_own_download_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "WEIGHTS_DIR", tmp_path / "models")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth").write_text(
-        "half a page of some proxy's error message"
-    )
-    assert "squeezenet1_1-b8a52dc0.pth" in refusal((ValueError, FileNotFoundError), "imagenet")
-
-
-@pytest.mark.parametrize(
-    "fault", [urllib.error.URLError("no route"), TimeoutError("timed out"), ConnectionResetError("reset"),
-              RuntimeError('invalid hash value (expected "b8a52dc0", got "0")')]
-)  # fmt: skip
-def test_defect_14_weights_that_cannot_be_downloaded_are_an_error_never_random(
-    tmp_path, monkeypatch, fault
-):
-    asked = {}
-
-    def fail(url, **options):
-        asked.update(options)
-        raise fault
-
-    monkeypatch.setattr(program, "WEIGHTS_DIR", tmp_path / "models")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
-    message = refusal(FileNotFoundError, "imagenet")
-    assert "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth" in message
-    assert f"{tmp_path / 'models'}" in message and "--encoder_weights" in message
-    assert asked["check_hash"] and asked["weights_only"]
-
-
-def test_random_weights_are_drawn_from_the_seed_alone():
-    torch.manual_seed(11)
-    before = torch.get_rng_state()
-    first, second, other = (
-        load_encoder_weights("squeezenet1_1", "random", seed) for seed in (1, 1, 2)
-    )
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(12)
-    third = load_encoder_weights("squeezenet1_1", "random", 1)
-    name = "features.0.weight"
-    assert all(torch.equal(first[k], second[k]) and torch.equal(first[k], third[k]) for k in first)
-    assert not torch.equal(first[name], other[name])
 
 
 def test_the_key_tells_apart_one_changed_weight(small):
@@ -862,31 +828,39 @@ def test_the_key_tells_apart_one_changed_weight(small):
     )
 
 
-def test_a_checkpoint_brings_its_encoder_and_refuses_another(tmp_path, small):
-    def args(*typed):
-        options = program.parse_args(["--encoder", "mobilenet_v3_small", *typed])
-        options.device, options.precision, options.model_path = (
-            torch.device("cpu"),
-            "float32",
-            "run/best.pt",
-        )
-        return options
+def open_encoder(stored, *typed):
+    """The encoder of a run that goes on from run/best.pt, which stores this of its own."""
+    options = parse_args(["--encoder", "mobilenet_v3_small", *typed])
+    options = options._replace(run=options.run._replace(model_path="run/best.pt"))
+    return program.open_encoder(options, CPU, {"encoder": stored})
 
+
+def test_a_checkpoint_brings_its_encoder_and_refuses_another(tmp_path, small):
     encoder = Encoder("mobilenet_v3_small", small, "random")
+    key, weights = encoder.key(), encoder.trunk.state_dict()
     torch.save(small, tmp_path / "same.pth")
-    weights = {"weights": encoder.trunk.state_dict()}
-    opened = program.open_encoder(
-        args(), {"encoder": encoder.key() | weights}
-    )  # no file, no download
-    assert opened.key() == encoder.key()
-    same = args("--encoder_weights", str(tmp_path / "same.pth"))
-    assert (
-        program.open_encoder(same, {"encoder": encoder.key() | {"weights": None}}).key()
-        == encoder.key()
-    )
+    opened = open_encoder({**key, "weights": weights})  # no file, no download
+    assert opened.key() == key
+    same = ["--encoder_weights", str(tmp_path / "same.pth")]
+    assert open_encoder({**key, "weights": None}, *same).key() == key
+    refusal = r"--encoder_weights random: other weights than run/best\.pt"
+    with pytest.raises(ValueError, match=refusal):
+        open_encoder({**key, "weights": weights}, "--encoder_weights", "random", "--seed", "1")
+
+
+@pytest.mark.parametrize(
+    "change", [{"channels": 5}, {"image_size": 200}, {"coarse_size": 64}], ids=str
+)
+def test_a_checkpoint_whose_encoder_is_not_what_it_says_is_refused(small, change):
+    encoder = Encoder("mobilenet_v3_small", small, "random")
+    stored = {**encoder.key(), "weights": encoder.trunk.state_dict(), **change}
     with pytest.raises(
-        ValueError, match=r"--encoder_weights random: other weights than run/best\.pt"
+        ValueError, match=rf"^run/best\.pt: its encoder has other {next(iter(change))}"
     ):
-        program.open_encoder(
-            args("--encoder_weights", "random", "--seed", "1"), {"encoder": encoder.key() | weights}
-        )
+        open_encoder(stored)
+
+
+def test_training_may_change_nothing_of_the_encoder_yet(small):
+    encoder, features = Encoder("mobilenet_v3_small", small, "random"), torch.randn(2, 49, 576)
+    assert encoder.tail(features) is features
+    assert not list(encoder.tail.parameters())

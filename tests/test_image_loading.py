@@ -17,7 +17,7 @@ from pictures import UNIX, grey_images, png_bomb, quarters, save_image, unreadab
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_end_to_end import TINY, load, program, run_dir, snapshot, succeed, train
+from test_end_to_end import ATTENTION, TINY, load, program, run_dir, snapshot, succeed, train
 from test_feature_cache import FakeEncoder, _cached, _expected, _folder, _named
 
 import caption_data
@@ -502,7 +502,7 @@ def sample_shards(folder="shards", each=15):
 
 @pytest.mark.usefixtures("shop")
 def test_the_program_trains_tests_and_draws_from_shards_as_from_files():
-    flags = "--decoder attention --save_attention_viz --attention_viz_samples 2"
+    flags = f"{ATTENTION} --save_attention_viz --attention_viz_samples 2"
     from_files, shards = train(flags), sample_shards()
     from_shards = run_dir(succeed(TINY, flags, shards, "--cache_dir own_cache"))
     assert (

@@ -17,30 +17,31 @@ import flickr_image_caption as program_module
 import process_group
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_end_to_end import TINY, load, program, run_dir, train
+from test_end_to_end import ATTENTION, TINY, load, program, run_dir, train
 
 import checkpoints
+import runtime
 from caption_batches import CaptionBatches
 
 PROGRAM = Path(experiment_utils.__file__).with_name("flickr_image_caption.py")
 pytestmark = pytest.mark.usefixtures("shop")
-PLAIN = f"{TINY} --decoder attention --drop_prob 0 --label_smoothing 0.1"
+PLAIN = f"{TINY} --drop_prob 0 --label_smoothing 0.1"
 FIRST_GRADIENTS = """
 import sys, torch
-import flickr_image_caption as program, process_group
+import flickr_image_caption as program, process_group, runtime
 
-def first_gradients(args):  # a function, as a reducer alive at the interpreter's end may abort it
-    run = program.set_up(args, None)
-    run.optimizer = torch.optim.SGD(run.decoder.parameters(), lr=0.0)
-    run.args.grad_clip = 0.0
-    batch, weights = program.share_of(next(run.batches.epoch(0)))
-    program.train_step(run, next(run.features.stream([batch.image_rows])), batch, weights)
-    return {name: p.grad for name, p in run.decoder.named_parameters()}
+def first_gradients():  # a function, as a reducer alive at the interpreter's end may abort it
+    run = program.set_up(options, hardware)
+    decoder = run.captioner.decoder
+    run.state.optimizer = torch.optim.SGD(decoder.parameters(), lr=0.0)
+    batch, features = next(run.training.epoch(0))
+    program.train_step(run, features, batch)
+    return {name: p.grad for name, p in decoder.named_parameters()}
 
-args = program.parse_args(sys.argv[2:])
-args.device = torch.device("cpu")
-with process_group.joined(args.device):
-    gradients = first_gradients(args)
+options = program.parse_args(sys.argv[2:])
+hardware = runtime.resolve_hardware("cpu", options.run.precision)
+with process_group.joined(hardware.device):
+    gradients = first_gradients()
     if process_group.rank() == 0:
         torch.save(gradients, sys.argv[1])
 """
@@ -60,11 +61,13 @@ def torchrun(processes, script, *words, start=subprocess.run, **options):
     return start(command, env=environment(), text=True, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path):
     """Weights after an epoch to 1e-4, the same scores, one run directory, one cache of both."""
-    alone = train(PLAIN, "--epochs 1")
+    attention = f"{PLAIN} {ATTENTION}"
+    alone = train(attention, "--epochs 1")
     Path("feature_cache").unlink()  # the link to the workshop's: an empty one instead
-    done = torchrun(2, PROGRAM, *PLAIN.split(), "--batch_size", 40, capture_output=True)
+    done = torchrun(2, PROGRAM, *attention.split(), "--batch_size", 40, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Epoch 1 completed") == 1 and done.stdout.count("run directory:") == 1
     together = run_dir(done.stdout)
@@ -93,12 +96,14 @@ def test_two_processes_are_one_run(tmp_path):
     assert load(run_dir(resumed) / "model_epoch_2.pt")["step"] == 8
 
 
+@pytest.mark.slow
 def test_the_first_steps_gradients_are_those_of_one_process(tmp_path, monkeypatch):
     script = tmp_path / "gradients.py"
     script.write_text(FIRST_GRADIENTS)
-    monkeypatch.setattr(sys, "argv", [str(script), "one.pt", *PLAIN.split()])
+    words = f"{PLAIN} {ATTENTION} --grad_clip 0".split()
+    monkeypatch.setattr(sys, "argv", [str(script), "one.pt", *words])
     runpy.run_path(str(script))
-    two = torchrun(2, script, "two.pt", *PLAIN.split(), capture_output=True)
+    two = torchrun(2, script, "two.pt", *words, capture_output=True)
     assert two.returncode == 0, two.stderr
     alone, together = load("one.pt"), load("two.pt")
     norm = torch.cat([gradient.flatten() for gradient in alone.values()]).norm()
@@ -106,10 +111,11 @@ def test_the_first_steps_gradients_are_those_of_one_process(tmp_path, monkeypatc
         assert (together[name] - gradient).norm() <= 1e-6 * norm, name
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpoint():
     with Path("err.txt").open("w") as err:
         streams = {"stderr": err, "stdout": subprocess.DEVNULL}
-        words = [*PLAIN.split(), "--epochs", 500]
+        words = [*PLAIN.split(), *ATTENTION.split(), "--epochs", 500]
         running = torchrun(2, PROGRAM, *words, start=subprocess.Popen, **streams)
         try:
             wait_for(lambda: list(Path().glob("saved_models/**/model_epoch_2.pt")))
@@ -144,25 +150,26 @@ def test_a_fault_of_ones_own_is_not_blamed_on_a_lost_peer(error, becomes):
 
 
 def test_what_one_process_raises_ends_it_without_waiting_for_the_others(monkeypatch):
-    args = program_module.parse_args(TINY.split())
-    args.device, args.precision = torch.device("cpu"), "float32"
-    run, gathered = program_module.set_up(args, None), []
+    options = program_module.parse_args(TINY.split())
+    hardware = runtime.resolve_hardware("cpu", "float32")
+    run, gathered = program_module.set_up(options, hardware), []
     step = program_module.train_step
 
     def failing(run, *given):
-        if run.progress["step"] == 1:
+        if run.state.loop["step"] == 1:
             raise ValueError("of this process alone")
         return step(run, *given)
 
     monkeypatch.setattr(program_module, "train_step", failing)
+    monkeypatch.setattr(program_module, "start_run", lambda *_: run)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(process_group, "all_reduce_max", lambda number: number)
     monkeypatch.setattr(
         process_group, "all_gather", lambda value: gathered.append(value) or [value]
     )
     with pytest.raises(ValueError, match="of this process alone"):
-        program_module.train_epoch(run, [])
-    assert run.progress["step"] == 1 and not gathered
+        program_module.train(options, hardware, None)
+    assert run.state.loop["step"] == 1 and not gathered
 
 
 def rank_1_of(launcher):
@@ -204,17 +211,17 @@ def test_shares_cover_everything_once(count, processes, monkeypatch):
 
 
 def test_a_process_without_captions_takes_part_with_weight_0(monkeypatch):
+    """It computes another's caption; over the averaged gradients every caption counts once."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    batch = next(CaptionBatches([[[4, 5]], [[6]]], 2, 9, seed=0).epoch(0))
-    weights = []
+    batches, shares = CaptionBatches([[[4, 5]], [[6]]], 2, 9, seed=0), []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        local_batch, (token_weight, caption_weight) = program_module.share_of(batch)
-        assert len(local_batch.lengths) == 1
-        weights.append((token_weight * int(local_batch.lengths.sum() > 0), caption_weight))
-    assert sum(weight == (0, 0) for weight in weights) == 1
-    assert sum(weight for weight, _ in weights) == pytest.approx(3)
-    assert sum(weight for _, weight in weights) == pytest.approx(3)
+        shares.extend(batches.epoch(0))
+    assert [len(share.image_index) for share in shares] == [1, 1, 1]
+    assert [(share.num_tokens, share.num_captions) for share in shares] == [(5, 2)] * 3
+    assert sorted(share.weight for share in shares) == [0, 3, 3]
+    assert sum(share.weight * len(share.targets) for share in shares) / 3 == 5
+    assert sum(share.weight * len(share.image_index) for share in shares) / 3 == 2
 
 
 def test_alone_nothing_is_sent():

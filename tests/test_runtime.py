@@ -11,7 +11,15 @@ import torch
 
 import process_group
 import runtime
-from runtime import Stopped, listen_for_stop, resolve_device, resolve_precision, until_stopped
+from runtime import (
+    Hardware,
+    Stopped,
+    listen_for_stop,
+    resolve_device,
+    resolve_hardware,
+    resolve_precision,
+    until_stopped,
+)
 
 # ----------------------------------------------------------------------------- device and precision
 
@@ -54,6 +62,32 @@ def test_auto_takes_the_precision_that_the_hardware_has_and_a_given_one_is_kept(
     assert resolve_precision("auto", torch.device(device)) == expected
     for name in ("float32", "bfloat16", *(["float16"] if device != "cpu" else [])):
         assert resolve_precision(name, torch.device(device)) == name
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_hardware_computes_in_its_precision_and_keeps_freed_memory_on_a_cpu(monkeypatch, precision):
+    kept = []
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: kept.append(True))
+    hardware = resolve_hardware("cpu", precision)
+    assert hardware == Hardware(torch.device("cpu"), precision) and kept == [True]
+    assert hardware.dtype == getattr(torch, precision)
+    with hardware.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == hardware.dtype
+
+
+def test_float16_is_refused_on_a_cpu():
+    with pytest.raises(ValueError, match=r"^--precision float16 .*give bfloat16 or float32"):
+        resolve_hardware("cpu", "float16")
+
+
+def test_on_cuda_matrix_products_may_be_tf32(monkeypatch):
+    asked, kept = [], []
+    monkeypatch.setattr(runtime, "resolve_device", torch.device)
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    assert resolve_hardware("cuda", "float16") == Hardware(torch.device("cuda"), "float16")
+    assert (asked, kept) == (["high"], [])
 
 
 # ------------------------------------------------------------------------------------------ signals
@@ -102,14 +136,15 @@ FAULTS = """
 import resource, sys, torch, runtime
 if sys.argv[1] == "keep":
     runtime.keep_freed_memory()
-for _ in range(20):
+for _ in range(36):
     torch.ones(2**24)  # 64 MiB, given back at once
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    first = faults if _ == 0 else first
-print(faults - first)
+    warm = faults if _ < 24 else warm  # until there is a hole of that size in the heap
+print(faults - warm)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 def test_memory_that_tensors_give_back_is_not_faulted_in_again():
     root = Path(runtime.__file__).parent

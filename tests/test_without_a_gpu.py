@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from small_runs import make_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -19,6 +20,7 @@ import caption_decoding
 import feature_cache
 import flickr_image_caption as program
 import runtime
+from caption_options import parse_args
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,23 +114,28 @@ def moved(module):
     return module
 
 
+class Pretended(runtime.Hardware):
+    """Hardware without autocast, which torch lacks for this device."""
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr(
-        program, "autocast", lambda _args: contextlib.nullcontext()
-    )  # this device has none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _kind: False)
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda groups, lr, fused: torch.optim.SGD(groups, lr, foreach=False)
-    )  # nor fused Adam
+    )  # this device has no fused one
     return Device()
 
 
-def options(kind, device, *more):
-    sizes = "--embed_size 8 --hidden_size 8 --attention_dim 4 --num_layers 2 --label_smoothing 0.1 --learning_rate 0.1"
-    args = program.parse_args(["--decoder", kind, *sizes.split(), *more])
-    args.device, args.precision = torch.device(device), "float32"
-    return args
+def options(kind, *more):
+    sizes = (
+        "--embed_size 8 --hidden_size 8 --num_layers 2 --label_smoothing 0.1 --learning_rate 0.1"
+    )
+    attention = "--attention_dim 4 --patch_dropout 0.5" if kind == "attention" else ""
+    return parse_args(["--decoder", kind, *sizes.split(), *attention.split(), *more])
 
 
 def source(features):
@@ -140,46 +147,49 @@ def source(features):
 
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
 def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeypatch):
-    captions = caption_batches.CaptionBatches(
-        [[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]], 5, 9, seed=0
-    )
-    (batch,) = captions.epoch(0)
+    """The features lie in the device's memory: positions to read and the batch's numbers go there."""
+    captions = [[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]]
+    (batch,) = caption_batches.CaptionBatches(captions, 5, 9, seed=0).epoch(0)
+    settled = options(kind, "--use_scheduler", "--scheduler_type", "one_cycle")
     mirror = torch.tensor([True, False, True, False])
     features = torch.randn(4, 1 if kind == "lstm" else CELLS, CHANNELS).half()
     losses, decoders = [], []
-    for place in ("cpu", AWAY):
-        args = options(
-            kind,
-            place,
-            "--patch_dropout",
-            "0.5",
-            "--use_scheduler",
-            "--scheduler_type",
-            "one_cycle",
-        )
+    for place in (torch.device("cpu"), AWAY):
         torch.manual_seed(0)
-        decoder = program.build_decoder(args, CHANNELS, WORDS, device="cpu").train()
-        with device if place is AWAY else contextlib.nullcontext():
-            cache = features if place == "cpu" else Away(features)
-            decoder = decoder if place == "cpu" else moved(decoder)
-            run = SimpleNamespace(
-                args=args, decoder=decoder, model=decoder, optimizer=program.build_optimizer(decoder, args),
-                scaler=torch.amp.GradScaler("cpu", enabled=False), per_step=True,
-            )  # fmt: skip
-            run.scheduler = program.build_scheduler(run.optimizer, args, {"steps": 10})
-            pinned = mock.Mock(side_effect=runtime.to_device)
+        decoder = program.build_decoder(settled.as_dict(), CHANNELS, WORDS)
+        with device if place == AWAY else contextlib.nullcontext():
+            cache = Away(features) if place == AWAY else features
+            decoder = moved(decoder) if place == AWAY else decoder
+            run = make_run(decoder, settled, Pretended(place, "float32"), num_batches=5)
             with monkeypatch.context() as patch:
-                for module in (program, feature_cache):
-                    patch.setattr(module, "to_device", pinned)
+                sends = noted_sends(patch)
                 (grids,) = source(cache).stream([batch.image_rows], mirror)
+                for_features = len(sends)
+                torch.manual_seed(1)
                 losses.append(program.train_step(run, grids, batch))
         decoders.append(decoder)
+        assert run.state.scheduler.last_epoch == 1
     assert isinstance(losses[1], Away) and float(losses[0]) == pytest.approx(float(losses[1].held))
     for one, other in zip(*(decoder.parameters() for decoder in decoders), strict=True):
         torch.testing.assert_close(one.data, other.data.held)
     assert device.fetched == []
-    copies = [call for call in pinned.call_args_list if not isinstance(call.args[0], Away)]
-    assert 0 < len(device.sent) == len(copies)  # all that goes there goes through `to_device`
+    # all that goes there goes through `to_device`, which does not wait: in a step, the batch alone
+    assert len(device.sent) == len(sends)
+    in_batch = [batch.image_index, batch.caption_index, batch.inputs, batch.targets]
+    assert [id(tensor) for tensor in sends[for_features:]] == [id(tensor) for tensor in in_batch]
+
+
+def noted_sends(patch):
+    """The tensors of the CPU that `to_device` sends from here on."""
+    sends = []
+
+    def to_device(tensor, device):
+        sends.extend([tensor] * (not isinstance(tensor, Away)))
+        return runtime.to_device(tensor, device)
+
+    for module in (caption_batches, feature_cache):
+        patch.setattr(module, "to_device", to_device)
+    return sends
 
 
 @pytest.mark.parametrize("kind", ["lstm", "attention"])
@@ -187,7 +197,7 @@ def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeyp
                                     {"beam_size": 3, "no_repeat_ngram_size": 2, "min_length": 2}], ids=str)  # fmt: skip
 def test_a_search_finds_the_cpus_captions_and_synchronises_every_8_steps_only(kind, search, device):
     torch.manual_seed(0)
-    decoder = program.build_decoder(options(kind, "cpu"), CHANNELS, WORDS).eval()
+    decoder = program.build_decoder(options(kind).as_dict(), CHANNELS, WORDS).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(4)

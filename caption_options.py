@@ -1,0 +1,590 @@
+"""What can be asked of the program: one table of options, settled once into frozen groups.
+
+    options = parse_args(["--decoder", "attention"])     # misuse ends with status 2 and one line
+    options.training.batch_size, options.decoding        # groups are named tuples: nothing below changes them
+    options = inherit(options, "best.pt", stored)        # what was not typed comes from the checkpoint
+    python caption_options.py > docs/OPTIONS.md          # the table, for the documentation
+
+A value comes from the flag, else from the checkpoint, else from the table. Everything about an option stands in its
+row: group, type and range, default, where it acts, and what a checkpoint's value means for it. torch is not imported,
+so that --help and a mistake answer at once.
+"""
+
+import argparse
+import math
+from collections import ChainMap, namedtuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+TRAIN, TEST, CAPTION = MODES = ("train", "test", "caption")
+DECODERS = ("lstm", "attention")
+ALGORITHMS = ("greedy", "beam", "sample")
+
+# torchvision family: the modules from the picture to the last grid before pooling, and its members
+ENCODER_FAMILIES = {
+    "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4": """
+        resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d
+        resnext101_64x4d wide_resnet50_2 wide_resnet101_2""",
+    "features": """
+        mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_b1
+        efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_v2_s efficientnet_v2_m vgg11
+        vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn convnext_tiny convnext_small
+        convnext_base squeezenet1_0 squeezenet1_1""",
+    "conv1 maxpool stage2 stage3 stage4 conv5": "shufflenet_v2_x0_5 shufflenet_v2_x1_0",
+    "layers": "mnasnet0_5 mnasnet1_0",
+    "features norm permute": "swin_t swin_s swin_b swin_v2_t swin_v2_s swin_v2_b",
+}
+ENCODERS = {
+    name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()
+}
+
+
+class Schedule(NamedTuple):
+    """A learning rate schedule: torch's class, and which option each of its arguments comes from."""
+
+    torch_name: str
+    arguments: dict[str, str]  # torch's argument: our option
+    shown: tuple[str, ...]  # torch's arguments that the console names
+
+
+SCHEDULES = {
+    "reduce_lr_on_plateau": Schedule(
+        "ReduceLROnPlateau",
+        {"patience": "scheduler_patience", "factor": "scheduler_factor", "min_lr": "min_lr"},
+        ("factor", "patience"),
+    ),
+    "step": Schedule(
+        "StepLR",
+        {"step_size": "scheduler_step_size", "gamma": "scheduler_gamma"},
+        ("step_size", "gamma"),
+    ),
+    "cosine": Schedule(
+        "CosineAnnealingLR", {"T_max": "scheduler_t_max", "eta_min": "min_lr"}, ("T_max",)
+    ),
+    "exponential": Schedule("ExponentialLR", {"gamma": "scheduler_gamma"}, ("gamma",)),
+    "one_cycle": Schedule(
+        "OneCycleLR",
+        {"max_lr": "learning_rate", "warmup_epochs": "warmup_epochs"},
+        ("max_lr", "warmup_epochs"),
+    ),
+}
+
+# ------------------------------------------------------------------------------------- types of values
+
+
+def number(kind, low, high=math.inf, *, above=False):
+    """An argparse type: a `kind` in low..high, without low if `above`. Refuses nan and infinity."""
+    bounds = f"{'above' if above else 'at least'} {low}"
+    if high != math.inf:
+        bounds += f" and at most {high}"
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (above and value == low) or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+COUNT = number(int, 0)
+SIZE = number(int, 1, 2**20)
+PIXELS = number(int, 32, 1024)
+SEED = number(int, 0, 2**32 - 1)
+SHARE = number(float, 0, 1)
+DROPOUT = number(float, 0, 0.99)
+POSITIVE = number(float, 0, above=True)
+NOT_NEGATIVE = number(float, 0)
+PROBABILITY = number(float, 0, 1, above=True)
+
+# ------------------------------------------------------------------------------------------- the table
+
+INHERITED, FIXED, OWN = "inherited", "fixed", "own"  # what a checkpoint's value means, see Option
+
+
+class Option(NamedTuple):
+    """One row. An option that is typed where it would do nothing is refused."""
+
+    kind: object  # a type of text, a tuple of choices, or bool for a switch
+    default: object
+    help: str
+    metavar: str | None = None
+    modes: tuple[str, ...] = MODES  # the modes in which it acts
+    needs: Mapping = MappingProxyType({})  # acts only while other options have one of these values
+    # INHERITED: a checkpoint's value stands for one that is not typed. FIXED: moreover a typed one
+    # must equal it. OWN: each run has its own. A tuple of modes: inherited in these, else OWN.
+    stored: str | tuple[str, ...] = INHERITED
+    several: bool = False  # takes a list
+    alias: str | None = None
+
+
+def scheduled(option):
+    """What a schedule's option needs: --use_scheduler, and one of the schedules that take it."""
+    kinds = [name for name, row in SCHEDULES.items() if option in row.arguments.values()]
+    return {"use_scheduler": (True,), "scheduler_type": tuple(kinds)}
+
+
+ATTENTION = {"decoder": ("attention",)}
+CACHED = {"no_feature_cache": (False,)}
+DRAWN = {"save_attention_viz": (True,)}
+RNN = {"decoder": ("lstm", "attention")}
+
+RUN = {
+    "mode": Option(MODES, TRAIN, "what to do", stored=OWN),
+    "model_path": Option(str, None,
+        "checkpoint, or a folder of runs: to resume (train), test or caption with",
+        "PATH", stored=OWN),
+    "resume": Option(str, None,
+        "go on from the newest run's newest checkpoint, or from PATH",
+        "latest|PATH", (TRAIN,), stored=OWN),
+    "model_save_dir": Option(str, "./saved_models", "run folders go below it", "FOLDER", (TRAIN,)),
+    "device": Option(str, "auto",
+        "auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1", stored=OWN),
+    "precision": Option(("auto", "float32", "bfloat16", "float16"), "auto",
+        "auto: bfloat16 where the hardware computes it, float16 on older GPUs, else float32",
+        stored=(TRAIN,)),
+    "seed": Option(SEED, 0, "fixes weights, batches, dropout and samples"),
+    "num_workers": Option(COUNT, 16,
+        "processes that decode images, at most one per core, in caption mode for more than 100; "
+        "where the encoder computes on few cores itself, 0 is quickest"),
+}  # fmt: skip
+DATA = {
+    "dataset_type": Option(("flickr8k", "flickr30k", "sample", "custom"), "flickr30k",
+        "default folder ./data/<dataset_type>, and the run folder's name", modes=(TRAIN, TEST)),
+    "image_dir": Option(str, None,
+        "folder of images, or WebDataset shards (*.tar), instead of the default folder",
+        "FOLDER", (TRAIN, TEST)),
+    "captions_file": Option(str, None,
+        "captions in any of the formats of docs/DATA.md, instead of the default one",
+        "FILE", (TRAIN, TEST)),
+    "split_seed": Option(COUNT, 42,
+        "draws the 0.8/0.1/0.1 split if the data has none", modes=(TRAIN, TEST)),
+    "freq_threshold": Option(SIZE, 5,
+        "fewest times a word stands in training captions", stored=FIXED),
+    "max_bad_fraction": Option(SHARE, 0.01,
+        "most missing or malformed items tolerated", modes=(TRAIN, TEST)),
+    "max_train_images": Option(SIZE, None,
+        "use only so many training images, for smoke runs", modes=(TRAIN,)),
+}  # fmt: skip
+FEATURES = {
+    "encoder": Option(tuple(ENCODERS), "resnet50",
+        "torchvision model, frozen", "NAME", stored=FIXED),
+    "encoder_weights": Option(str, "imagenet",
+        "imagenet: torchvision's IMAGENET1K_V1; random: untrained, from --seed; or a state dict's file",
+        "imagenet|random|FILE", alias="resnet_weights"),
+    "image_size": Option(PIXELS, None,
+        "side of the square that pictures are squashed to, instead of the encoder's own (mostly "
+        "224); more gives a finer grid, for more work", "PIXELS", stored=FIXED),
+    "coarse_size": Option(PIXELS, None,
+        "side of a second, coarser look at the same picture, whose grid is laid under the first: "
+        "twice the channels, cache and encoding; below --image_size", "PIXELS", stored=FIXED),
+    "cache_dir": Option(str, "./feature_cache",
+        "encoded images, shared by all runs", "FOLDER", (TRAIN, TEST), CACHED),
+    "cache_dtype": Option(("float32", "float16"), "float16",
+        "what encoded images are rounded to on disk", modes=(TRAIN, TEST), needs=CACHED),
+    "no_feature_cache": Option(bool, False,
+        "encode images whenever they are needed and store nothing", modes=(TRAIN, TEST)),
+}  # fmt: skip
+MODEL = {
+    "decoder": Option(DECODERS, "lstm", "what writes the captions", stored=FIXED),
+    "embed_size": Option(SIZE, 512, "word and projected image size", needs=RNN, stored=FIXED),
+    "hidden_size": Option(SIZE, 1024, "LSTM units per layer", needs=RNN, stored=FIXED),
+    "num_layers": Option(SIZE, 3, "LSTM layers", needs=RNN, stored=FIXED),
+    "attention_dim": Option(SIZE, 512, "units that compare cells", needs=ATTENTION, stored=FIXED),
+    "drop_prob": Option(DROPOUT, 0.3, "dropout probability", modes=(TRAIN,), needs=RNN),
+    "patch_dropout": Option(DROPOUT, 0.0,
+        "share of an image's cells left out of a training step, drawn anew each time: fewer to "
+        "compute, and less overfitting", modes=(TRAIN,), needs=ATTENTION),
+}  # fmt: skip
+TRAINING = {
+    "epochs": Option(SIZE, 10, "on resume: additional epochs", modes=(TRAIN,), stored=OWN),
+    "batch_size": Option(SIZE, 128, "captions per step", modes=(TRAIN,)),
+    "learning_rate": Option(POSITIVE, 0.0001, "AdamW's initial rate", modes=(TRAIN,)),
+    "weight_decay": Option(NOT_NEGATIVE, 0.0,
+        "AdamW's decoupled decay of the weight matrices; embeddings and biases do not decay",
+        modes=(TRAIN,)),
+    "alpha_c": Option(NOT_NEGATIVE, 1.0,
+        "weight of the doubly stochastic penalty", modes=(TRAIN,), needs=ATTENTION),
+    "label_smoothing": Option(DROPOUT, 0.0,
+        "share of the target spread over all words", modes=(TRAIN,)),
+    "horizontal_flip": Option(bool, False,
+        "mirror every other training image, drawn anew each epoch", modes=(TRAIN,)),
+    "grad_clip": Option(NOT_NEGATIVE, 5.0, "largest L2 norm of gradients, 0 = off", modes=(TRAIN,)),
+    "early_stopping_patience": Option(COUNT, 0,
+        "epochs without a better CIDEr, 0 = off", modes=(TRAIN,)),
+    "val_beam_size": Option(SIZE, 1, "beam for each epoch's validation captions", modes=(TRAIN,)),
+    "keep_checkpoints": Option(SIZE, None,
+        "keep only so many of the newest model_epoch_N.pt", modes=(TRAIN,)),
+}  # fmt: skip
+SCHEDULE = {
+    "use_scheduler": Option(bool, False, "without it the rate is constant", modes=(TRAIN,)),
+    "scheduler_type": Option(tuple(SCHEDULES), "reduce_lr_on_plateau",
+        "how the rate changes", modes=(TRAIN,), needs={"use_scheduler": (True,)}),
+    "scheduler_patience": Option(COUNT, 3,
+        "epochs without a better loss", modes=(TRAIN,), needs=scheduled("scheduler_patience")),
+    "scheduler_factor": Option(number(float, 0, 0.999, above=True), 0.5,
+        "what the rate is multiplied by", modes=(TRAIN,), needs=scheduled("scheduler_factor")),
+    "scheduler_step_size": Option(SIZE, 7,
+        "epochs between decays", modes=(TRAIN,), needs=scheduled("scheduler_step_size")),
+    "scheduler_gamma": Option(PROBABILITY, 0.1,
+        "what the rate is multiplied by", modes=(TRAIN,), needs=scheduled("scheduler_gamma")),
+    "scheduler_t_max": Option(SIZE, 10,
+        "epochs to the minimum", modes=(TRAIN,), needs=scheduled("scheduler_t_max")),
+    "min_lr": Option(NOT_NEGATIVE, 1e-7,
+        "smallest rate", modes=(TRAIN,), needs=scheduled("min_lr")),
+    "warmup_epochs": Option(COUNT, 0,
+        "epochs of rising rate", modes=(TRAIN,), needs=scheduled("warmup_epochs")),
+}  # fmt: skip
+DECODING = {
+    "algorithm": Option(ALGORITHMS, "beam", "how words are chosen"),
+    "beam_size": Option(SIZE, 5, "hypotheses kept per image", needs={"algorithm": ("beam",)}),
+    "max_length": Option(SIZE, 40, "most tokens in a caption, <EOS> counted"),
+    "min_length": Option(COUNT, 0, "fewest words in a caption"),
+    "length_penalty": Option(number(float, -10, 10), 0.0,
+        "score is log_prob / length ** penalty; above 0 favours long captions",
+        needs={"algorithm": ("beam",)}),
+    "no_repeat_ngram_size": Option(COUNT, 0, "no n-gram of this size twice, 0 = off"),
+    "temperature": Option(number(float, 1e-3), 1.0,
+        "below 1 sharpens", needs={"algorithm": ("sample",)}),
+    "top_k": Option(COUNT, 0,
+        "draw from the k likeliest words, 0 = all", needs={"algorithm": ("sample",)}),
+    "top_p": Option(PROBABILITY, 1.0,
+        "draw from the fewest words that reach this probability", needs={"algorithm": ("sample",)}),
+    "num_captions": Option(SIZE, 1, "captions per image", modes=(CAPTION,), stored=OWN),
+}  # fmt: skip
+OUTPUT = {
+    "split": Option(("train", "val", "test"), "test", "which images", modes=(TEST,), stored=OWN),
+    "ensemble": Option(str, (),
+        "more checkpoints, or folders of runs, with the same words, encoder and split; the mean "
+        "of all probabilities writes the caption; for attention pictures --model_path names an "
+        "attention model",
+        "PATH", (TEST, CAPTION), stored=OWN, several=True),
+    "images": Option(str, (),
+        "pictures, and folders of pictures",
+        "FILE_OR_FOLDER", (CAPTION,), stored=OWN, several=True),
+    "json": Option(bool, False, "one JSON object per line", modes=(CAPTION,), stored=OWN),
+    "output_dir": Option(str, None,
+        "where files are written, instead of beside the checkpoint",
+        "FOLDER", (TEST, CAPTION), stored=OWN),
+}  # fmt: skip
+PICTURES = {
+    "save_attention_viz": Option(bool, False,
+        "draw where the decoder looked, word by word", needs=ATTENTION, stored=(TRAIN,)),
+    "attention_viz_samples": Option(SIZE, 3, "how many images", modes=(TRAIN, TEST), needs=DRAWN),
+    "advanced_attention_viz": Option(bool, False,
+        "also raw maps, entropy and peaks", needs=ATTENTION, stored=(TRAIN,)),
+}  # fmt: skip
+
+
+class Group(NamedTuple):
+    """A heading of --help and docs/OPTIONS.md, and its rows."""
+
+    title: str
+    rows: dict[str, Option]
+
+
+GROUPS = {
+    "run": Group("What to do", RUN),
+    "data": Group("Data", DATA),
+    "features": Group("Encoder and feature cache", FEATURES),
+    "model": Group("Decoder", MODEL),
+    "training": Group("Training", TRAINING),
+    "schedule": Group("Learning rate schedule", SCHEDULE),
+    "decoding": Group("Decoding", DECODING),
+    "output": Group("Test and caption mode", OUTPUT),
+    "pictures": Group("Attention pictures", PICTURES),
+}
+TABLE = {name: option for group in GROUPS.values() for name, option in group.rows.items()}
+DEFAULTS = {name: option.default for name, option in TABLE.items()}
+GROUP_TYPES = {name: namedtuple(name.capitalize(), group.rows) for name, group in GROUPS.items()}
+
+
+class Options(namedtuple("Options", (*GROUPS, "typed"))):
+    """Settled options: a named tuple of values per group, and `typed`, the names that were typed."""
+
+    def as_dict(self):
+        """Every option's value under its flag's name."""
+        values = (getattr(self, group)._asdict() for group in GROUPS)
+        return {name: value for group in values for name, value in group.items()}
+
+    @property
+    def checkpoint(self):
+        """The path that --model_path or --resume names, or None."""
+        run = self.run
+        return run.model_save_dir if run.resume == "latest" else run.model_path or run.resume
+
+
+# -------------------------------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser(description=None):
+    """The parser of TABLE; what was not typed is absent from its result."""
+    parser = Parser(
+        prog="flickr_image_caption.py",
+        usage="flickr_image_caption.py [--mode train|test|caption] [options]  (--help lists them)",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for group in GROUPS.values():
+        section = parser.add_argument_group(group.title)
+        for name, option in group.rows.items():
+            add_option(section, name, option)
+    return parser
+
+
+def add_option(section, name, option):
+    """One row as an argument of argparse."""
+    flags = [f"--{name}"] + ([f"--{option.alias}"] if option.alias else [])
+    text = describe(option).replace("%", "%%")
+    if option.kind is bool:
+        section.add_argument(*flags, action="store_true", help=text)
+        return
+    how = {"metavar": option.metavar, "nargs": "+" if option.several else None}
+    how |= {"choices": option.kind} if isinstance(option.kind, tuple) else {"type": option.kind}
+    section.add_argument(*flags, help=text, **how)
+
+
+def describe(option):
+    """A row's help: what it does, for whom, and its default."""
+    values = [str(v) for wanted in option.needs.values() for v in wanted if not isinstance(v, bool)]
+    modes = option.modes if len(option.modes) < len(MODES) and option.modes != (TRAIN,) else ()
+    scope = ", ".join([*modes, *values] if option.needs != RNN else modes)
+    names = "; one of " + " ".join(ENCODERS) if option.kind == tuple(ENCODERS) else ""
+    return f"{scope + ': ' if scope else ''}{option.help}{names} ({default_text(option)})"
+
+
+def default_text(option):
+    """A row's default as documentation names it."""
+    if option.kind is bool:
+        return "off"
+    return "none" if option.default in (None, ()) else str(option.default)
+
+
+def parse_args(argv=None, description=None):
+    """The options of one run; misuse exits with status 2 and one line.
+
+    With a checkpoint they are provisional until `inherit` has seen what it stores.
+    """
+    parser = build_parser(description)
+    typed = vars(parser.parse_args(argv))
+    typed |= {name: tuple(value) for name, value in typed.items() if isinstance(value, list)}
+    try:
+        check_paths(typed)
+        options = group_options(ChainMap(typed, DEFAULTS), typed)
+        return options if options.checkpoint else settle(typed, {})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_paths(typed):
+    """Refuse what the mode alone makes wrong or incomplete. Raises: ValueError naming the flags."""
+    mode = typed.get("mode", TRAIN)
+    for name, value in typed.items():
+        if mode not in TABLE[name].modes:
+            hint = ": give --model_path" if name == "resume" else ""
+            belongs = " and ".join(TABLE[name].modes)
+            raise ValueError(f"--{name} belongs to --mode {belongs}, not {mode}{hint}")
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            raise ValueError(f"--{name} is empty: give a path")
+    if "resume" in typed and "model_path" in typed:
+        raise ValueError("--resume and --model_path name the same thing: give one of them")
+    if mode != TRAIN and "model_path" not in typed:
+        raise ValueError(f"--mode {mode} needs --model_path, the checkpoint to use")
+    if mode == CAPTION and "images" not in typed:
+        raise ValueError("--mode caption needs --images, pictures or folders of them")
+
+
+# ------------------------------------------------------------------------------------------ settling
+
+
+def settle(typed, stored):
+    """Options from what was typed, else from a checkpoint's `stored` values, else from the table.
+
+    Raises: ValueError naming the flags that contradict each other, or would do nothing.
+    """
+    values = ChainMap({}, typed, stored, DEFAULTS)
+    values["save_attention_viz"] |= values["advanced_attention_viz"]
+    for name in typed:
+        for other, wanted in TABLE[name].needs.items():
+            if values[other] not in wanted:
+                raise ValueError(f"--{name} {needed(other, wanted, values[other])}")
+    check_contradictions(values, new_plan=not stored)
+    return group_options(values, typed)
+
+
+def needed(other, wanted, value):
+    """The end of the line about an option that would do nothing because of another one's value."""
+    if wanted == (True,):
+        return f"needs --{other}"
+    if wanted == (False,):
+        return f"does nothing with --{other}"
+    return f"belongs to --{other} {' or '.join(wanted)}, not {value}"
+
+
+def check_contradictions(values, new_plan):
+    """Raises: ValueError naming two options that exclude each other. A resumed plan keeps its warm-up."""
+    if values["min_length"] >= values["max_length"]:
+        raise ValueError(
+            f"--min_length {values['min_length']} must be below --max_length {values['max_length']}"
+        )
+    most = {"greedy": 1, "beam": values["beam_size"], "sample": math.inf}[values["algorithm"]]
+    if values["num_captions"] > most:
+        raise ValueError(
+            f"--num_captions {values['num_captions']} is more than "
+            f"--algorithm {values['algorithm']} finds ({most})"
+        )
+    if values["save_attention_viz"] and values["decoder"] != "attention":
+        raise ValueError(
+            f"--save_attention_viz belongs to --decoder attention, not {values['decoder']}"
+        )
+    if values["mode"] == CAPTION and values["output_dir"] and not values["save_attention_viz"]:
+        raise ValueError("--output_dir needs --save_attention_viz in --mode caption")
+    if values["coarse_size"] and values["coarse_size"] >= (values["image_size"] or math.inf):
+        raise ValueError(
+            f"--coarse_size {values['coarse_size']} must be below the image size, "
+            f"{values['image_size']} (--image_size)"
+        )
+    kind = values["scheduler_type"] if values["use_scheduler"] else None
+    falls_to_minimum = kind and "min_lr" in SCHEDULES[kind].arguments.values()
+    if falls_to_minimum and values["min_lr"] > values["learning_rate"]:
+        raise ValueError(
+            f"--min_lr {values['min_lr']:g} is above --learning_rate {values['learning_rate']:g}"
+        )
+    if new_plan and kind == "one_cycle" and values["warmup_epochs"] >= values["epochs"]:
+        raise ValueError(
+            f"--warmup_epochs {values['warmup_epochs']} must be below --epochs {values['epochs']}"
+        )
+
+
+def group_options(values, typed):
+    """Options of all values, in their groups."""
+    groups = (
+        group_type(**{name: values[name] for name in GROUPS[group].rows})
+        for group, group_type in GROUP_TYPES.items()
+    )
+    return Options(*groups, typed=frozenset(typed))
+
+
+def inherit(options, path, config):
+    """The options of a run that starts from a checkpoint: at `path`, with the `config` it stores.
+
+    Raises: ValueError when a typed option contradicts the model, or the config is not usable.
+    """
+    stored = check_config(path, config)
+    typed = {name: value for name, value in options.as_dict().items() if name in options.typed}
+    differing = [
+        f"--{name} {value} (stored: {stored[name]})"
+        for name, value in typed.items()
+        if TABLE[name].stored == FIXED and value != stored[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{path}: trained with other options than {', '.join(differing)}: "
+            "leave them out, they come from the checkpoint"
+        )
+    stored = {n: value for n, value in stored.items() if is_inherited(TABLE[n], options.run.mode)}
+    try:
+        settled = settle(typed, stored)
+    except ValueError as error:
+        if any(f"--{name} " in str(error) for name in typed):
+            raise
+        raise ValueError(f"{path}: its configuration contradicts itself: {error}") from error
+    return settled._replace(run=settled.run._replace(model_path=str(path), resume=None))
+
+
+def is_inherited(option, mode):
+    """Whether a checkpoint's value stands for one that is not typed, in this mode."""
+    if isinstance(option.stored, tuple):
+        return mode in option.stored
+    return option.stored in (INHERITED, FIXED)
+
+
+def check_config(path, config):
+    """A checkpoint's options, checked as if they were typed: the file may come from anyone.
+
+    Options that the file lacks have their defaults, which do what the program did before there was
+    the option. Raises: ValueError naming the first that is not usable.
+    """
+    checked = {}
+    for name, option in TABLE.items():
+        if option.stored == OWN:
+            continue
+        value = checked[name] = config.get(name, option.default)
+        absent = value is None and option.default is None
+        if not absent and not is_value_of(option, value):
+            raise ValueError(
+                f"{path}: its configuration has no usable --{name}: give another checkpoint"
+            )
+    return checked
+
+
+def is_value_of(option, value):
+    """Whether typing `value` would give `value`."""
+    try:
+        if isinstance(option.kind, tuple):
+            return value in option.kind
+        if option.kind is bool:
+            return isinstance(value, bool)
+        return type(value) in (str, int, float) and option.kind(str(value)) == value
+    except (TypeError, ValueError, RuntimeError, argparse.ArgumentTypeError):
+        return False
+
+
+# ------------------------------------------------------------------------------------- documentation
+
+
+def as_markdown():
+    """docs/OPTIONS.md: every group as a table."""
+    lines = [
+        "# Options",
+        "",
+        "Written by `python caption_options.py` from the program's table of options; a test holds",
+        "the two equal, so change the table, not this file.",
+        "",
+        "A value that is not typed comes from the checkpoint when one is loaded, else from this",
+        "table. *Acts in* names the modes in which an option does something, and the other options",
+        "it needs; empty means always. Typed where it would do nothing, an option is refused.",
+    ]
+    for group in GROUPS.values():
+        lines += ["", f"## {group.title}", "", "| option | default | acts in | what |"]
+        lines += ["|---|---|---|---|"]
+        lines += [markdown_row(name, option) for name, option in group.rows.items()]
+    lines += ["", "Encoders: " + ", ".join(f"`{name}`" for name in ENCODERS) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_row(name, option):
+    """One option as a row of the table."""
+    scope = list(option.modes) if option.modes != MODES else []
+    scope += [markdown_need(other, wanted) for other, wanted in option.needs.items()]
+    what = option.help
+    if isinstance(option.kind, tuple) and name != "encoder":
+        what += "; one of " + ", ".join(option.kind)
+    if option.alias:
+        what += f"; also spelt `--{option.alias}`"
+    what = what.replace("|", "\\|").replace("<", "\\<")
+    return f"| `--{name}` | {default_text(option)} | {', '.join(scope)} | {what} |"
+
+
+def markdown_need(other, wanted):
+    """What an option needs of another one, such as "`--decoder` lstm or attention"."""
+    if wanted == (True,):
+        return f"`--{other}`"
+    if wanted == (False,):
+        return f"without `--{other}`"
+    return f"`--{other}` {' or '.join(wanted)}"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

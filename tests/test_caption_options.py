@@ -1,0 +1,618 @@
+"""caption_options.py: where a value comes from, what is refused, and what a checkpoint may decide."""
+
+import functools
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import caption_options
+import flickr_image_caption as program
+from caption_options import (
+    CAPTION,
+    DEFAULTS,
+    FIXED,
+    GROUPS,
+    INHERITED,
+    MODES,
+    OWN,
+    TABLE,
+    TEST,
+    TRAIN,
+    inherit,
+    parse_args,
+    settle,
+)
+
+ROOT = Path(caption_options.__file__).parent
+NEEDED = {
+    TRAIN: "--model_path best.pt",
+    TEST: "--mode test --model_path best.pt",
+    CAPTION: "--mode caption --model_path best.pt --images dog.jpg",
+}
+
+
+def other_value(name):
+    """A value that the option may have and that is not its default."""
+    option = TABLE[name]
+    if isinstance(option.kind, tuple):
+        return next(value for value in option.kind if value != option.default)
+    if option.kind is bool:
+        return not option.default
+    if option.kind is str:
+        return ("typed",) if option.several else "typed"
+    for value in (1e-5, 3, 64):
+        if value != option.default and caption_options.is_value_of(option, value):
+            return value
+    raise AssertionError(f"no other value of --{name}")
+
+
+def as_flags(values):
+    """The command line that types these values."""
+    flags = []
+    for name, value in values.items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif isinstance(value, tuple):
+            flags += [f"--{name}", *value]
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def needs_of(name, values):
+    """`values` changed so that the option acts."""
+    option, values = TABLE[name], dict(values)
+    for other, wanted in option.needs.items():
+        if values.get(other, DEFAULTS[other]) not in wanted:
+            values |= needs_of(other, values) | {other: wanted[0]}
+    if name == "advanced_attention_viz":
+        values["save_attention_viz"] = True
+    return values
+
+
+def resumed(config, mode=TRAIN, typed=""):
+    """Options of a run that starts from best.pt, whose configuration holds `config`."""
+    options = parse_args([*NEEDED[mode].split(), *typed.split()])
+    return inherit(options, Path("runs/best.pt"), config)
+
+
+def refusal(capsys, command):
+    """The one line with which a command is refused, after the program's name."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(command.split())
+    message = capsys.readouterr().err
+    start = "flickr_image_caption.py: error: "
+    assert stop.value.code == 2 and message.startswith(start) and message.count("\n") == 1
+    return message.removeprefix(start).rstrip("\n")
+
+
+# ------------------------------------------------------------------------------------------ precedence
+
+
+def test_without_flags_every_option_has_its_default():
+    options = parse_args([])
+    assert options.as_dict() == DEFAULTS
+    assert options.typed == frozenset() and options.checkpoint is None
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "mode"])
+def test_what_is_typed_comes_before_the_checkpoint_and_that_before_the_default(name):
+    option, mode = TABLE[name], TABLE[name].modes[0]
+    value = other_value(name)
+    stored = needs_of(name, {})
+    if option.stored in (INHERITED, FIXED):
+        assert resumed(stored | {name: value}, mode).as_dict()[name] == value
+    if name in ("model_path", "resume"):  # which say what to start from
+        assert parse_args(as_flags({name: value})).as_dict()[name] == value
+        return
+    # what is needed is typed, too, as far as this mode lets it be
+    typeable = {other: wanted for other, wanted in stored.items() if mode in TABLE[other].modes}
+    base = [*NEEDED[mode].split(), *as_flags(typeable)]
+    if name != "images":
+        options = inherit(parse_args(base), "best.pt", stored)
+        assert options.as_dict()[name] == option.default
+    options = parse_args([*base, *as_flags({name: value})])
+    assert name in options.typed
+    if option.stored != FIXED:
+        assert inherit(options, "best.pt", stored).as_dict()[name] == value
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.stored == FIXED])
+def test_what_shapes_the_model_comes_from_the_checkpoint_and_may_not_be_typed_otherwise(name):
+    stored = needs_of(name, {})
+    stored |= {name: other_value(name)}
+    for mode in MODES:
+        assert resumed(stored, mode).as_dict()[name] == stored[name]
+        again = f"--{name} {stored[name]}"
+        assert resumed(stored, mode, again).as_dict()[name] == stored[name]
+    alien = next(value for value in alternatives(name) if value not in (stored[name], None))
+    message = rf"^runs/best\.pt: .*--{name} {alien} \(stored: {stored[name]}\): leave them out"
+    for mode in MODES:
+        with pytest.raises(ValueError, match=message):
+            resumed(stored, mode, f"--{name} {alien}")
+
+
+def alternatives(name):
+    """Values that an option may have."""
+    kind = TABLE[name].kind
+    return kind if isinstance(kind, tuple) else [33, 34, 35]
+
+
+def test_every_option_that_differs_from_the_model_is_named():
+    with pytest.raises(
+        ValueError, match=r"--embed_size 7 \(stored: 5\), --num_layers 2 \(stored: 4\)"
+    ):
+        resumed({"embed_size": 5, "num_layers": 4}, typed="--embed_size 7 --num_layers 2")
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.stored == OWN])
+def test_what_each_run_has_of_its_own_is_never_the_checkpoints(name):
+    stored = needs_of(name, {}) | {name: other_value(name)}
+    for mode in MODES:
+        value = resumed(stored, mode).as_dict()[name]
+        expected = {"mode": mode, "model_path": "runs/best.pt"}.get(name, DEFAULTS[name])
+        if (name, mode) == ("images", CAPTION):
+            expected = ("dog.jpg",)
+        assert value == expected
+
+
+@pytest.mark.parametrize("name", [n for n, row in TABLE.items() if isinstance(row.stored, tuple)])
+def test_some_options_are_inherited_in_some_modes_only(name):
+    stored = needs_of(name, {}) | {name: other_value(name)}
+    for mode in MODES:
+        inherited = mode in TABLE[name].stored
+        assert resumed(stored, mode).as_dict()[name] == (
+            stored[name] if inherited else TABLE[name].default
+        )
+
+
+def test_options_that_the_checkpoint_lacks_have_their_defaults():
+    options = resumed({})
+    expected = DEFAULTS | {"model_path": "runs/best.pt"}
+    assert options.as_dict() == expected
+
+
+def test_a_run_that_goes_on_names_the_checkpoint_it_found_and_no_longer_resume():
+    options = inherit(parse_args(["--resume", "latest"]), Path("a/model_epoch_3.pt"), {})
+    assert (options.run.model_path, options.run.resume) == ("a/model_epoch_3.pt", None)
+
+
+@pytest.mark.parametrize(
+    ("typed", "checkpoint"),
+    [
+        ("", None),
+        ("--model_path runs", "runs"),
+        ("--resume runs/last.pt", "runs/last.pt"),
+        ("--resume latest --model_save_dir elsewhere", "elsewhere"),
+        ("--mode test --model_path best.pt", "best.pt"),
+    ],
+)
+def test_where_the_checkpoint_is_looked_for(typed, checkpoint):
+    assert parse_args(typed.split()).checkpoint == checkpoint
+
+
+def test_advanced_attention_pictures_are_attention_pictures():
+    options = parse_args(["--decoder", "attention", "--advanced_attention_viz"])
+    assert options.pictures.save_attention_viz and options.pictures.advanced_attention_viz
+    assert "save_attention_viz" not in options.typed
+
+
+def test_an_alias_is_the_option():
+    options = parse_args(["--resnet_weights", "own.pth"])
+    assert options.features.encoder_weights == "own.pth"
+    assert options.typed == {"encoder_weights"}
+
+
+def test_settled_options_cannot_be_changed():
+    options = parse_args([])
+    with pytest.raises(AttributeError):
+        options.training = None
+    for group in GROUPS:
+        values = getattr(options, group)
+        for name in values._fields:
+            with pytest.raises(AttributeError):
+                setattr(values, name, None)
+        with pytest.raises(AttributeError):
+            values.more = 1
+    assert all(isinstance(getattr(options, group), tuple) for group in GROUPS)
+    assert isinstance(options.typed, frozenset)
+
+
+# --------------------------------------------------------------------------------------- contradictions
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--min_length 40", "--min_length 40 must be below --max_length 40"),
+        ("--max_length 3 --min_length 3", "--min_length 3 must be below --max_length 3"),
+        (
+            "--use_scheduler --scheduler_type one_cycle --epochs 3 --warmup_epochs 3",
+            "--warmup_epochs 3 must be below --epochs 3",
+        ),
+        (
+            "--use_scheduler --min_lr 0.1 --learning_rate 0.01",
+            "--min_lr 0.1 is above --learning_rate 0.01",
+        ),
+        (
+            "--use_scheduler --scheduler_type cosine --learning_rate 1e-8",
+            "--min_lr 1e-07 is above --learning_rate 1e-08",
+        ),
+        ("--min_lr 0.1", "--min_lr needs --use_scheduler"),
+        ("--scheduler_type step", "--scheduler_type needs --use_scheduler"),
+        (
+            "--use_scheduler --scheduler_gamma 0.5",
+            "--scheduler_gamma belongs to --scheduler_type step or exponential, not "
+            "reduce_lr_on_plateau",
+        ),
+        ("--attention_dim 5", "--attention_dim belongs to --decoder attention, not lstm"),
+        ("--alpha_c 0.5 --decoder lstm", "--alpha_c belongs to --decoder attention, not lstm"),
+        ("--save_attention_viz", "--save_attention_viz belongs to --decoder attention, not lstm"),
+        (
+            "--decoder attention --attention_viz_samples 3",
+            "--attention_viz_samples needs --save_attention_viz",
+        ),
+        (
+            "--no_feature_cache --cache_dir elsewhere",
+            "--cache_dir does nothing with --no_feature_cache",
+        ),
+        ("--temperature 2", "--temperature belongs to --algorithm sample, not beam"),
+        ("--algorithm greedy --beam_size 3", "--beam_size belongs to --algorithm beam, not greedy"),
+        ("--mode test", "--mode test needs --model_path, the checkpoint to use"),
+        ("--mode caption --model_path a.pt", "--mode caption needs --images, pictures or folders of them"),
+        ("--mode test --model_path a.pt --epochs 3", "--epochs belongs to --mode train, not test"),
+        ("--images a.jpg", "--images belongs to --mode caption, not train"),
+        ("--split val", "--split belongs to --mode test, not train"),
+        ("--ensemble a.pt", "--ensemble belongs to --mode test and caption, not train"),
+        (
+            "--mode test --resume latest",
+            "--resume belongs to --mode train, not test: give --model_path",
+        ),
+        (
+            "--resume latest --model_path a.pt",
+            "--resume and --model_path name the same thing: give one of them",
+        ),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused_by_name(capsys, command, message):
+    assert refusal(capsys, command) == message
+
+
+@pytest.mark.parametrize("name", ["model_path", "cache_dir", "image_dir", "captions_file"])
+def test_an_empty_path_is_refused(capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        parse_args([f"--{name}", ""])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: --{name} is empty: give a path\n")
+    with pytest.raises(SystemExit):
+        parse_args(["--mode", "caption", "--model_path", "a.pt", "--images", "a.jpg", ""])
+    assert "--images is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "most"),
+    [
+        ("--algorithm greedy", 1),
+        ("--algorithm beam --beam_size 3", 3),
+        ("--algorithm sample", None),
+    ],
+)
+def test_no_more_captions_than_the_algorithm_finds(typed, most):
+    def settled(count):
+        return resumed({}, CAPTION, f"{typed} --num_captions {count}").decoding.num_captions
+
+    assert settled(most or 1000) == (most or 1000)
+    if most:
+        algorithm = typed.split()[1]
+        message = (
+            rf"--num_captions {most + 1} is more than --algorithm {algorithm} finds \({most}\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            settled(most + 1)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--max_length 3 --min_length 2",
+        "--use_scheduler --scheduler_type one_cycle --epochs 3 --warmup_epochs 2",
+        "--use_scheduler --min_lr 0.01 --learning_rate 0.01",
+        "--use_scheduler --scheduler_type step --learning_rate 1e-8",  # which has no smallest rate
+        "--learning_rate 1e-8",
+    ],
+)
+def test_what_only_nearly_contradicts_is_taken(command):
+    assert parse_args(command.split()).typed
+
+
+def test_a_resumed_one_cycle_may_go_on_for_fewer_epochs_than_its_warm_up_took():
+    stored = {"use_scheduler": True, "scheduler_type": "one_cycle", "warmup_epochs": 4, "epochs": 9}
+    assert resumed(stored, typed="--epochs 2").training.epochs == 2
+
+
+def test_a_typed_option_is_judged_by_what_the_checkpoint_says():
+    assert resumed({"decoder": "attention"}, typed="--alpha_c 0.3").training.alpha_c == 0.3
+    with pytest.raises(ValueError, match="--alpha_c belongs to --decoder attention, not lstm"):
+        resumed({"decoder": "lstm"}, typed="--alpha_c 0.3")
+    with pytest.raises(ValueError, match="--min_length 9 must be below --max_length 9"):
+        resumed({"max_length": 9}, typed="--min_length 9")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("batch_size", "0"), ("batch_size", "1.5"), ("batch_size", "many"), ("epochs", "-1"),
+        ("epochs", "9" * 400), ("num_workers", "-1"), ("learning_rate", "0"), ("learning_rate", "nan"),
+        ("learning_rate", "inf"), ("weight_decay", "-0.1"), ("drop_prob", "1"),
+        ("image_size", "31"), ("image_size", "1025"), ("seed", str(2**32)), ("max_bad_fraction", "1.1"),
+        ("length_penalty", "11"), ("encoder", "vit_b_16"), ("decoder", "transformer"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_flag(capsys, name, text):
+    message = refusal(capsys, f"--{name} {text}")
+    assert message.startswith(f"argument --{name}") and text in message
+
+
+@pytest.mark.parametrize("name", ["num_workers", "split_seed", "min_length"])
+def test_a_number_of_any_number_of_digits_is_judged_without_a_traceback(name):
+    """Python cannot turn a whole number of 400 digits into a float."""
+    huge = 10**400
+    assert caption_options.is_value_of(TABLE[name], huge)
+    values = vars(caption_options.build_parser().parse_args([f"--{name}", str(huge)]))
+    assert values == {name: huge}
+
+
+def test_flags_are_not_abbreviated(capsys):
+    assert "--batch" in refusal(capsys, "--batch 3")
+
+
+# ------------------------------------------------------------------------------ a checkpoint's options
+
+STORED = [name for name, option in TABLE.items() if option.stored != OWN]
+NEVER = [
+    None,
+    True,
+    "",
+    "x",
+    0,
+    -1,
+    0.5,
+    2.5,
+    10**9,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    b"x",
+    (1,),
+]
+
+
+def is_usable(option, value):
+    """By the documentation: the right type, within the range."""
+    if value is None:
+        return option.default is None
+    if option.kind is bool:
+        return isinstance(value, bool)
+    if isinstance(option.kind, tuple):
+        return isinstance(value, str) and value in option.kind
+    if option.kind is str:
+        return isinstance(value, str)
+    low, high, above, whole = bounds(option)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        return False
+    return low <= value <= high and value != float("inf") and not (above and value == low)
+
+
+def bounds(option):
+    """low, high, whether low itself is excluded, and whether only whole numbers are meant."""
+    names = inspect.getclosurevars(option.kind).nonlocals
+    return names["low"], names["high"], names["above"], names["kind"] is int
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_checkpoint_may_hold_only_what_could_be_typed(name):
+    refused = 0
+    for value in NEVER:
+        if is_usable(TABLE[name], value):
+            checked = caption_options.check_config("best.pt", {name: value})
+            assert checked[name] == value
+            continue
+        refused += 1
+        message = rf"^best\.pt: its configuration has no usable --{name}: give another checkpoint$"
+        with pytest.raises(ValueError, match=message):
+            caption_options.check_config("best.pt", {name: value})
+    assert refused > 8
+    for tensor in (torch.ones(3), torch.ones(()), torch.zeros(0)):
+        with pytest.raises(ValueError, match=f"no usable --{name}:"):
+            caption_options.check_config("best.pt", {name: tensor})
+
+
+@pytest.mark.parametrize("name", [n for n in STORED if inspect.isfunction(TABLE[n].kind)])
+def test_the_ends_of_every_range(name):
+    low, high, above, whole = bounds(TABLE[name])
+    step = 1 if whole else 1e-9
+    usable = functools.partial(caption_options.is_value_of, TABLE[name])
+    assert usable(low) != above
+    assert usable(low + step) and not usable(low - step)
+    if high != float("inf"):
+        assert usable(high) and not usable(high + (1 if whole else 1e-6))
+
+
+@pytest.mark.parametrize("name", [n for n in STORED if isinstance(TABLE[n].kind, tuple)])
+def test_every_choice_is_usable(name):
+    for choice in TABLE[name].kind:
+        assert caption_options.check_config("best.pt", {name: choice})[name] == choice
+
+
+def test_what_a_checkpoint_says_of_its_own_run_or_of_unknown_options_is_not_looked_at():
+    stored = {"mode": 7, "device": "gone:1", "split": [], "a_flag_of_the_future": object()}
+    assert resumed(stored).as_dict() == DEFAULTS | {"model_path": "runs/best.pt"}
+
+
+def test_a_checkpoint_whose_options_contradict_each_other_is_refused():
+    with pytest.raises(ValueError, match="--min_length 40 must be below --max_length 7"):
+        resumed({"min_length": 40, "max_length": 7})
+
+
+# ---------------------------------------------------------------------------- the table and the program
+
+
+def test_every_option_is_in_one_group_and_its_default_is_a_value():
+    names = [name for group in GROUPS.values() for name in group.rows]
+    assert len(names) == len(set(names)) == len(TABLE)
+    for name, option in TABLE.items():
+        assert set(option.needs) <= set(TABLE), name
+        assert set(option.modes) <= set(MODES), name
+        absent = option.default is None or option.default == ()
+        assert absent or caption_options.is_value_of(option, option.default), name
+        for other, wanted in option.needs.items():
+            kind = TABLE[other].kind
+            assert set(wanted) <= (set(kind) if isinstance(kind, tuple) else {True, False}), name
+
+
+def test_the_decoders_are_the_programs():
+    assert set(caption_options.DECODERS) == set(program.DECODERS)
+
+
+@pytest.mark.parametrize("kind", caption_options.DECODERS)
+def test_a_decoder_takes_the_options_that_the_table_gives_it(kind):
+    """The group's other option is --decoder itself; --alpha_c, of another group, is the objective's."""
+    rows = GROUPS["model"].rows
+    expected = {name for name, row in rows.items() if kind in row.needs.get("decoder", ())}
+    decoder = program.DECODERS[kind]
+    assert set(decoder.options) == expected and len(decoder.options) == len(expected)
+    assert [name for name, row in rows.items() if not row.needs] == ["decoder"]
+    arguments = list(inspect.signature(decoder).parameters)
+    assert arguments == ["feature_dim", "vocab_size", *decoder.options]
+
+
+def test_the_algorithms_are_the_searches():
+    import caption_decoding
+
+    assert caption_options.ALGORITHMS == caption_decoding.ALGORITHMS
+    searched = inspect.signature(caption_decoding.generate).parameters
+    assert set(GROUPS["decoding"].rows) <= set(searched)
+    for name, option in GROUPS["decoding"].rows.items():
+        assert option.default == searched[name].default
+
+
+@pytest.mark.parametrize("name", caption_options.SCHEDULES)
+def test_a_schedule_names_torchs_class_and_its_arguments(name):
+    schedule = caption_options.SCHEDULES[name]
+    parameters = inspect.signature(
+        getattr(torch.optim.lr_scheduler, schedule.torch_name)
+    ).parameters
+    ours = {"warmup_epochs"}  # from which one_cycle's share of rising steps is computed
+    assert set(schedule.arguments) - ours <= set(parameters)
+    assert set(schedule.shown) <= set(schedule.arguments)
+    assert set(schedule.arguments.values()) <= set(TABLE)
+    for option in schedule.arguments.values():
+        if option != "learning_rate":
+            assert name in TABLE[option].needs["scheduler_type"]
+    names = set(GROUPS["schedule"].rows) - {"use_scheduler", "scheduler_type"}
+    assert {n for n in names if name in TABLE[n].needs["scheduler_type"]} == (
+        set(schedule.arguments.values()) - {"learning_rate"}
+    )
+
+
+def test_options_are_parsed_without_torch():
+    code = "import sys, caption_options; caption_options.parse_args([]); print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert "caption_options" in loaded
+    assert not {"torch", "torchvision", "numpy", "pandas", "spacy"} & set(loaded)
+
+
+# -------------------------------------------------------------------------------------- documentation
+
+
+def test_help_lists_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"], description="What it is.")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What it is." in text
+    for group in GROUPS.values():
+        assert f"{group.title}:" in text
+    for name, option in TABLE.items():
+        assert re.search(rf"--{name}\b", text), name
+        assert caption_options.describe(option) in text, name
+    assert "--resnet_weights" in text
+
+
+def test_a_row_of_help_says_for_whom_it_is():
+    describe = caption_options.describe
+    assert describe(TABLE["split"]) == "test: which images (test)"
+    assert describe(TABLE["num_captions"]) == "caption: captions per image (1)"
+    assert describe(TABLE["attention_dim"]) == "attention: units that compare cells (512)"
+    assert describe(TABLE["epochs"]) == "on resume: additional epochs (10)"
+    assert describe(TABLE["use_scheduler"]) == "without it the rate is constant (off)"
+    assert describe(TABLE["drop_prob"]) == "dropout probability (0.3)"
+
+
+def test_the_documentation_has_a_row_for_every_option():
+    lines = caption_options.as_markdown().splitlines()
+    rows = [line for line in lines if line.startswith("| `--")]
+    assert [re.match(r"\| `--(\w+)` \|", row)[1] for row in rows] == list(TABLE)
+    for row in rows:
+        assert len(re.findall(r"(?<!\\)\|", row)) == 5, row  # four cells
+    assert [line[3:] for line in lines if line.startswith("## ")] == [
+        group.title for group in GROUPS.values()
+    ]
+    assert "| `--cache_dir` | ./feature_cache | train, test, without `--no_feature_cache` |" in (
+        "\n".join(rows)
+    )
+    assert "also spelt `--resnet_weights`" in "\n".join(rows)
+
+
+def test_running_the_file_prints_the_documentation():
+    printed = subprocess.check_output([sys.executable, "caption_options.py"], cwd=ROOT, text=True)
+    assert printed == caption_options.as_markdown()
+
+
+def test_settling_names_what_was_typed():
+    options = settle({"batch_size": 3}, {"seed": 5})
+    assert options.typed == {"batch_size"}
+    assert (options.training.batch_size, options.run.seed, options.run.mode) == (3, 5, TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"save_attention_viz": True}, "--save_attention_viz belongs to --decoder attention"),
+        ({"min_length": 50}, "--min_length 50 must be below --max_length 40"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_refused_by_its_name(stored, message):
+    options = parse_args(["--resume", "last.pt"])
+    with pytest.raises(ValueError, match=rf"^last\.pt: its configuration .*{message}"):
+        caption_options.inherit(options, "last.pt", caption_options.DEFAULTS | stored)
+
+
+def test_an_output_folder_that_nothing_would_be_written_to_is_refused():
+    typed = [
+        "--mode",
+        "caption",
+        "--model_path",
+        "best.pt",
+        "--images",
+        "a.jpg",
+        "--output_dir",
+        "out",
+    ]
+    stored = caption_options.DEFAULTS | {"decoder": "attention"}
+    with pytest.raises(ValueError, match="--output_dir needs --save_attention_viz"):
+        caption_options.inherit(parse_args(typed), "best.pt", stored)
+    drawn = parse_args([*typed, "--save_attention_viz"])
+    assert caption_options.inherit(drawn, "best.pt", stored).output.output_dir == "out"
+
+
+def test_a_second_look_must_be_smaller_than_the_first(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--image_size", "96", "--coarse_size", "96"])
+    assert "--coarse_size 96 must be below the image size, 96" in capsys.readouterr().err
