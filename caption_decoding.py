@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-ALGORITHMS = ("greedy", "beam", "sample")
 SYNC_EVERY = 8  # steps, where images stay. Each read of what is done synchronises with the GPU
 
 

@@ -495,7 +495,13 @@ def test_a_decoder_takes_the_options_that_the_table_gives_it(kind):
 def test_the_algorithms_are_the_searches():
     import caption_decoding
 
-    assert caption_options.ALGORITHMS == caption_decoding.ALGORITHMS
+    chosen = [
+        caption_decoding.step_function(name, 5, 1.0, 0, 1.0, None)
+        for name in caption_options.ALGORITHMS
+    ]
+    greedy, beam, sample = (choice.func for choice in chosen)
+    assert greedy == beam == caption_decoding.beam_step and sample == caption_decoding.sample_step
+    assert [choice.keywords.get("width") for choice in chosen[:2]] == [1, 5]
     searched = inspect.signature(caption_decoding.generate).parameters
     assert set(GROUPS["decoding"].rows) <= set(searched)
     for name, option in GROUPS["decoding"].rows.items():

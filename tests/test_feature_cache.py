@@ -235,16 +235,7 @@ def test_a_source_streams_the_same_with_and_without_a_cache(tmp_path, pooled):
     paths = [*grey_images(tmp_path / "i", 2), save_image(tmp_path / "i" / "half.png", picture)]
     mirror, seen = torch.tensor([False, True, True]), []
     for cache_dir in (tmp_path / "cache", None):
-        source = feature_cache.FeatureSource(
-            FakeEncoder(),
-            paths,
-            pooled=pooled,
-            mirrored=True,
-            cache_dir=cache_dir,
-            dtype=torch.float16,
-            num_workers=0,
-            device=torch.device("cpu"),
-        )
+        source = _source(paths, cache_dir, pooled=pooled, mirrored=True)
         assert (source.paths, source.pooled, source.unreadable) == (paths, pooled, {})
         batches = [torch.tensor([2, 0]), torch.tensor([1])]
         for coins, levels in ((None, [[0, 0], [1]]), (mirror, [[50, 0], [1]])):
@@ -259,16 +250,7 @@ def test_a_source_streams_the_same_with_and_without_a_cache(tmp_path, pooled):
 def test_a_source_names_what_cannot_be_read(tmp_path):
     paths = [*grey_images(tmp_path / "i", 1), tmp_path / "none.png"]
     for cache_dir in (tmp_path / "cache", None):
-        source = feature_cache.FeatureSource(
-            FakeEncoder(),
-            paths,
-            pooled=False,
-            mirrored=True,
-            cache_dir=cache_dir,
-            dtype=torch.float16,
-            num_workers=0,
-            device=torch.device("cpu"),
-        )
+        source = _source(paths, cache_dir, mirrored=True)
         assert list(source.unreadable) == paths[1:]
 
 
