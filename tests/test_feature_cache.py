@@ -228,32 +228,6 @@ def test_mirrored_images_are_another_cache(tmp_path):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_a_source_streams_the_same_with_and_without_a_cache(tmp_path, pooled):
-    picture = Image.new("RGB", (8, 8))
-    picture.paste((50, 50, 50), (4, 0, 8, 8))
-    paths = [*grey_images(tmp_path / "i", 2), save_image(tmp_path / "i" / "half.png", picture)]
-    mirror, seen = torch.tensor([False, True, True]), []
-    for cache_dir in (tmp_path / "cache", None):
-        source = _source(paths, cache_dir, pooled=pooled, mirrored=True)
-        assert (source.paths, source.pooled, source.unreadable) == (paths, pooled, {})
-        batches = [torch.tensor([2, 0]), torch.tensor([1])]
-        for coins, levels in ((None, [[0, 0], [1]]), (mirror, [[50, 0], [1]])):
-            for features, expected in zip(source.stream(batches, coins), levels, strict=True):
-                expected = _expected(expected).float()
-                expected = expected.mean(1, keepdim=True) if pooled else expected
-                assert features.dtype == torch.float32 and torch.equal(features, expected)
-                seen.append(len(features))
-    assert seen == [2, 1] * 4
-
-
-def test_a_source_names_what_cannot_be_read(tmp_path):
-    paths = [*grey_images(tmp_path / "i", 1), tmp_path / "none.png"]
-    for cache_dir in (tmp_path / "cache", None):
-        source = _source(paths, cache_dir, mirrored=True)
-        assert list(source.unreadable) == paths[1:]
-
-
 def test_added_and_changed_pictures_encode_only_themselves(tmp_path):
     paths, cache = grey_images(tmp_path / "i", 4), tmp_path / "cache"
     _cached(paths, FakeEncoder(), cache)
