@@ -171,7 +171,7 @@ class CaptionBatches:
         self.counts = torch.tensor(counts)  # (images,) captions of each
         self.start = (self.lengths + 1).cumsum(0) - (self.lengths + 1)  # each caption's first token
         self.first = self.counts.cumsum(0) - self.counts  # each image's first caption
-        self.num_batches = -(-len(lengths) // batch_size)
+        self.num_captions, self.num_batches = len(lengths), -(-len(lengths) // batch_size)
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
@@ -180,8 +180,12 @@ class CaptionBatches:
         """(images,) bool: which are seen mirrored in an epoch, each with probability 1/2."""
         return torch.rand(len(self.counts), generator=self._generator(epoch)) < 0.5
 
+    def num_left(self, start: int) -> int:
+        """How many batches an epoch has from caption number `start` on."""
+        return -(-(self.num_captions - start) // self.batch_size)
+
     def epoch(self, epoch: int, start: int = 0, shuffle: bool = True) -> Iterator[Batch]:
-        """This process's batches of an epoch from number `start` on: the same whatever `start`."""
+        """This process's batches of an epoch from caption number `start` on, in the same order whatever `start`."""
         images = torch.arange(len(self.counts))
         if shuffle:
             images = torch.randperm(len(images), generator=self._generator(epoch))
@@ -189,7 +193,7 @@ class CaptionBatches:
         image_of = images.repeat_interleave(counts)  # (captions,) in the order of this epoch
         within = torch.arange(len(image_of)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         captions = self.first[image_of] + within
-        for begin in range(start * self.batch_size, len(captions), self.batch_size):
+        for begin in range(start, len(captions), self.batch_size):
             batch = slice(begin, begin + self.batch_size)
             yield self._batch(captions[batch], image_of[batch])
 

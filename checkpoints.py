@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-FORMAT_VERSION = 4  # raised when older programs could not read what a newer one writes
+FORMAT_VERSION = 5  # raised when older programs could not read what a newer one writes
+READABLE_VERSIONS = (4, 5)  # 4 counted the position inside an epoch in batches
 # The keys of every checkpoint and their types; `object` is any plain value, None included.
 CHECKPOINT_KEYS = {
     "config": dict, "vocabulary": dict, "model": dict, "optimizer": object, "scheduler": object,
@@ -61,6 +62,22 @@ def replace_file(path):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # gone already if it was renamed
+    _flush_folder(path.parent)
+
+
+def link_file(source, path):
+    """Give a file a second name, `path`, which keeps its content when `source` is replaced.
+
+    A copy where the file system has no links.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        os.link(source, partial)
+    except OSError:
+        with replace_file(path) as copy, Path(source).open("rb") as original:
+            shutil.copyfileobj(original, copy)
+        return
+    partial.replace(path)
     _flush_folder(path.parent)
 
 
@@ -123,11 +140,16 @@ def check_free_space(folder, needed, purpose, advice):
 
     The message is `purpose`, such as "--cache_dir x: the features", both sizes and `advice`.
     """
-    free = shutil.disk_usage(_nearest_existing(folder)).free
+    free = free_bytes(folder)
     if needed > free:
         raise ValueError(
             f"{purpose} need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; {advice}"
         )
+
+
+def free_bytes(folder):
+    """Bytes free on the disk of `folder`, which may not exist yet."""
+    return shutil.disk_usage(_nearest_existing(folder)).free
 
 
 def _nearest_existing(path):
@@ -202,9 +224,10 @@ def _check_contents(path, state):
     version = state.get("format_version") if isinstance(state, dict) else None
     if not isinstance(version, int):
         raise _unusable(path, "it has no format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
+        expected = " or ".join(map(str, READABLE_VERSIONS))
         raise ValueError(
-            f"{path}: checkpoint format version {version}, expected {FORMAT_VERSION}: "
+            f"{path}: checkpoint format version {version}, expected {expected}: "
             "use the version of this program that wrote it"
         )
     for key, kind in CHECKPOINT_KEYS.items():

@@ -6,7 +6,7 @@ configuration and an epoch's scores are dictionaries of plain values. One run wr
     saved_models/flickr8k/resnet_lstm/flickr8k_lstm_ep15_bs64_lr1e-03_cosine_20241201_143022/
         run_config.json  run_summary.txt                            once, before training
         loss_curve.json  metrics_history.json  metrics.csv          after every epoch
-        training_losses.png  learning_rate.png                      after every epoch
+        training_losses.png  learning_rate.png                      every ten seconds, and at the end
         best.pt  model_epoch_N.pt  last.pt                          checkpoints
 
 A reader never sees half a file: each is written under a temporary name, flushed and renamed.
@@ -15,6 +15,7 @@ A reader never sees half a file: each is written under a temporary name, flushed
 import contextlib
 import io
 import itertools
+import math
 import os
 import platform
 import random
@@ -32,6 +33,8 @@ import torch
 from checkpoints import (
     RUN_NAME_END,
     TIMESTAMP_FORMAT,
+    check_free_space,
+    free_bytes,
     plain_values,
     replace_file,
     write_json,
@@ -66,6 +69,7 @@ CURVES = {
     "learning_rates": "learning_rate",
 }  # fmt: skip
 
+DRAW_SECONDS = 10  # from one drawing of the curves to the next: an epoch may take two
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 LINE = {"marker": "o", "markersize": 4, "linewidth": 1.8}
@@ -141,6 +145,27 @@ def create_run_dir(model_save_dir, config, timestamp=None):
         except FileExistsError:
             number += 1
             run_dir = family / f"{name}_{number}"
+
+
+def checkpoint_sizes(folder, kept, each, encoder):
+    """The line about the most that `kept` epochs' checkpoints of `each` bytes and best.pt will take.
+
+    The checkpoint of an epoch that was the best holds the `encoder`'s bytes, too.
+    Raises: ValueError when the disk of `folder` has less free.
+    """
+    needed = (kept + 1) * each + kept * encoder
+    check_free_space(
+        folder,
+        needed,
+        f"--model_save_dir {folder}: the checkpoints of {kept} epochs and best.pt",
+        "give --keep_checkpoints N to keep the newest N only, or another --model_save_dir",
+    )
+    return (
+        f"checkpoints will take {needed / 2**20:,.0f} MiB at most, "
+        f"{free_bytes(folder) / 2**20:,.0f} MiB are free: {each / 2**20:,.0f} MiB for each of "
+        f"{kept} epochs, {encoder / 2**20:,.0f} MiB more for one that is the best; "
+        "--keep_checkpoints N keeps the newest N"
+    )
 
 
 def git_info():
@@ -231,7 +256,8 @@ def _timestamp(run_dir_name):
 class RunTracker:
     """Writes a run's configuration once, and its curves after every epoch.
 
-    `history` is the list of the epochs' rows so far.
+    `history` is the list of the epochs' rows so far. As a context it draws at its end the plots
+    that short epochs have left undrawn, since drawing takes a second.
 
     Args:
         run_dir: the run's directory, which exists.
@@ -247,6 +273,7 @@ class RunTracker:
         self._write_config(config, command)
         summary = run_summary(self.run_dir.name, config, command, schedule_options)
         write_text(self.run_dir / "run_summary.txt", summary)
+        self.drawn, self.drawn_at = len(self.history), -math.inf  # epochs, and when
 
     def _write_config(self, config, command):
         values = {"decoder_type" if key == "decoder" else key: config[key] for key in config}
@@ -275,18 +302,31 @@ class RunTracker:
         write_json(self.run_dir / "loss_curve.json", curves)
         write_json(self.run_dir / "metrics_history.json", {"epochs": table["epoch"]} | metrics)
         write_text(self.run_dir / "metrics.csv", csv)
+        if time.monotonic() - self.drawn_at >= DRAW_SECONDS:
+            self.draw()
+
+    def draw(self):
+        """Draw the curves so far."""
         plot_losses(self.run_dir / "training_losses.png", self.history)
         plot_learning_rate(self.run_dir / "learning_rate.png", self.history)
+        self.drawn, self.drawn_at = len(self.history), time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        if self.drawn < len(self.history):
+            self.draw()
 
 
 # -------------------------------------------------------------------------------------------- plots
 
 
 def best_epoch(history):
-    """The row whose model is best.pt: the first of highest CIDEr, or else of lowest val_loss."""
+    """The row whose model is best.pt: of highest CIDEr, of those of lowest val_loss; or by that alone."""
     scored = [row for row in history if row.get("CIDEr") is not None]
     if scored:
-        return max(scored, key=lambda row: row["CIDEr"])
+        return max(scored, key=lambda row: (row["CIDEr"], -(row.get("val_loss") or 0)))
     validated = [row for row in history if row.get("val_loss") is not None]
     return min(validated, key=lambda row: row["val_loss"], default=None)
 

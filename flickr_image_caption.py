@@ -18,6 +18,7 @@ from caption_options import ENCODERS, SCHEDULES, Options, inherit, parse_args, s
 if __name__ == "__main__":
     OPTIONS = parse_args(description=__doc__)  # before torch: --help and mistakes answer at once
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -684,39 +685,42 @@ SCHEDULER_PROGRESS = (
     "last_epoch", "_step_count", "_last_lr", "base_lrs", "best", "num_bad_epochs", "cooldown_counter",
     "_schedule_phases",
 )  # fmt: skip
-EPOCH_START = {"batch": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rate": 0.0}
+EARLY_STOPPING = ("best_loss", "epochs_without_improvement")
+EPOCH_START = {"captions": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rate": 0.0}
 
 
 class TrainState:
     """What a checkpoint must hold so that a resumed run is the run that was never stopped.
 
-    plan: {"epochs": the last epoch, "steps": those of one_cycle, "schedule": its name or None}.
-    loop: `epoch`, `step`, `best_score`, `epochs_without_improvement`, and the position inside an
-        epoch: EPOCH_START's `batch`, loss so far in nats and its tokens, seconds, rate it began at.
+    plan: {"epochs": the last epoch, "batches": those of an epoch, "steps": those of one_cycle,
+        "schedule": its name or None}.
+    order: what decides the order of an epoch's captions, as `Split.order`.
+    loop: `epoch`, `step`, `best_score`, `best_loss`, `epochs_without_improvement`, and the position
+        inside an epoch: EPOCH_START's captions seen, their loss in nats and tokens, seconds, rate
+        it began at.
     """
 
-    def __init__(self, decoder, options, hardware, plan):
+    def __init__(self, decoder, options, hardware, plan, order):
         groups = decoder.param_groups(options.training.weight_decay)
         rate = options.training.learning_rate
-        self.plan, self.history = plan, []
+        self.plan, self.order, self.history = plan, order, []
         self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
         self.scheduler = build_scheduler(self.optimizer, options, plan)
         scales = hardware.precision == "float16"
         self.scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
-        self.loop = {"epoch": 0, "step": 0, "best_score": None, "epochs_without_improvement": 0}
-        self.loop |= EPOCH_START
+        self.loop = {"epoch": 0, "step": 0, "best_score": None, "best_loss": math.inf}
+        self.loop |= EPOCH_START | {"epochs_without_improvement": 0}
 
     def state_dict(self):
         """Plain values and tensors: part of a checkpoint."""
         loop = self.loop
-        patience = {"epochs_without_improvement": loop["epochs_without_improvement"]}
         return {
             "plan": self.plan,
             "epoch": loop["epoch"],
             "step": loop["step"],
             "best_score": loop["best_score"],
-            "early_stopping": patience,
-            "data_position": {name: loop[name] for name in EPOCH_START},
+            "early_stopping": {name: loop[name] for name in EARLY_STOPPING},
+            "data_position": {name: loop[name] for name in EPOCH_START} | {"order": self.order},
             "history": self.history,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler and self.scheduler.state_dict(),
@@ -725,12 +729,28 @@ class TrainState:
         }
 
     def load_state_dict(self, state):
-        """Take over what `state_dict` gave. The plan, and what options decide, stay this run's."""
+        """Take over what `state_dict` gave. The plan, and what options decide, stay this run's.
+
+        Raises: ValueError inside an epoch whose captions come in another order now.
+        """
         best, position = state["best_score"], state["data_position"]
+        if "captions" not in position:  # format version 4
+            position = position | {
+                "captions": position["batch"] * state["config"]["batch_size"],
+                "order": self.order,
+            }
         self.loop |= {"epoch": state["epoch"], "step": state["step"]}
         self.loop["best_score"] = best if best is None else float(best)
-        self.loop |= state["early_stopping"]
+        early = state["early_stopping"]
+        self.loop["best_loss"] = float(early.get("best_loss", math.inf))  # not in version 4
+        self.loop["epochs_without_improvement"] = int(early["epochs_without_improvement"])
         self.loop |= {name: type(zero)(position[name]) for name, zero in EPOCH_START.items()}
+        if self.loop["captions"] and position["order"] != self.order:
+            raise ValueError(
+                "--resume goes on inside an epoch, but --seed, --max_train_images or the data give "
+                "its captions another order: give what the run was begun with, or resume from a "
+                "model_epoch_N.pt"
+            )
         self.history = [dict(row) for row in state["history"]]
         planned = self.optimizer.state_dict()["param_groups"]  # as this run's options have them
         changes = self.plan["schedule"] not in (None, state["plan"]["schedule"])
@@ -742,7 +762,10 @@ class TrainState:
             stored = state["scheduler"].items()
             progress = {name: value for name, value in stored if name in SCHEDULER_PROGRESS}
             self.scheduler.load_state_dict(progress)
-        self.scaler.load_state_dict(state["scaler"])
+            if self.plan["steps"] != state["plan"]["steps"]:
+                stretch_one_cycle(self.scheduler, self.plan["steps"] / state["plan"]["steps"])
+        if state["scaler"]:  # empty without float16
+            self.scaler.load_state_dict(state["scaler"])
         experiment_utils.set_random_state(state["random_state"])
 
     def step_finished(self):
@@ -752,27 +775,48 @@ class TrainState:
             scheduler.step()
 
     def epoch_finished(self, row):
-        """After validation: the other schedules' rate moves. Returns whether CIDEr is the best."""
+        """After validation: the other schedules' rate moves. Returns whether this is the best epoch.
+
+        That is the one of highest CIDEr, and of those that share it the one of lowest loss.
+        """
         schedule, loop = self.plan["schedule"], self.loop
         if schedule == "reduce_lr_on_plateau":
             self.scheduler.step(row["val_loss"])
         elif schedule not in (None, "one_cycle"):
             self.scheduler.step()
         loop |= EPOCH_START | {"epoch": loop["epoch"] + 1}
-        is_best = loop["best_score"] is None or row["CIDEr"] > loop["best_score"]
         loop["epochs_without_improvement"] += 1
+        score, best = (row["CIDEr"], -row["val_loss"]), (loop["best_score"], -loop["best_loss"])
+        is_best = loop["best_score"] is None or score > best
         if is_best:
-            loop |= {"best_score": row["CIDEr"], "epochs_without_improvement": 0}
+            loop |= {"best_score": row["CIDEr"], "best_loss": row["val_loss"]}
+            loop["epochs_without_improvement"] = 0
         return is_best
 
 
-def make_plan(options, num_batches, checkpoint=None):
-    """The plan of a new run, or of one that goes on. Raises: ValueError when nothing is left."""
+def stretch_one_cycle(scheduler, factor):
+    """Make every phase of a plan longer by a factor; the position in it stays where it was.
+
+    That is what other batches need: as many captions as before now take more steps, or fewer.
+    """
+    for phase in scheduler._schedule_phases:
+        phase["end_step"] = (phase["end_step"] + 1) * factor - 1
+    scheduler.last_epoch = int(scheduler.last_epoch * factor)
+
+
+def make_plan(options, batches, checkpoint=None):
+    """The plan of a new run, or of one that goes on. Raises: ValueError when nothing is left.
+
+    batches: CaptionBatches, whose number decides how long one_cycle is.
+    """
     schedule = options.schedule.scheduler_type if options.schedule.use_scheduler else None
+    num_batches = batches.num_batches
     if checkpoint is None:
         epochs = options.training.epochs
-        return {"epochs": epochs, "steps": epochs * num_batches, "schedule": schedule}
+        steps = epochs * num_batches
+        return {"epochs": epochs, "batches": num_batches, "steps": steps, "schedule": schedule}
     plan, epoch = dict(checkpoint["plan"]), checkpoint["epoch"]
+    num_batches_before = plan.get("batches", num_batches)  # format version 4 had none
     if "epochs" in options.typed:
         plan["epochs"] = epoch + options.training.epochs  # additional ones
     if schedule != plan["schedule"] and not {"use_scheduler", "scheduler_type"} & options.typed:
@@ -784,10 +828,13 @@ def make_plan(options, num_batches, checkpoint=None):
             f"{options.run.model_path}: its plan of {plan['epochs']} epochs is done: "
             "give --epochs for more"
         )
-    if schedule != plan["schedule"] and schedule is not None:
-        done = checkpoint["data_position"]["batch"]
-        plan["steps"] = (plan["epochs"] - epoch) * num_batches - done
-    return plan | {"schedule": schedule}
+    if schedule == plan["schedule"] == "one_cycle":
+        plan["steps"] = round(plan["steps"] * num_batches / num_batches_before)
+    elif schedule not in (None, plan["schedule"]):
+        whole_epochs = plan["epochs"] - epoch - 1
+        this_epoch = batches.num_left(checkpoint["data_position"].get("captions", 0))
+        plan["steps"] = this_epoch + whole_epochs * num_batches
+    return plan | {"batches": num_batches, "schedule": schedule}
 
 
 def change_course(state, options, checkpoint):
@@ -819,8 +866,14 @@ class Split:
     features: FeatureSource
     batches: CaptionBatches
 
+    @functools.cached_property
+    def order(self):
+        """SHA-256 of what decides the order of an epoch's captions: images, captions each, seed."""
+        decisive = [self.batches.seed, self.table.image.tolist(), self.batches.counts.tolist()]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
     def epoch(self, epoch, start=0, shuffle=True, mirror=False):
-        """Yield (batch, features (N, P, F)) of an epoch from batch `start` on."""
+        """Yield (batch, features (N, P, F)) of an epoch from caption number `start` on."""
         batches, ahead = itertools.tee(self.batches.epoch(epoch, start, shuffle))
         mirrored = self.batches.mirrored(epoch) if mirror else None
         features = self.features.stream((batch.image_rows for batch in ahead), mirrored)
@@ -922,14 +975,14 @@ def train(options, hardware, checkpoint):
     run = start_run(options, hardware, checkpoint)
     loop, patience = run.state.loop, options.training.early_stopping_patience
     unread = []  # nats and tokens of steps whose loss is still on the device
-    with listen_for_stop() as received:
+    with listen_for_stop() as received, run.tracker or contextlib.nullcontext():
         while loop["epoch"] < run.state.plan["epochs"]:
             started = time.perf_counter() - loop["seconds"]
             try:
                 bar = begin_epoch(run)
                 for batch, features in until_stopped(received, bar):
                     unread.append((train_step(run, features, batch), batch.num_tokens))
-                    loop["batch"] += 1
+                    loop["captions"] += batch.num_captions
                     loop["step"] += 1
                     if len(unread) == READ_LOSS_EVERY:
                         bar.set_postfix(loss=f"{read_losses(loop, unread):.3f}")
@@ -956,14 +1009,14 @@ def train(options, hardware, checkpoint):
 
 def begin_epoch(run):
     """The epoch's (batch, features) from where the loop stands, behind a progress bar."""
-    loop, num_batches = run.state.loop, run.training.batches.num_batches
-    if loop["batch"] == 0:
+    loop = run.state.loop
+    if loop["captions"] == 0:
         loop["rate"] = run.state.optimizer.param_groups[0]["lr"]
     run.captioner.decoder.train()
     flip = run.options.training.horizontal_flip
-    steps = run.training.epoch(loop["epoch"], start=loop["batch"], mirror=flip)
+    steps = run.training.epoch(loop["epoch"], start=loop["captions"], mirror=flip)
     silent = True if process_group.rank() else None  # None: where stderr is no terminal
-    title, left = f"epoch {loop['epoch'] + 1}", num_batches - loop["batch"]
+    title, left = f"epoch {loop['epoch'] + 1}", run.training.batches.num_left(loop["captions"])
     return tqdm(steps, title, left, unit="batch", disable=silent, leave=False)
 
 
@@ -1050,10 +1103,10 @@ def start_run(options, hardware, checkpoint):
     loop["best_score"] = process_group.broadcast(loop["best_score"])
     warn_about_schedule(options.schedule, plan)
     if checkpoint:
-        num_batches = run.training.batches.num_batches
-        where = f", batch {loop['batch'] + 1} of {num_batches}" if loop["batch"] else ""
+        num_captions = run.training.batches.num_captions
+        seen = f", {loop['captions']} of {num_captions} captions seen" if loop["captions"] else ""
         print(
-            f"resumed from {options.run.model_path}: epoch {loop['epoch'] + 1}{where}; "
+            f"resumed from {options.run.model_path}: epoch {loop['epoch'] + 1}{seen}; "
             f"{plan['epochs'] - loop['epoch']} epochs to go"
         )
     return run
@@ -1083,7 +1136,7 @@ def set_up(options, hardware, checkpoint=None):
     decoder.to(hardware.device)
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
-    state = make_state(decoder, options, hardware, training.batches.num_batches, checkpoint)
+    state = make_state(decoder, options, hardware, training, checkpoint)
     resolved = {
         "device": str(hardware.device),
         "precision": hardware.precision,
@@ -1120,22 +1173,26 @@ def make_batches(table, vocabulary, options):
     return CaptionBatches(ids, batch_size, max_length, options.run.seed)
 
 
-def make_state(decoder, options, hardware, num_batches, checkpoint):
-    """The state of a new run, or the checkpoint's."""
+def make_state(decoder, options, hardware, training, checkpoint):
+    """The state of a new run, or the checkpoint's. `training`: the Split that it goes through."""
+    batches = training.batches
     if not checkpoint:
-        return TrainState(decoder, options, hardware, make_plan(options, num_batches))
+        return TrainState(decoder, options, hardware, make_plan(options, batches), training.order)
     with checkpoints.checkpoint_errors(options.run.model_path):
-        plan = make_plan(options, num_batches, checkpoint)
+        plan = make_plan(options, batches, checkpoint)
         epochs = plan["epochs"] - checkpoint["epoch"]  # a schedule that begins now has these
         options = options._replace(training=options.training._replace(epochs=epochs))
-        state = TrainState(decoder, options, hardware, plan)
+        state = TrainState(decoder, options, hardware, plan, training.order)
         state.load_state_dict(checkpoint)
         change_course(state, options, checkpoint)
-        batch = state.loop["batch"]
-        if not 0 <= batch <= num_batches:
-            raise ValueError(f"batch {batch} of {num_batches}")
-    scheduler, left = state.scheduler, epochs * num_batches - batch
-    if plan["schedule"] == "one_cycle" and scheduler.last_epoch + left > scheduler.total_steps:
+        seen = state.loop["captions"]
+        if not 0 <= seen <= batches.num_captions:
+            raise ValueError(f"{seen} of {batches.num_captions} captions seen")
+    left = batches.num_left(seen) + (epochs - 1) * batches.num_batches
+    scheduler, rounding = state.scheduler, plan["steps"] != checkpoint["plan"]["steps"]
+    if plan["schedule"] == "one_cycle" and (
+        scheduler.last_epoch + left > scheduler.total_steps + rounding
+    ):
         warn(f"one_cycle was planned for {plan['steps']} steps: past them the rate stays as it is")
     return state
 
@@ -1154,6 +1211,8 @@ def distributed(decoder, seed):
 def open_folder(run):
     """Make the run's folder and its first files; a resumed run brings the best checkpoint along."""
     options, state = run.options, run.state
+    best = find_best(options.run.model_path, state.loop)
+    check_checkpoint_sizes(run)
     run.folder = experiment_utils.create_run_dir(options.run.model_save_dir, run.config)
     schedule = SCHEDULES.get(state.plan["schedule"])
     taken = schedule.arguments.values() if schedule else ()
@@ -1166,32 +1225,40 @@ def open_folder(run):
     )
     state.history = run.tracker.history
     print(f"run directory: {run.folder}")
-    print_checkpoint_sizes(run)
-    if state.loop["best_score"] is None:
-        return
-    best = Path(options.run.model_path).with_name("best.pt")
-    if best.is_file() and checkpoints.load_checkpoint(best)["epoch"] <= state.loop["epoch"]:
+    if best:
         with checkpoints.replace_file(run.folder / "best.pt") as copy, best.open("rb") as original:
             shutil.copyfileobj(original, copy)
         return
-    print(f"no best.pt as old as {options.run.model_path} beside it: the next one is the first")
     state.loop["best_score"] = None
 
 
-def print_checkpoint_sizes(run):
-    """Say what the run's checkpoints will take on the disk."""
+def find_best(path, loop):
+    """The best.pt beside a checkpoint; None where it is no usable one, or of a later epoch."""
+    if loop["best_score"] is None:
+        return None
+    best = Path(path).with_name("best.pt")
+    try:
+        if checkpoints.load_checkpoint(best)["epoch"] <= loop["epoch"]:
+            return best
+        fault = f"{best} is of a later epoch"
+    except (FileNotFoundError, ValueError) as error:
+        fault = str(error)
+    print(f"no best.pt as old as {path} beside it: the next one is the first ({fault})")
+    return None
+
+
+def check_checkpoint_sizes(run):
+    """Say what the run's checkpoints will take on the disk. Raises: ValueError when it is too full."""
     decoder, epochs = run.captioner.decoder, run.config["epochs"]
     each = sum(p.nbytes for p in decoder.parameters()) * 3  # weights and Adam's two moments
-    kept = min(epochs, run.options.training.keep_checkpoints or epochs)
     encoder = sum(t.nbytes for t in run.captioner.encoder.trunk.state_dict().values())
-    print(
-        f"checkpoints will take {(each * (kept + 1) + encoder) / 2**20:,.0f} MiB: "
-        f"{each / 2**20:,.0f} MiB for each of {kept} epochs, and best.pt with the encoder"
-    )
+    kept = min(epochs, run.options.training.keep_checkpoints or epochs)
+    folder = run.options.run.model_save_dir
+    print(experiment_utils.checkpoint_sizes(folder, kept, each, encoder))
 
 
 def save(run, name):
-    """Write the whole state to a file of the run's folder; only best.pt holds the encoder."""
+    """Write the whole state to a file of the run's folder; best.pt holds the encoder, too."""
     captioner = run.captioner
     weights = captioner.encoder.trunk.state_dict() if name == "best.pt" else None
     checkpoint = {
@@ -1219,9 +1286,10 @@ def record_epoch(run, row, is_best):
     """Write an epoch's checkpoints, curves and console block."""
     state, keep = run.state, run.options.training.keep_checkpoints
     run.tracker.log_epoch(row)
+    name = f"model_epoch_{row['epoch']}.pt"
+    save(run, "best.pt" if is_best else name)
     if is_best:
-        save(run, "best.pt")
-    save(run, f"model_epoch_{row['epoch']}.pt")
+        checkpoints.link_file(run.folder / "best.pt", run.folder / name)
     if keep:
         checkpoints.prune_checkpoints(run.folder, keep)
     print(

@@ -53,14 +53,23 @@ def unpack(packed, lengths):
     return padded[order.argsort()]
 
 
+def one_caption_each(num_batches):
+    """An epoch of so many batches, as far as plans ask for it."""
+    epoch = SimpleNamespace(num_batches=num_batches, num_captions=num_batches)
+    epoch.num_left = lambda start: num_batches - start
+    return epoch
+
+
 def make_run(decoder, options, hardware=CPU, num_batches=1, checkpoint=None):
     """What `train_step` needs of a run, in train mode, with a plan of `num_batches` per epoch."""
     encoder = SimpleNamespace(tail=nn.Identity(), trunk=nn.Identity(), key=lambda: {"name": "none"})
     vocabulary = SimpleNamespace(to_plain=dict)
+    training = SimpleNamespace(batches=one_caption_each(num_batches), order="theirs")
     return SimpleNamespace(
         options=options,
         captioner=program.Captioner(encoder, decoder.train(), vocabulary, hardware),
         objective=program.CrossEntropyObjective(options.training),
-        state=program.make_state(decoder, options, hardware, num_batches, checkpoint),
+        state=program.make_state(decoder, options, hardware, training, checkpoint),
+        training=training,
         model=decoder,
     )

@@ -196,12 +196,25 @@ def test_an_epoch_is_decided_by_seed_and_number_alone():
     assert straight == [
         as_lists(batch) for batch in epoch_of(captions, batch_size=7, seed=3, epoch=5)
     ]
-    for start in (1, 16, 17, 30):
-        assert [as_lists(batch) for batch in batches.epoch(5, start=start)] == straight[start:]
+    for number in (1, 16, 17, 30):
+        rest = [as_lists(batch) for batch in batches.epoch(5, start=7 * number)]
+        assert rest == straight[number:]
+        assert len(rest) == max(0, batches.num_left(7 * number))
+
     assert straight != [as_lists(batch) for batch in batches.epoch(6)]
     assert straight != [
         as_lists(batch) for batch in epoch_of(captions, batch_size=7, seed=4, epoch=5)
     ]
+
+
+def test_an_epoch_goes_on_in_batches_of_another_size():
+    """Three batches of four captions are read; batches of seven bring the other eight, once each."""
+    captions = [[[10 + image], [30 + image]] for image in range(10)]
+    small, large = (CaptionBatches(captions, size, 9, seed=1) for size in (4, 7))
+    read = [*itertools.islice(small.epoch(0), 3), *large.epoch(0, start=12)]
+    assert [batch.num_captions for batch in read] == [4, 4, 4, 7, 1] and large.num_left(12) == 2
+    words = [word for batch in read for word in batch.inputs.tolist() if word >= 10]
+    assert sorted(words) == [*range(10, 20), *range(30, 40)]
 
 
 def test_every_caption_comes_once_with_its_own_image():

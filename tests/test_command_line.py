@@ -1207,7 +1207,7 @@ WRONG_PARTS = {
     "--epochs 1": [
         {"plan": None}, {"plan": {}}, {"optimizer": {}}, {"optimizer": None}, {"config__use_scheduler": True},
         {"plan__schedule": "step"},
-        {"data_position__batch": "x"}, {"data_position__batch": -3}, {"history": [1]}, {"early_stopping": None},
+        {"data_position__captions": "x"}, {"data_position__captions": -3}, {"history": [1]}, {"early_stopping": None},
         {"random_state": {}}, {"random_state__cpu": 5}, {"best_score": "high"},
     ],
 }  # fmt: skip

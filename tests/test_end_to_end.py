@@ -50,7 +50,8 @@ pytestmark = [
 TINY = """--dataset_type sample --encoder shufflenet_v2_x0_5 --encoder_weights random
     --embed_size 16 --hidden_size 16 --num_layers 1 --num_workers 0 --freq_threshold 1
     --batch_size 40 --learning_rate 0.01 --precision float32 --max_length 12 --epochs 1"""
-STEPS = 4  # per epoch: 32 training images, 5 captions each, 40 captions a step
+BATCH_SIZE, CAPTIONS = 40, 160  # of 32 training images
+STEPS = 4  # per epoch
 DECODERS = {"lstm": "--decoder lstm", "attention": "--decoder attention --attention_dim 8"}
 ATTENTION = DECODERS["attention"]
 RUN_FILES = {
@@ -285,10 +286,43 @@ def test_captions_that_all_look_alike_are_warned_of(monkeypatch):
 
 def test_the_size_that_checkpoints_take_is_said_at_the_start():
     out = succeed(TINY, "--embed_size 256 --hidden_size 300 --epochs 3 --keep_checkpoints 2")
-    said = int(re.search(r"checkpoints will take (\d+) MiB", out)[1])
-    taken = sum(path.stat().st_size for path in run_dir(out).glob("*.pt")) / 2**20
-    assert said == pytest.approx(taken, rel=0.1)
-    assert out.index("checkpoints will take") < out.index("Epoch 1")
+    said = re.search(
+        r"checkpoints will take (\d+) MiB at most, ([\d,]+) MiB are free: (\d+) MiB", out
+    )
+    files = {path.name: path for path in run_dir(out).glob("*.pt")}
+    assert files.keys() == {"best.pt", "model_epoch_2.pt", "model_epoch_3.pt"}
+    encoder = sum(t.nbytes for t in load(files["best.pt"])["encoder"]["weights"].values())
+    each = files["best.pt"].stat().st_size - encoder
+    assert int(said[1]) == pytest.approx((3 * each + 2 * encoder) / 2**20, rel=0.1)
+    assert int(said[2].replace(",", "")) == pytest.approx(
+        shutil.disk_usage(".").free / 2**20, rel=0.1
+    )
+    assert int(said[3]) == pytest.approx(each / 2**20, abs=1)
+    assert out.index("checkpoints will take") < out.index("Epoch 1") and "--keep_checkpoints" in out
+
+
+def test_a_run_whose_checkpoints_do_not_fit_stops_before_it_makes_a_folder(monkeypatch):
+    little = shutil._ntuple_diskusage(10**9, 10**9, 200_000)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: little)
+    outcome = program(TINY, "--epochs 30")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert (
+        "--model_save_dir ./saved_models: the checkpoints of 30 epochs and best.pt need"
+        in outcome.err
+    )
+    assert "0.00 GB are free; give --keep_checkpoints N" in outcome.err
+    assert not Path("saved_models").exists()
+
+
+def test_the_best_epochs_checkpoint_is_written_once(monkeypatch):
+    replace_cider(monkeypatch, iter([0.1, 0.3, 0.2]))
+    folder = train("--epochs 3")
+    best, first, second, third = (
+        folder / name
+        for name in ("best.pt", "model_epoch_1.pt", "model_epoch_2.pt", "model_epoch_3.pt")
+    )
+    assert best.samefile(second) and first.stat().st_nlink == third.stat().st_nlink == 1
+    assert [load(path)["epoch"] for path in (first, second, third)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -351,6 +385,17 @@ def encode(encoder, path):
     """A picture file -> features (1, P, F)."""
     pixels = torch.from_numpy(image_loading.load_image(path, encoder.image_size)).permute(2, 0, 1)
     return encoder(pixels.unsqueeze(0))
+
+
+def test_ties_of_cider_go_to_the_lower_validation_loss(monkeypatch):
+    """Captions of small datasets score 0 for epochs while the loss falls."""
+    replace_cider(monkeypatch, itertools.repeat(0.0))
+    losses = iter([3.0, 2.0, 2.0, 2.5])
+    monkeypatch.setattr(fic, "validation_loss", lambda run, received: next(losses))
+    out = succeed(TINY, "--epochs 4 --early_stopping_patience 2")
+    assert load(run_dir(out) / "best.pt")["epoch"] == 2
+    assert [best for *_, best in EPOCH_BLOCK.findall(out)] == ["True", "True", "False", "False"]
+    assert "stopped early: no better CIDEr for 2 epochs" in out
 
 
 def test_best_pt_is_the_highest_validation_cider(monkeypatch):
@@ -466,15 +511,16 @@ def test_a_checkpoint_is_plain_and_holds_every_hyperparameter(name, shop):
     """attention_dim and drop_prob were once missing, and a pickled class of __main__ was inside."""
     state = torch.load(shop / "attention" / name, weights_only=True)
     assert state.keys() == checkpoints.CHECKPOINT_KEYS.keys() | {"format_version"}
-    assert state["format_version"] == 4 and state["config"].keys() == TABLE.keys()
+    assert state["format_version"] == 5 and state["config"].keys() == TABLE.keys()
     assert state["config"]["attention_dim"] == 8 and state["config"]["drop_prob"] == 0.3
-    assert state["early_stopping"].keys() == {"epochs_without_improvement"}
+    assert state["early_stopping"].keys() == {"best_loss", "epochs_without_improvement"}
     assert state["encoder"]["name"] == "shufflenet_v2_x0_5"
     assert state["encoder"]["image_size"] == 224
     splits = {"train": listed("train"), "val": listed("dev"), "test": listed("test")}
     assert state["splits"] == splits
     assert {type(value).__module__ for value in leaves(state)} <= {"builtins", "torch"}
-    assert (state["encoder"]["weights"] is not None) == (name == "best.pt")
+    holds_encoder = state["encoder"]["weights"] is not None
+    assert holds_encoder == (shop / "attention" / name).samefile(shop / "attention/best.pt")
 
 
 def test_training_leaves_the_encoder_as_it_was(shop):
@@ -567,7 +613,7 @@ def test_stop_and_go_on_equals_straight_through(decoder, scheduler):
     assert (
         load(last)["epoch"] == 1
         and load(last)["step"] == STEPS + 2
-        and load(last)["data_position"]["batch"] == 2
+        and load(last)["data_position"]["captions"] == 2 * BATCH_SIZE
     )
     second = stopped("--model_path", last, at_step=1, signum=signal.SIGTERM)
     assert second.status == 143
@@ -577,6 +623,50 @@ def test_stop_and_go_on_equals_straight_through(decoder, scheduler):
     )
     assert not list(differences(load(straight / "best.pt"), load(third / "best.pt")))
     assert len(load(third / "model_epoch_3.pt")["history"]) == 3
+
+
+def test_every_caption_is_seen_once_when_an_epoch_goes_on_in_batches_of_another_size(monkeypatch):
+    first = stopped(TINY, at_step=3)
+    seen, original = [], fic.train_step
+
+    def train_step(run, features, batch):
+        seen.append(batch)
+        return original(run, features, batch)
+
+    monkeypatch.setattr(fic, "train_step", train_step)
+    out = succeed("--model_path", run_dir(first) / "last.pt", "--batch_size 30")
+    assert f"epoch 1, {3 * BATCH_SIZE} of {CAPTIONS} captions seen" in out
+    assert [batch.num_captions for batch in seen] == [30, 10]
+    words = [sorted(batch.targets.tolist()) for batch in seen]
+    seen.clear()
+    train("--batch_size 10")  # of the same order
+    assert sorted(words[0]) == sorted(word for b in seen[12:15] for word in b.targets.tolist())
+    assert words[1] == sorted(seen[15].targets.tolist())
+
+
+@pytest.mark.parametrize("typed", ["--seed 5", "--max_train_images 20"])
+def test_an_epoch_does_not_go_on_in_another_order(typed, shop):
+    torch.save(load(shop / "lstm/best.pt")["encoder"]["weights"], "encoder.pth")  # of no seed
+    first = stopped(TINY, "--encoder_weights encoder.pth --epochs 2", at_step=STEPS + 3)
+    last, whole = run_dir(first) / "last.pt", run_dir(first) / "model_epoch_1.pt"
+    before = snapshot()
+    outcome = program("--model_path", last, typed)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert typed.split()[0] in outcome.err and "model_epoch_N.pt" in outcome.err
+    assert snapshot() == before
+    succeed("--model_path", whole, typed)
+
+
+def test_a_checkpoint_of_format_version_4_goes_on(shop):
+    """It counted batches, and knew neither the best loss nor the batches of its plan."""
+    state = load(run_dir(stopped(TINY, "--epochs 2", at_step=STEPS + 3)) / "last.pt")
+    position, early = state["data_position"], state["early_stopping"]
+    state["format_version"], position["batch"] = 4, position.pop("captions") // BATCH_SIZE
+    del position["order"], early["best_loss"], state["plan"]["batches"]
+    torch.save(state, "old.pt")
+    out = succeed("--model_path old.pt")
+    assert f"epoch 2, {3 * BATCH_SIZE} of {CAPTIONS} captions seen" in out
+    assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["2"]
 
 
 def test_each_schedule_changes_the_rate_as_documented(monkeypatch):
@@ -619,7 +709,7 @@ def test_a_stop_during_validation_validates_again(part, monkeypatch):
     monkeypatch.setattr(fic, part, stopping)
     outcome = program(TINY, "--epochs 2")
     assert outcome.status == 143
-    assert load(run_dir(outcome) / "last.pt")["data_position"]["batch"] == STEPS
+    assert load(run_dir(outcome) / "last.pt")["data_position"]["captions"] == CAPTIONS
     resumed = run_dir(succeed("--resume", run_dir(outcome) / "last.pt"))
     one, other = (load(folder / "model_epoch_2.pt") for folder in (straight, resumed))
     assert not list(differences(one, other))
@@ -662,6 +752,14 @@ def test_a_resumed_run_leaves_the_old_directory_alone_and_brings_the_best_along(
         "last.pt",
     }
     assert (folder / "best.pt").read_bytes() == (shop / "attention/best.pt").read_bytes()
+
+
+def test_a_damaged_best_beside_the_checkpoint_is_named_and_passed_over(shop):
+    shutil.copytree(shop / "lstm", "damaged")
+    Path("damaged/best.pt").write_bytes(b"PK damaged")
+    out = succeed("--model_path damaged/model_epoch_4.pt --epochs 1")
+    assert "the next one is the first (damaged/best.pt: not a usable checkpoint" in out
+    assert load(run_dir(out) / "best.pt")["epoch"] == 5
 
 
 def test_a_best_of_a_later_epoch_is_not_the_best_so_far(monkeypatch):
@@ -868,10 +966,8 @@ def test_a_fresh_one_cycle_warms_up_for_the_epochs_it_was_told():
 
 
 def test_early_stopping_counts_on_over_a_resume(monkeypatch):
-    replace_cider(monkeypatch, itertools.repeat(0.5))
-    first = train(
-        "--epochs 2 --early_stopping_patience 2"
-    )  # epoch 2 is the first that is no better
+    replace_cider(monkeypatch, iter([0.5, 0.4, 0.4]))
+    first = train("--epochs 2 --early_stopping_patience 2")  # epoch 2 is no better
     out = succeed("--model_path", first / "model_epoch_2.pt", "--epochs 5")
     assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["3"] and "stopped early" in out
 

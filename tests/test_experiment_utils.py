@@ -279,8 +279,29 @@ def test_history_of_numpy_scores_can_be_loaded_from_a_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path / "best.pt")["history"] == [row(1, CIDEr=0.25, count=3)]
 
 
-def test_best_epoch_is_the_first_with_the_highest_cider_else_the_lowest_loss():
-    assert best_epoch([row(1, CIDEr=0.1), row(2, CIDEr=0.3), row(3, CIDEr=0.3)])["epoch"] == 2
+def test_plots_are_drawn_every_ten_seconds_and_at_the_end(tmp_path, monkeypatch):
+    now, drawn = [100.0], []
+    monkeypatch.setattr(experiment_utils.time, "monotonic", lambda: now[0])
+    for name in ("plot_losses", "plot_learning_rate"):
+        monkeypatch.setattr(
+            experiment_utils, name, lambda path, history: drawn.append((path.name, len(history)))
+        )
+    with RunTracker(tmp_path, CONFIG, COMMAND) as tracker:
+        for seconds in (0, 2, 7.9, 0.1, 3):
+            now[0] += seconds
+            tracker.log_epoch(row(len(tracker.history) + 1))
+        epochs = [epochs for name, epochs in drawn if name == "training_losses.png"]
+        assert epochs == [1, 4]
+    assert drawn[-2:] == [("training_losses.png", 5), ("learning_rate.png", 5)]
+    with tracker:
+        pass
+    assert len(drawn) == 6  # nothing new, nothing to draw
+
+
+def test_best_epoch_is_the_one_with_the_highest_cider_else_the_lowest_loss():
+    assert best_epoch([row(1, CIDEr=0.1), row(2, CIDEr=0.3), row(3, CIDEr=0.2)])["epoch"] == 2
+    ties = [row(number, CIDEr=0.0, val_loss=loss) for number, loss in enumerate((3.0, 2.0, 2.5), 1)]
+    assert best_epoch(ties)["val_loss"] == 2.0
     unscored = [row(1, val_loss=2.0), row(2, val_loss=1.0), row(3, val_loss=None)]
     assert best_epoch(unscored)["epoch"] == 2
     assert best_epoch([row(1, val_loss=None)]) is None

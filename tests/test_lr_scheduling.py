@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 import torch
-from small_runs import CPU, make_batch, make_run
+from small_runs import CPU, make_batch, make_run, one_caption_each
 
 import flickr_image_caption as program
 from caption_options import inherit, parse_args
+from runtime import Hardware
 
 RATE, BATCHES = 0.01, 4  # --learning_rate, batches per epoch
 SCHEDULES = {
@@ -31,6 +32,7 @@ LOSSES = [5.0, 4.0, 4.1, 4.2, 4.3, 3.9, 3.95, 3.96, 3.97, 3.98]  # validation, e
 # one caption of one image
 BATCH = make_batch(torch.tensor([[1, 5, 6, 2]]), torch.tensor([3]), torch.tensor([0]))
 FEATURES = torch.ones(1, 2, 3)
+EPOCH = one_caption_each(BATCHES)
 SAVE = program.save
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def _no_checkpoint_per_epoch(monkeypatch):
     monkeypatch.setattr(program, "save", lambda run, name: None)
+    monkeypatch.setattr(program.checkpoints, "link_file", lambda source, path: None)
 
 
 def options(name, *more, epochs=8):
@@ -55,7 +58,6 @@ def start(options, folder, checkpoint=None, batches=BATCHES):
     if checkpoint:
         decoder.load_state_dict(checkpoint["model"])
     run = make_run(decoder, options, num_batches=batches, checkpoint=checkpoint)
-    run.training = SimpleNamespace(batches=SimpleNamespace(num_batches=batches))
     run.validation = SimpleNamespace(table=["an image"])
     run.tracker = SimpleNamespace(log_epoch=lambda row: None)
     run.dataset = SimpleNamespace(split_names=lambda: {"train": [], "val": [], "test": []})
@@ -71,7 +73,7 @@ def current_rate(run):
 def take_step(run):
     """As the loop over an epoch does."""
     program.train_step(run, FEATURES, BATCH)
-    run.state.loop["batch"] += 1
+    run.state.loop["captions"] += 1
     run.state.loop["step"] += 1
 
 
@@ -79,13 +81,17 @@ def rates(run, stop=None):
     """Train to the plan's last epoch, or for `stop` steps: every step's rate, read before it."""
     found, loop = [], run.state.loop
     while loop["epoch"] < run.state.plan["epochs"]:
-        for _ in range(loop["batch"], run.training.batches.num_batches):
+        for _ in range(loop["captions"], run.training.batches.num_batches):
             if len(found) == stop:
                 return found
             found.append(current_rate(run))
             take_step(run)
         row = {"epoch": loop["epoch"] + 1, "train_loss": -loop["epoch"]}
-        row |= {"val_loss": LOSSES[loop["epoch"]], "learning_rate": found[-1], "CIDEr": 0.0}
+        row |= {
+            "val_loss": LOSSES[loop["epoch"]],
+            "learning_rate": found[-1],
+            "CIDEr": 1 / (1 + loop["epoch"]),
+        }
         row |= {"BLEU-4": 0.0, "share_unique": 1.0, "share_cut": 0.0}
         program.record_epoch(run, row, run.state.epoch_finished(row))
     return found
@@ -230,7 +236,7 @@ def test_each_epoch_says_its_rate_and_schedule(tmp_path, capsys, name, line):
 )
 def test_a_schedule_that_surprises_is_announced(capsys, name, given, epochs, said):
     settled = options(name, *given, epochs=epochs)
-    program.warn_about_schedule(settled.schedule, program.make_plan(settled, BATCHES))
+    program.warn_about_schedule(settled.schedule, program.make_plan(settled, EPOCH))
     message = capsys.readouterr().err
     assert message.count("warning") == bool(said)
     assert all(part in message for part in said)
@@ -239,13 +245,13 @@ def test_a_schedule_that_surprises_is_announced(capsys, name, given, epochs, sai
 # Resumed runs
 
 
-def resume(folder, run, *typed):
+def resume(folder, run, *typed, batches=BATCHES):
     """A new run that goes on from where `run` stands; what is not typed comes from its checkpoint."""
     SAVE(run, "last.pt")
     settled, checkpoint = program.open_checkpoint(
         parse_args(["--model_path", str(folder / "last.pt"), *typed])
     )
-    return start(settled, folder, checkpoint)
+    return start(settled, folder, checkpoint, batches)
 
 
 def assert_same(one, other):
@@ -276,10 +282,28 @@ def test_a_state_that_was_loaded_is_the_state_that_was_given(tmp_path, name, don
     given = copy.deepcopy(run.state.state_dict())
     torch.manual_seed(99)
     decoder = start(settled, tmp_path).captioner.decoder
-    other = program.TrainState(decoder, settled, CPU, dict(given["plan"]))
+    other = program.TrainState(decoder, settled, CPU, dict(given["plan"]), run.state.order)
     other.load_state_dict(given)
     assert_same(other.state_dict(), given)
     assert other.loop == run.state.loop
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_state_of_another_precision_goes_on_in_float16_and_back(tmp_path, precision):
+    """Only float16 scales its losses; its scaler starts anew where the checkpoint has none."""
+    settled = options("cosine")
+    device = torch.device("cpu")
+    run = start(settled, tmp_path)
+    rates(run, stop=3)
+    states = []
+    for hardware in (Hardware(device, precision), Hardware(device, "float16")) * 2:
+        decoder = start(settled, tmp_path).captioner.decoder
+        plan = dict(run.state.plan)
+        states.append(program.TrainState(decoder, settled, hardware, plan, run.state.order))
+        states[-1].load_state_dict((states[-2] if states[1:] else run.state).state_dict())
+    assert [state.scaler.is_enabled() for state in states] == [False, True, False, True]
+    assert states[-1].scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+    assert states[-1].loop == run.state.loop
 
 
 @every_schedule
@@ -319,6 +343,23 @@ def test_one_cycle_keeps_its_first_plan_whatever_number_of_epochs_is_typed(tmp_p
     found = before + rates(resumed)
     assert found[:20] == pytest.approx(expected)
     assert found[20:] == [found[19]] * 3 * BATCHES  # past its end the rate stays
+
+
+@pytest.mark.parametrize(("batches", "warmup"), [(2, 2), (8, 2), (8, 0), (3, 2)])
+def test_one_cycle_goes_on_along_the_same_curve_in_batches_of_another_size(
+    tmp_path, capsys, batches, warmup
+):
+    """After 2 of 8 epochs; the curve over epochs is that of a run with such batches all along."""
+    settled = options("one_cycle", "--warmup_epochs", str(warmup))
+    run = start(settled, tmp_path)
+    rates(run, stop=2 * BATCHES)
+    resumed = resume(tmp_path, run, batches=batches)
+    assert resumed.state.plan["steps"] == 8 * batches
+    found = rates(resumed)
+    straight = one_cycle(8 * batches, warmup * batches)
+    assert found[1:] == pytest.approx(straight[2 * batches + 1 :], rel=1e-6)
+    assert found[-1] == pytest.approx(RATE / 25 / 1e4) and max(found[batches:]) < RATE
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_one_cycle_within_its_plan_warns_of_nothing(tmp_path, capsys):
@@ -388,19 +429,19 @@ def test_a_weight_decay_typed_on_resume_holds_from_there_on(tmp_path, name):
 
 
 def test_a_new_runs_plan():
-    expected = {"epochs": 8, "steps": 8 * BATCHES, "schedule": "cosine"}
-    assert program.make_plan(options("cosine"), BATCHES) == expected
-    assert program.make_plan(options("none"), BATCHES) == expected | {"schedule": None}
+    expected = {"epochs": 8, "batches": BATCHES, "steps": 8 * BATCHES, "schedule": "cosine"}
+    assert program.make_plan(options("cosine"), EPOCH) == expected
+    assert program.make_plan(options("none"), EPOCH) == expected | {"schedule": None}
 
 
 def resumed_plan(typed, epoch, batch=0):
     """The plan of a run that goes on from a cosine of 8 epochs, with the options typed."""
     first = options("cosine")
-    plan = program.make_plan(first, BATCHES)
-    checkpoint = {"plan": plan, "epoch": epoch, "data_position": {"batch": batch}}
+    plan = program.make_plan(first, EPOCH)
+    checkpoint = {"plan": plan, "epoch": epoch, "data_position": {"captions": batch}}
     resumed = parse_args(["--resume", "model_epoch_5.pt", *typed.split()])
     resumed = inherit(resumed, "model_epoch_5.pt", first.as_dict())
-    return program.make_plan(resumed, BATCHES, checkpoint)
+    return program.make_plan(resumed, EPOCH, checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +455,7 @@ def resumed_plan(typed, epoch, batch=0):
     ],
 )
 def test_the_plan_of_a_run_that_goes_on_after_epoch_5(typed, batch, epochs, steps, schedule):
-    expected = {"epochs": epochs, "steps": steps, "schedule": schedule}
+    expected = {"epochs": epochs, "batches": BATCHES, "steps": steps, "schedule": schedule}
     assert resumed_plan(typed, 5, batch) == expected
 
 
