@@ -90,7 +90,13 @@ def number(kind, low, high=math.inf, *, above=False):
 
 
 COUNT = number(int, 0)
-SIZE = number(int, 1, 2**20)
+SIZE = number(int, 1, 2**20)  # of what takes no memory by itself
+# What does has room for research, and none for a typo or a checkpoint that asks for terabytes.
+UNITS = number(int, 1, 2**14)
+LAYERS = number(int, 1, 64)
+BATCH = number(int, 1, 2**16)
+HYPOTHESES = number(int, 1, 1024)
+TOKENS = number(int, 1, 1024)
 PIXELS = number(int, 32, 1024)
 SEED = number(int, 0, 2**32 - 1)
 SHARE = number(float, 0, 1)
@@ -189,10 +195,10 @@ FEATURES = {
 }  # fmt: skip
 MODEL = {
     "decoder": Option(DECODERS, "lstm", "what writes the captions", stored=FIXED),
-    "embed_size": Option(SIZE, 512, "word and projected image size", needs=RNN, stored=FIXED),
-    "hidden_size": Option(SIZE, 1024, "LSTM units per layer", needs=RNN, stored=FIXED),
-    "num_layers": Option(SIZE, 3, "LSTM layers", needs=RNN, stored=FIXED),
-    "attention_dim": Option(SIZE, 512, "units that compare cells", needs=ATTENTION, stored=FIXED),
+    "embed_size": Option(UNITS, 512, "word and projected image size", needs=RNN, stored=FIXED),
+    "hidden_size": Option(UNITS, 1024, "LSTM units per layer", needs=RNN, stored=FIXED),
+    "num_layers": Option(LAYERS, 3, "LSTM layers", needs=RNN, stored=FIXED),
+    "attention_dim": Option(UNITS, 512, "units that compare cells", needs=ATTENTION, stored=FIXED),
     "drop_prob": Option(DROPOUT, 0.3, "dropout probability", modes=(TRAIN,), needs=RNN),
     "patch_dropout": Option(DROPOUT, 0.0,
         "share of an image's cells left out of a training step, drawn anew each time: fewer to "
@@ -200,7 +206,7 @@ MODEL = {
 }  # fmt: skip
 TRAINING = {
     "epochs": Option(SIZE, 10, "on resume: additional epochs", modes=(TRAIN,), stored=OWN),
-    "batch_size": Option(SIZE, 128, "captions per step", modes=(TRAIN,)),
+    "batch_size": Option(BATCH, 128, "captions per step", modes=(TRAIN,)),
     "learning_rate": Option(POSITIVE, 0.0001, "AdamW's initial rate", modes=(TRAIN,)),
     "weight_decay": Option(NOT_NEGATIVE, 0.0,
         "AdamW's decoupled decay of the weight matrices; embeddings and biases do not decay",
@@ -214,7 +220,8 @@ TRAINING = {
     "grad_clip": Option(NOT_NEGATIVE, 5.0, "largest L2 norm of gradients, 0 = off", modes=(TRAIN,)),
     "early_stopping_patience": Option(COUNT, 0,
         "epochs without a better CIDEr, 0 = off", modes=(TRAIN,)),
-    "val_beam_size": Option(SIZE, 1, "beam for each epoch's validation captions", modes=(TRAIN,)),
+    "val_beam_size": Option(HYPOTHESES, 1,
+        "beam for each epoch's validation captions", modes=(TRAIN,)),
     "keep_checkpoints": Option(SIZE, None,
         "keep only so many of the newest model_epoch_N.pt", modes=(TRAIN,)),
 }  # fmt: skip
@@ -239,8 +246,8 @@ SCHEDULE = {
 }  # fmt: skip
 DECODING = {
     "algorithm": Option(ALGORITHMS, "beam", "how words are chosen"),
-    "beam_size": Option(SIZE, 5, "hypotheses kept per image", needs={"algorithm": ("beam",)}),
-    "max_length": Option(SIZE, 40, "most tokens in a caption, <EOS> counted"),
+    "beam_size": Option(HYPOTHESES, 5, "hypotheses kept per image", needs={"algorithm": ("beam",)}),
+    "max_length": Option(TOKENS, 40, "most tokens in a caption, <EOS> counted"),
     "min_length": Option(COUNT, 0, "fewest words in a caption"),
     "length_penalty": Option(number(float, -10, 10), 0.0,
         "score is log_prob / length ** penalty; above 0 favours long captions",
@@ -252,7 +259,7 @@ DECODING = {
         "draw from the k likeliest words, 0 = all", needs={"algorithm": ("sample",)}),
     "top_p": Option(PROBABILITY, 1.0,
         "draw from the fewest words that reach this probability", needs={"algorithm": ("sample",)}),
-    "num_captions": Option(SIZE, 1, "captions per image", modes=(CAPTION,), stored=OWN),
+    "num_captions": Option(HYPOTHESES, 1, "captions per image", modes=(CAPTION,), stored=OWN),
 }  # fmt: skip
 OUTPUT = {
     "split": Option(("train", "val", "test"), "test", "which images", modes=(TEST,), stored=OWN),

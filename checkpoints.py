@@ -4,7 +4,8 @@
     save_checkpoint("best.pt", state)
     state = load_checkpoint(resolve_checkpoint("saved_models/flickr8k"))
 
-Nothing here knows a model: a checkpoint is a dictionary of plain values and tensors.
+Nothing here knows a model: a checkpoint is a dictionary of plain values and tensors. torch is
+imported where one is read or written, so that a path that leads nowhere is found out before.
 """
 
 import contextlib
@@ -21,8 +22,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import torch
-
 FORMAT_VERSION = 5  # raised when older programs could not read what a newer one writes
 READABLE_VERSIONS = (4, 5)  # 4 counted the position inside an epoch in batches
 # The keys of every checkpoint and their types; `object` is any plain value, None included.
@@ -32,6 +31,7 @@ CHECKPOINT_KEYS = {
     "history": list, "best_score": object, "early_stopping": object, "random_state": object,
     "encoder": dict, "splits": dict,
 }  # fmt: skip
+MAX_SIZE = 2**20  # of an encoder's picture or channels, on a checkpoint's word
 # What a damaged or crafted archive or pickle can raise, beside pickle's and zipfile's own errors.
 UNREADABLE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
@@ -169,6 +169,8 @@ def save_checkpoint(path, state):
     Raises: OSError (a full disk, a file-size limit); then the old checkpoint is whole and nothing
     else is left behind.
     """
+    import torch
+
     assert state.keys() >= CHECKPOINT_KEYS.keys(), CHECKPOINT_KEYS.keys() - state.keys()
     with replace_file(path) as file:
         try:
@@ -182,11 +184,15 @@ def save_checkpoint(path, state):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU, without running any code that the file may hold.
 
-    Returns: dict with `format_version` and the CHECKPOINT_KEYS.
+    Returns: dict with `format_version` and the CHECKPOINT_KEYS, its parts of the right types.
     Raises: FileNotFoundError if there is no such file; ValueError if it is no checkpoint of this
     program, is cut short or damaged (every byte is checked against its CRC), holds code, or has
-    another format version.
+    another format version; what torch raises when memory runs out.
     """
+    import torch
+
+    from runtime import memory_shortage
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file: --mode train writes one")
@@ -195,10 +201,14 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it holds more than tensors and plain values, which could run code"
-        raise _unusable(path, reason) from error
+        raise unusable(path, reason) from error
     except UNREADABLE as error:
-        raise _unusable(path, "its contents are not readable") from error
+        if memory_shortage(error):
+            raise
+        raise unusable(path, "its contents are not readable") from error
     _check_contents(path, state)
+    _check_parts(path, state)
+    _check_tensors(path, state)
     return state
 
 
@@ -212,18 +222,18 @@ def _check_archive(path):
             fits = sum(entry.file_size for entry in entries) <= path.stat().st_size
             damaged = archive.testzip() if stored and fits else None
         except (zipfile.BadZipFile, OSError, *UNREADABLE) as error:  # OSError: an impossible offset
-            raise _unusable(path, "it is no torch archive, or was cut short") from error
+            raise unusable(path, "it is no torch archive, or was cut short") from error
     if not (stored and fits):
-        raise _unusable(path, "its archive is compressed, and torch's are not")
+        raise unusable(path, "its archive is compressed, and torch's are not")
     if damaged is not None:
-        raise _unusable(path, f"its part {damaged[:60]!r} is damaged")
+        raise unusable(path, f"its part {damaged[:60]!r} is damaged")
 
 
 def _check_contents(path, state):
     """Raise ValueError unless `state` has this program's format version and the CHECKPOINT_KEYS."""
     version = state.get("format_version") if isinstance(state, dict) else None
     if not isinstance(version, int):
-        raise _unusable(path, "it has no format_version")
+        raise unusable(path, "it has no format_version")
     if version not in READABLE_VERSIONS:
         expected = " or ".join(map(str, READABLE_VERSIONS))
         raise ValueError(
@@ -232,27 +242,116 @@ def _check_contents(path, state):
         )
     for key, kind in CHECKPOINT_KEYS.items():
         if key not in state or not isinstance(state[key], kind):
-            raise _unusable(path, f"its {key!r} is missing or not of type {kind.__name__}")
+            raise unusable(path, f"its {key!r} is missing or not of type {kind.__name__}")
+
+
+def _check_parts(path, state):
+    """Raise ValueError unless the parts that every mode reads hold what this program writes.
+
+    What only a resumed run reads is checked where it is put back.
+    """
+    fits = {
+        "epoch": state["epoch"] >= 0,
+        "step": state["step"] >= 0,
+        "model": _holds_tensors(state["model"]),
+        "encoder": _is_encoder(state["encoder"]),
+        "history": all(map(_is_history_row, state["history"])),
+        "splits": all(map(_are_names, state["splits"].values())),
+    }
+    for key, is_right in fits.items():
+        if not is_right:
+            raise unusable(path, f"its {key!r} is damaged")
+
+
+def _holds_tensors(value):
+    """Whether it is a dict of named tensors."""
+    import torch
+
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def _is_encoder(value):
+    """Whether it says which encoder it was: its name, weights, and the sizes of its pictures."""
+    texts = [value.get(key) for key in ("name", "weights_sha256")]
+    sizes = [value.get(key) for key in ("image_size", "channels")]
+    sizes += [value["coarse_size"]] if "coarse_size" in value else []
+    weights = value.get("weights")
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes)
+        and (weights is None or _holds_tensors(weights))
+    )
+
+
+def _is_history_row(row):
+    """Whether it is an epoch's numbers by name."""
+    return (
+        isinstance(row, dict)
+        and all(isinstance(name, str) for name in row)
+        and all(value is None or isinstance(value, int | float | str) for value in row.values())
+        and all(type(row.get(name)) in (int, float) for name in ("epoch", "learning_rate"))
+    )
+
+
+def _are_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _check_tensors(path, state):
+    """Raise ValueError for a tensor that is more than the bytes that the file holds of it.
+
+    A tensor of stride 0 has any shape over one number: to copy it would take terabytes.
+    """
+    import torch
+
+    pending, seen = [state], set()
+    while pending:  # a crafted container may hold itself
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple):
+            pending += value
+        elif isinstance(value, torch.Tensor) and not _is_whole(value):
+            raise unusable(path, "it has a tensor without its numbers")
+
+
+def _is_whole(tensor):
+    """Whether a tensor is plain numbers in memory, none of which stands for several."""
+    import torch
+
+    in_memory = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not in_memory or tensor.is_complex():
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
 
 
 @contextlib.contextmanager
 def checkpoint_errors(path):
-    """Turn what fails while a checkpoint's parts are used into one ValueError that names the file.
+    """Turn what fails while a checkpoint's parts are put back into one ValueError naming the file.
 
-    A ValueError that already names the file or a flag passes unchanged.
+    For calls of others' code on its contents, such as `load_state_dict`: around more, it would call
+    our own bugs a damaged file. A ValueError that already names the file or a flag passes
+    unchanged, and so does a want of memory.
     """
+    from runtime import memory_shortage
+
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except UNREADABLE as error:
         message = " ".join(str(error).split())
-        if isinstance(error, ValueError) and message.startswith((str(path), "--")):
+        named = isinstance(error, ValueError) and message.startswith((str(path), "--"))
+        if named or memory_shortage(error):
             raise
-        raise _unusable(path, f"{type(error).__name__}: {message[:100]}") from error
+        raise unusable(path, f"{type(error).__name__}: {message[:100]}") from error
 
 
-def _unusable(path, reason):
+def unusable(path, reason):
+    """The ValueError for a checkpoint that cannot be used."""
     return ValueError(
         f"{path}: not a usable checkpoint ({reason}): give a .pt file that --mode train wrote"
     )

@@ -613,6 +613,7 @@ def read_weights(file, trusted=False):
     import torch
 
     from checkpoints import UNREADABLE
+    from runtime import memory_shortage
 
     if not file.is_file():
         raise FileNotFoundError(
@@ -624,6 +625,8 @@ def read_weights(file, trusted=False):
             warnings.simplefilter("ignore")  # torch's remarks on pickles that it then refuses
             state = torch.load(file, map_location="cpu", weights_only=not trusted)
     except (pickle.UnpicklingError, *UNREADABLE) as error:
+        if memory_shortage(error):
+            raise
         raise ValueError(
             f"--encoder_weights {file}: not a readable state dict: give a torchvision .pth file"
         ) from error

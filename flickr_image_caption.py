@@ -53,7 +53,14 @@ from caption_decoding import Ensemble, generate, map_tensors, select
 from download_datasets import load_encoder_weights
 from feature_cache import FeatureSource
 from repeated_linear import RepeatedLinear, summed_once
-from runtime import Stopped, listen_for_stop, resolve_hardware, to_device, until_stopped
+from runtime import (
+    Stopped,
+    listen_for_stop,
+    memory_shortage,
+    resolve_hardware,
+    to_device,
+    until_stopped,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
@@ -180,8 +187,7 @@ def open_encoder(options, hardware, checkpoint=None):
     stored = checkpoint["encoder"] if checkpoint else {}
     geometry = (hardware.precision, wanted.image_size, wanted.coarse_size)
     if stored.get("weights") is not None and "encoder_weights" not in options.typed:
-        with checkpoints.checkpoint_errors(path):
-            encoder = Encoder(wanted.encoder, stored["weights"], path, *geometry)
+        encoder = Encoder(wanted.encoder, stored["weights"], path, *geometry)
     else:
         weights = load_encoder_weights(wanted.encoder, wanted.encoder_weights, options.run.seed)
         encoder = Encoder(wanted.encoder, weights, wanted.encoder_weights, *geometry)
@@ -538,13 +544,16 @@ def restore_decoder(path, values, checkpoint):
 
     Raises: ValueError when they do not fit each other; no memory is taken before that is known.
     """
-    with checkpoints.checkpoint_errors(path), torch.device("meta"):
+    try:
         vocabulary = Vocabulary.from_plain(checkpoint["vocabulary"])
-        shape = checkpoint["encoder"]["channels"], len(vocabulary)
+    except ValueError as error:
+        raise checkpoints.unusable(path, error) from error
+    shape = checkpoint["encoder"]["channels"], len(vocabulary)
+    with torch.device("meta"):
         expected = build_decoder(values, *shape).state_dict()
     stored = checkpoint["model"]
-    shapes = {name: getattr(tensor, "shape", None) for name, tensor in stored.items()}
-    if shapes != {name: tensor.shape for name, tensor in expected.items()}:
+    kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}
+    if kinds != {name: (tensor.shape, tensor.dtype) for name, tensor in expected.items()}:
         raise ValueError(
             f"{path}: its decoder's weights do not fit its configuration: give another checkpoint"
         )
@@ -560,11 +569,8 @@ def open_member(options, checkpoint, path):
     """
     member = checkpoints.load_checkpoint(path)
     config = inherit(options._replace(typed=frozenset({"mode"})), path, member["config"]).as_dict()
-    with checkpoints.checkpoint_errors(options.run.model_path):
-        expected = in_common(checkpoint)
-    with checkpoints.checkpoint_errors(path):
-        actual = in_common(member)
-        differing = [name for name in expected if expected[name] != actual[name]]
+    expected, actual = in_common(checkpoint), in_common(member)
+    differing = [name for name in expected if expected[name] != actual[name]]
     if differing:
         raise ValueError(
             f"--ensemble {path}: has another {differing[0]} than {options.run.model_path}: "
@@ -1469,11 +1475,11 @@ def open_checkpoint(options):
     path = find_checkpoint(options, options.checkpoint)
     checkpoint = checkpoints.load_checkpoint(path)
     options = inherit(options, path, checkpoint["config"])
-    with checkpoints.checkpoint_errors(path):
-        splits = {split: list(checkpoint["splits"][split]) for split in caption_data.SPLITS}
+    if checkpoint["splits"].keys() != set(caption_data.SPLITS):
+        raise checkpoints.unusable(path, "its splits are not train, val and test")
     members = tuple(str(find_checkpoint(options, member)) for member in options.output.ensemble)
     options = options._replace(output=options.output._replace(ensemble=members))
-    return options, checkpoint | {"splits": splits}
+    return options, checkpoint
 
 
 def find_checkpoint(options, path):
@@ -1500,12 +1506,12 @@ def main(options):
         return 130
     except (ValueError, FileNotFoundError) as error:
         fault, status = error, 2
-    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (OSError, FloatingPointError) as error:
         fault, status = error, 1
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # the CPU's has no class of its own
+    except (MemoryError, RuntimeError) as error:
+        fault, status = memory_shortage(error), 1
+        if not fault:
             raise
-        fault, status = error, 1
     print(f"flickr_image_caption.py: error: {' '.join(str(fault).split())}", file=sys.stderr)
     return status
 

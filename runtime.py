@@ -10,6 +10,7 @@ Nothing here knows captions.
 
 import contextlib
 import ctypes
+import re
 import signal
 from typing import NamedTuple
 
@@ -84,6 +85,26 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
+
+
+def memory_shortage(error):
+    """What to tell a user of an `error` that means that memory ran out; None of any other."""
+    text = str(error)
+    if "DataLoader worker" in text and re.search("killed by signal|exited unexpectedly", text):
+        return (
+            "a process that decodes images was killed, which usually means that memory ran out: "
+            "lower --num_workers"
+        )
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in text  # no own class
+    if not (on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+        return None
+    where = "CUDA out of memory" if text.startswith("CUDA") else "out of memory"
+    asked = re.search(r"tried to allocate ([\d.]+) (\w+)", text, re.IGNORECASE)
+    number, unit = asked.groups() if asked else ("", "")
+    if unit == "bytes":
+        number, unit = f"{int(number) / 1e9:.1f}", "GB"
+    amount = f" ({number} {unit} asked for)" if asked else ""
+    return f"{where}{amount}: lower --batch_size, --num_workers or the decoder's sizes"
 
 
 def resolve_precision(name, device):

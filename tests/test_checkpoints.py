@@ -19,6 +19,7 @@ import torch
 import checkpoints
 from checkpoints import (
     check_writable_dir,
+    checkpoint_errors,
     load_checkpoint,
     prune_checkpoints,
     replace_file,
@@ -27,6 +28,7 @@ from checkpoints import (
     write_json,
     write_text,
 )
+from runtime import memory_shortage
 
 STAMP = "20241201_143022"
 
@@ -38,7 +40,10 @@ def checkpoint(**changes):
         "scaler": None, "plan": {"epochs": 3}, "epoch": 2, "step": 40, "data_position": 0,
         "history": [], "best_score": 0.5, "early_stopping": 0,
         "random_state": {"cpu": torch.get_rng_state(), "cuda": [], "mps": None},
-        "encoder": {"name": "resnet50"}, "splits": {"train": ["a.jpg"]},
+        "encoder": {
+            "name": "resnet50", "weights_sha256": "0" * 64, "image_size": 224, "channels": 2048,
+        },
+        "splits": {"train": ["a.jpg"]},
     }  # fmt: skip
     return state | changes
 
@@ -280,6 +285,78 @@ def test_other_files_of_torch_are_refused_by_what_they_lack(tmp_path, content, e
     torch.save(content, tmp_path / "other.pt")
     message = refusal(tmp_path / "other.pt")
     assert message.startswith(f"not a usable checkpoint ({expected})")
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("epoch", -1),
+        ("step", -1),
+        ("model", {"weight": [1.0]}),
+        ("model", {3: torch.zeros(1)}),
+        ("encoder", {}),
+        ("encoder", checkpoint()["encoder"] | {"weights_sha256": 3}),
+        ("encoder", checkpoint()["encoder"] | {"channels": 2**40}),
+        ("encoder", checkpoint()["encoder"] | {"image_size": torch.tensor([1, 2])}),
+        ("encoder", checkpoint()["encoder"] | {"coarse_size": None}),
+        ("encoder", checkpoint()["encoder"] | {"weights": {"conv1.weight": "x"}}),
+        ("history", [1]),
+        ("history", [{"epoch": 1}]),
+        ("history", [{"epoch": 1, "learning_rate": 0.1, "CIDEr": torch.zeros(2)}]),
+        ("splits", {"train": 3}),
+        ("splits", {"train": [3]}),
+    ],
+    ids=str,
+)
+def test_a_part_of_another_type_is_named(tmp_path, part, value):
+    save_checkpoint(tmp_path / "bad.pt", checkpoint(**{part: value}))
+    assert f"(its {part!r} is damaged)" in refusal(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(2**50),  # a quadrillion numbers in a file of four bytes
+        torch.zeros(13).as_strided((7, 7), (1, 1)),
+        torch.zeros(3, device="meta"),
+        torch.zeros(3).to_sparse(),
+        torch.zeros(3, dtype=torch.complex64),
+    ],
+    ids=["stride 0", "overlapping", "meta", "sparse", "complex"],
+)
+@pytest.mark.parametrize("part", ["model", "optimizer", "random_state"])
+def test_a_tensor_without_its_numbers_is_refused_wherever_it_is(tmp_path, part, tensor):
+    contents = {"a": tensor} if part == "model" else {"state": [({"a": tensor},)]}
+    save_checkpoint(tmp_path / "bad.pt", checkpoint(**{part: contents}))
+    refused = refusal(tmp_path / "bad.pt")
+    assert "it has a tensor without its numbers" in refused or "not readable" in refused
+
+
+def test_tensors_that_are_views_of_one_storage_are_whole(tmp_path):
+    """As an LSTM's weights are on a GPU, and a transposed matrix is anywhere."""
+    weights = torch.arange(12.0)
+    model = {"first": weights[:4].view(2, 2).T, "second": weights[4:]}
+    save_checkpoint(tmp_path / "best.pt", checkpoint(model=model))
+    assert torch.equal(load_checkpoint(tmp_path / "best.pt")["model"]["first"], model["first"])
+
+
+def test_a_list_that_holds_itself_is_looked_at_once(tmp_path):
+    endless = []
+    endless.append(endless)
+    save_checkpoint(tmp_path / "best.pt", checkpoint(optimizer=endless))
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**62)])
+def test_a_want_of_memory_is_not_the_checkpoint_s_fault(tmp_path, monkeypatch, allocate):
+    """Both of torch's kind and of Python's; the allocation is a real one."""
+    save_checkpoint(tmp_path / "best.pt", checkpoint())
+    with pytest.raises((MemoryError, RuntimeError)) as caught, checkpoint_errors("best.pt"):
+        allocate()
+    assert not isinstance(caught.value, ValueError) and memory_shortage(caught.value)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: allocate())
+    with pytest.raises(type(caught.value)):
+        load_checkpoint(tmp_path / "best.pt")
 
 
 def test_another_format_version_is_refused_by_its_number(tmp_path):

@@ -15,6 +15,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -921,6 +922,8 @@ def test_a_mistake_answers_in_under_a_second_without_torch(flags, named):
     "--min_length -1", "--length_penalty nan", "--length_penalty inf", "--no_repeat_ngram_size -1",
     "--temperature 0", "--temperature nan", "--top_k -1", "--top_p 0", "--top_p 1.1", "--num_captions 0",
     "--attention_viz_samples 0", "--image_size 31", "--image_size 1025", "--coarse_size 31",
+    "--beam_size 1025", "--val_beam_size 1025", "--num_captions 1025", "--max_length 1025", "--hidden_size 16385",
+    "--embed_size 16385", "--attention_dim 16385", "--num_layers 65", "--batch_size 65537",
     "--patch_dropout 1", "--weight_decay -1", "--cache_dtype float8", "--compile",
 ])  # fmt: skip
 def test_an_unknown_flag_or_a_value_out_of_range(flags):
@@ -1201,13 +1204,17 @@ WRONG_PARTS = {
         {"encoder": {}}, {"encoder__weights": {}}, {"encoder__weights": [1]}, {"encoder__weights_sha256": "0"},
         {"encoder__channels": 3}, {"encoder__channels": "x"}, {"encoder__image_size": 96},
         {"config__image_size": 96}, {"config__coarse_size": 64}, {"encoder__coarse_size": 64},
-        {"config__use_scheduler": torch.tensor([1, 2])},
+        {"config__use_scheduler": torch.tensor([1, 2])}, {"encoder__channels": 2**40},
+        {"config__hidden_size": 2**20}, {"config__beam_size": 2**20}, {"config__max_length": 2**20},
+        {"model__head.bias": torch.zeros(1).expand(2**50)},
+        {"model__head.bias": torch.zeros(3, dtype=torch.int8)}, {"splits": {"test": ["a.jpg"]}},
     ],
     "--mode test": [{"splits": {}}, {"splits": {"test": 3}}],
     "--epochs 1": [
         {"plan": None}, {"plan": {}}, {"optimizer": {}}, {"optimizer": None}, {"config__use_scheduler": True},
         {"plan__schedule": "step"},
         {"data_position__captions": "x"}, {"data_position__captions": -3}, {"history": [1]}, {"early_stopping": None},
+        {"history": [{"epoch": "one", "learning_rate": 1.0}]}, {"epoch": -1},
         {"random_state": {}}, {"random_state__cpu": 5}, {"best_score": "high"},
     ],
 }  # fmt: skip
@@ -1280,9 +1287,47 @@ def test_a_device_that_is_not_there(device):
     refused(TINY, f"--device {device}", naming=[f"--device {device}"])
 
 
+@contextlib.contextmanager
+def memory_limit(more):
+    """This process gets only so many more bytes of address space."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_a_model_larger_than_memory_is_one_line():
-    failed(TINY, "--hidden_size 1048576", naming=["can't allocate memory"])
+    largest = "--hidden_size 16384"  # of one layer: 4 * 16384 ** 2 weights, 4.3 GB
+    with memory_limit(2 * 10**9):
+        failed(TINY, largest, naming=["out of memory (4.3 GB asked for): lower --batch_size"])
     assert not Path("saved_models").exists()
+
+
+def test_a_killed_worker_is_one_line_that_names_the_usual_cause(monkeypatch):
+    def killed(*_):
+        assert torch.utils.data.get_worker_info()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(image_loading, "_pixels_or_reason", killed)
+    said = ["was killed, which usually means that memory ran out: lower --num_workers"]
+    failed(TINY, "--cache_dir own --num_workers 1", naming=said)
+    assert not Path("saved_models").exists()
+
+
+@pytest.mark.parametrize("part", ["Encoder", "build_decoder"])
+def test_a_bug_of_ours_is_not_called_a_bad_checkpoint(part, monkeypatch, shop):
+    def bug(*_, **__):
+        raise TypeError("our bug")
+
+    monkeypatch.setattr(fic, part, bug)
+    with pytest.raises(TypeError, match="our bug"):
+        program(
+            "--mode caption --images data/sample/Images --model_path", shop / "attention/best.pt"
+        )
 
 
 # ------------------------------------------------------------------------------------- warnings, failures, full disks
