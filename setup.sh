@@ -11,9 +11,23 @@ case "${1:-}" in
     *) echo "setup.sh: error: unknown job '$1': give demo, test, flickr8k, flickr30k or nothing" >&2; exit 2 ;;
 esac
 
-if [ ! -x .venv/bin/python ]; then
-    if command -v uv >/dev/null; then uv venv --quiet --python ">=3.11" .venv
-    else python3 -m venv .venv; fi
+new_enough() { command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
+too_old() {
+    echo "setup.sh: error: Python 3.11 or newer is needed, $1: $2" >&2
+    exit 1
+}
+
+if [ -x .venv/bin/python ]; then
+    new_enough .venv/bin/python || too_old ".venv has $(.venv/bin/python -V 2>&1)" "remove .venv and start again"
+elif command -v uv >/dev/null; then
+    uv venv --quiet --python ">=3.11" .venv
+else
+    python=$(for name in python3 python3.14 python3.13 python3.12 python3.11; do
+        if new_enough "$name"; then echo "$name"; break; fi
+    done)
+    [ -n "$python" ] || too_old "python3 is $(python3 -V 2>/dev/null || echo missing)" \
+        "install it, or uv (https://docs.astral.sh/uv), which brings one"
+    "$python" -m venv .venv
 fi
 if ! command -v uv >/dev/null && [ ! -x .venv/bin/uv ]; then .venv/bin/python -m pip install --quiet uv; fi
 uv=$(command -v uv || echo .venv/bin/uv)
