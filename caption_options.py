@@ -145,7 +145,9 @@ RUN = {
     "resume": Option(str, None,
         "go on from the newest run's newest checkpoint, or from PATH",
         "latest|PATH", (TRAIN,), stored=OWN),
-    "model_save_dir": Option(str, "./saved_models", "run folders go below it", "FOLDER", (TRAIN,)),
+    "model_save_dir": Option(str, "./saved_models",
+        "run folders go below it; a resumed run's beside the old one, if that lies in such folders",
+        "FOLDER", (TRAIN,), stored=OWN),
     "device": Option(str, "auto",
         "auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1", stored=OWN),
     "precision": Option(("auto", "float32", "bfloat16", "float16"), "auto",
@@ -187,7 +189,7 @@ FEATURES = {
         "side of a second, coarser look at the same picture, whose grid is laid under the first: "
         "twice the channels, cache and encoding; below --image_size", "PIXELS", stored=FIXED),
     "cache_dir": Option(str, "./feature_cache",
-        "encoded images, shared by all runs", "FOLDER", (TRAIN, TEST), CACHED),
+        "encoded images, shared by all runs", "FOLDER", (TRAIN, TEST), CACHED, stored=OWN),
     "cache_dtype": Option(("float32", "float16"), "float16",
         "what encoded images are rounded to on disk", modes=(TRAIN, TEST), needs=CACHED),
     "no_feature_cache": Option(bool, False,
@@ -510,6 +512,27 @@ def inherit(options, path, config):
     return settled._replace(run=settled.run._replace(model_path=str(path), resume=None))
 
 
+def path_notes(options, config):
+    """Lines for the console: paths that a checkpoint's `config` decided, and one that it did not.
+
+    A checkpoint may come from anyone: what it has read is shown, and it never says where to write.
+    """
+    mode, cache, old_cache = options.run.mode, options.features, config.get("cache_dir")
+    read = ("image_dir", "captions_file") if mode in (TRAIN, TEST) else ()
+    notes = [
+        f"{name.replace('_', ' ')} (from the checkpoint): {getattr(options.data, name)}"
+        for name in read
+        if name not in options.typed and getattr(options.data, name)
+    ]
+    cached = mode in (TRAIN, TEST) and not cache.no_feature_cache
+    if cached and "cache_dir" not in options.typed and old_cache not in (None, cache.cache_dir):
+        notes.append(
+            f"features go to {cache.cache_dir}; the checkpoint's run used --cache_dir {old_cache}: "
+            "give it to reuse its features"
+        )
+    return notes
+
+
 def is_inherited(option, mode):
     """Whether a checkpoint's value stands for one that is not typed, in this mode."""
     if isinstance(option.stored, tuple):
@@ -560,8 +583,9 @@ def as_markdown():
         "the two equal, so change the table, not this file.",
         "",
         "A value that is not typed comes from the checkpoint when one is loaded, else from this",
-        "table. *Acts in* names the modes in which an option does something, and the other options",
-        "it needs; empty means always. Typed where it would do nothing, an option is refused.",
+        "table; a folder to write in never comes from a checkpoint. *Acts in* names the modes in",
+        "which an option does something, and the other options it needs; empty means always. Typed",
+        "where it would do nothing, an option is refused.",
     ]
     for group in GROUPS.values():
         lines += ["", f"## {group.title}", "", "| option | default | acts in | what |"]

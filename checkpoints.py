@@ -390,6 +390,22 @@ def resolve_checkpoint(path, prefer="best"):
     return last if last in choices and last.stat().st_mtime >= newest.stat().st_mtime else newest
 
 
+def runs_folder(file):
+    """The --model_save_dir below which a run has written this checkpoint; None for other places.
+
+    The run's folder is saved_models/flickr8k/resnet_lstm/flickr8k_lstm_ep15_..._20241201_143022.
+    """
+    for path in (Path(file), Path(file).absolute()):
+        if len(path.parents) < 4:
+            continue
+        run, family, dataset, root = path.parents[:4]
+        decoder = family.name.rpartition("_")[2]
+        named = run.name.startswith(f"{dataset.name}_{decoder}_ep")
+        if named and RUN_NAME_END.search(run.name):
+            return root
+    return None
+
+
 def prune_checkpoints(run_dir, keep):
     """Delete all but the last `keep` model_epoch_N.pt of a run; 0 keeps them all."""
     files = sorted(Path(run_dir).glob("model_epoch_*.pt"), key=_epoch_number)

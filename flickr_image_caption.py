@@ -13,7 +13,7 @@ Shapes: N images, B captions, K hypotheses per image, P grid cells (7 * 7), F fe
 [3] Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
 """
 
-from caption_options import ENCODERS, SCHEDULES, Options, inherit, parse_args, settle
+from caption_options import ENCODERS, SCHEDULES, Options, inherit, parse_args, path_notes, settle
 
 if __name__ == "__main__":
     OPTIONS = parse_args(description=__doc__)  # before torch: --help and mistakes answer at once
@@ -57,6 +57,7 @@ from runtime import (
     Stopped,
     listen_for_stop,
     memory_shortage,
+    printable,
     resolve_hardware,
     to_device,
     until_stopped,
@@ -667,7 +668,7 @@ def describe_scheduler(options, plan):
 def warn(text):
     """Say on stderr, once for all processes, what a user may not expect."""
     if process_group.rank() == 0:
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def warn_about_schedule(schedule, plan):
@@ -896,16 +897,25 @@ def open_dataset(options, checkpoint=None):
         )
         named = {row[0] for row in caption_data.read_captions(captions_file)[0]}
         stored = stored if any(named.intersection(names) for names in stored.values()) else None
-    return caption_data.load_dataset(
-        data.dataset_type,
-        data.image_dir,
-        data.captions_file,
-        split_seed=data.split_seed,
-        splits=stored,
-        max_bad_fraction=data.max_bad_fraction,
-        max_train_images=data.max_train_images,
-        remote_shards=remote,
-    )
+    try:
+        return caption_data.load_dataset(
+            data.dataset_type,
+            data.image_dir,
+            data.captions_file,
+            split_seed=data.split_seed,
+            splits=stored,
+            max_bad_fraction=data.max_bad_fraction,
+            max_train_images=data.max_train_images,
+            remote_shards=remote,
+        )
+    except ValueError as error:
+        inherited = data.captions_file and "captions_file" not in options.typed
+        if not (inherited and str(error).startswith(str(Path(data.captions_file)))):
+            raise
+        raise ValueError(  # whose message may quote a file that the checkpoint chose
+            f"--captions_file {data.captions_file}, from the checkpoint, cannot be used: "
+            "type it to see why"
+        ) from error
 
 
 def check_cache_dir(cache):
@@ -933,7 +943,7 @@ def open_features(options, hardware, encoder, dataset, split, reads_grid, mirror
     names = zip(table.image, features.paths, strict=True)
     unreadable = features.unreadable
     reasons = {name: unreadable[path] for name, path in names if path in unreadable}
-    print(dataset.drop_unreadable(reasons))
+    print(printable(dataset.drop_unreadable(reasons)))
     return open_features(options, hardware, encoder, dataset, split, reads_grid, mirrored)
 
 
@@ -1121,7 +1131,7 @@ def start_run(options, hardware, checkpoint):
 def set_up(options, hardware, checkpoint=None):
     """The parts of a run. Reads and encodes data; writes no file of the run."""
     dataset = open_dataset(options, checkpoint)
-    print(*dataset.notes, sep="\n")
+    print(*map(printable, dataset.notes), sep="\n")
     encoder = open_encoder(options, hardware, checkpoint)
     reads_grid = DECODERS[options.model.decoder].reads_grid
     open_split = functools.partial(open_features, options, hardware, encoder, dataset)
@@ -1364,7 +1374,7 @@ def test(options, hardware, checkpoint):
     check_cache_dir(options.features)
     dataset = open_dataset(options, checkpoint)
     captioner = open_captioner(options, hardware, checkpoint)
-    print(*dataset.notes, sep="\n")
+    print(*map(printable, dataset.notes), sep="\n")
     split, reads_grid = options.output.split, captioner.decoder.reads_grid
     table, features = open_features(
         options, hardware, captioner.encoder, dataset, split, reads_grid
@@ -1433,7 +1443,8 @@ def caption(options, hardware, checkpoint):
     status, drawn = 0, 0
     for positions, pixels, reasons in chunks:
         for position, reason in reasons.items():
-            print(f"flickr_image_caption.py: {paths[position]}: {reason}", file=sys.stderr)
+            fault = printable(f"{paths[position]}: {reason}")
+            print(f"flickr_image_caption.py: {fault}", file=sys.stderr)
             status = 1
         if not positions:
             continue
@@ -1451,13 +1462,13 @@ def caption(options, hardware, checkpoint):
 
 def print_captions(captioner, path, hypotheses, as_json):
     """An image's captions: a line each, or one JSON object."""
-    decode = captioner.vocabulary.decode
+    decode, shown = captioner.vocabulary.decode, printable if sys.stdout.isatty() else str
     captions = [{"caption": decode(h.tokens), "log_prob": h.log_prob} for h in hypotheses]
     if as_json:
         line = {"image": str(path), "captions": captions}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print(shown(json.dumps(line, ensure_ascii=False)), flush=True)
     else:
-        print(*(f"{path}\t{c['caption']}" for c in captions), sep="\n", flush=True)
+        print(*(f"{shown(path)}\t{c['caption']}" for c in captions), sep="\n", flush=True)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -1475,6 +1486,12 @@ def open_checkpoint(options):
     path = find_checkpoint(options, options.checkpoint)
     checkpoint = checkpoints.load_checkpoint(path)
     options = inherit(options, path, checkpoint["config"])
+    if options.run.mode == "train" and "model_save_dir" not in options.typed:
+        folder = str(checkpoints.runs_folder(path) or options.run.model_save_dir)
+        options = options._replace(run=options.run._replace(model_save_dir=folder))
+    if process_group.rank() == 0:
+        for note in path_notes(options, checkpoint["config"]):
+            print(printable(note))
     if checkpoint["splits"].keys() != set(caption_data.SPLITS):
         raise checkpoints.unusable(path, "its splits are not train, val and test")
     members = tuple(str(find_checkpoint(options, member)) for member in options.output.ensemble)
@@ -1488,7 +1505,7 @@ def find_checkpoint(options, path):
     file = checkpoints.resolve_checkpoint(path, prefer)
     if str(file) != str(path):
         stream = sys.stderr if options.run.mode == "caption" else sys.stdout
-        print(f"checkpoint: {file}", file=stream)
+        print(f"checkpoint: {printable(file)}", file=stream)
     return file
 
 
@@ -1512,7 +1529,8 @@ def main(options):
         fault, status = memory_shortage(error), 1
         if not fault:
             raise
-    print(f"flickr_image_caption.py: error: {' '.join(str(fault).split())}", file=sys.stderr)
+    line = printable(" ".join(str(fault).split()))
+    print(f"flickr_image_caption.py: error: {line}", file=sys.stderr)
     return status
 
 

@@ -1,4 +1,4 @@
-"""The machine and the operating system: device, precision, memory, and signals to stop.
+"""The machine and the operating system: device, precision, memory, terminal, signals to stop.
 
     hardware = resolve_hardware("auto", "auto")
     with hardware.autocast(): ...
@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 
 import process_group
+
+# codes of C0 and C1, marks that turn the direction of text, line ends, halves of characters
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Hardware(NamedTuple):
@@ -105,6 +108,11 @@ def memory_shortage(error):
         number, unit = f"{int(number) / 1e9:.1f}", "GB"
     amount = f" ({number} {unit} asked for)" if asked else ""
     return f"{where}{amount}: lower --batch_size, --num_workers or the decoder's sizes"
+
+
+def printable(text):
+    """`text` with its control characters escaped: names from anywhere must not drive a terminal."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def resolve_precision(name, device):

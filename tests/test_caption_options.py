@@ -223,6 +223,24 @@ def test_settled_options_cannot_be_changed():
     assert isinstance(options.typed, frozenset)
 
 
+def test_paths_that_a_checkpoint_decides_are_shown_and_its_cache_is_named():
+    config = {"captions_file": "a.csv", "image_dir": "b", "cache_dir": "c", "model_save_dir": "d"}
+
+    def notes(mode, typed=""):
+        return caption_options.path_notes(resumed(config, mode, typed), config)
+
+    read = ["image dir (from the checkpoint): b", "captions file (from the checkpoint): a.csv"]
+    cache = (
+        "features go to ./feature_cache; the checkpoint's run used --cache_dir c: "
+        "give it to reuse its features"
+    )
+    assert notes(TRAIN) == notes(TEST) == [*read, cache]
+    assert notes(CAPTION) == []
+    assert notes(TEST, "--captions_file own.csv --cache_dir own") == read[:1]
+    assert notes(TEST, "--no_feature_cache") == read
+    assert caption_options.path_notes(resumed(DEFAULTS, TEST), DEFAULTS) == []
+
+
 # --------------------------------------------------------------------------------------- contradictions
 
 

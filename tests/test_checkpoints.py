@@ -24,6 +24,7 @@ from checkpoints import (
     prune_checkpoints,
     replace_file,
     resolve_checkpoint,
+    runs_folder,
     save_checkpoint,
     write_json,
     write_text,
@@ -456,6 +457,34 @@ def test_an_error_for_a_missing_checkpoint_names_those_that_exist(saved_models, 
     message = r"there is none in .*empty or below it: --mode train writes them"
     with pytest.raises(FileNotFoundError, match=message):
         resolve_checkpoint(tmp_path / "empty", "newest")
+
+
+RUN = f"flickr8k/resnet_lstm/flickr8k_lstm_ep15_bs64_lr1e-03_cosine_{STAMP}"
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        (f"saved_models/{RUN}/best.pt", "saved_models"),
+        (f"/a/my models/{RUN}_2/model_epoch_3.pt", "/a/my models"),
+        (f"{RUN}/last.pt", "."),
+        (f"a/{RUN}_renamed/last.pt", None),
+        (f"a/{RUN.replace('flickr8k/', 'flickr30k/')}/last.pt", None),
+        (f"a/{RUN.replace('resnet_lstm', 'resnet_attention')}/last.pt", None),
+        ("best.pt", None),
+    ],
+)
+def test_the_folder_of_all_runs_is_known_by_the_folders_of_a_run(
+    tmp_path, monkeypatch, file, folder
+):
+    monkeypatch.chdir(tmp_path)
+    assert runs_folder(file) == (folder and Path(folder))
+
+
+def test_a_checkpoint_named_from_within_its_folders_knows_them_too(tmp_path, monkeypatch):
+    (tmp_path / RUN).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / RUN)
+    assert runs_folder("best.pt") == tmp_path
 
 
 def test_prune_keeps_the_last_epochs_and_every_other_file(tmp_path):

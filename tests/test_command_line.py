@@ -362,7 +362,8 @@ def cache_dtype_is_what_the_disk_holds():
         assert next(features.stream([[0]])).dtype == torch.float32
     best = train(ATTENTION, "--cache_dir elsewhere --cache_dtype float32") / "best.pt"
     assert load(best)["config"]["cache_dtype"] == "float32"
-    succeed("--mode test --precision float32 --output_dir out --model_path", best)
+    test = "--mode test --precision float32 --output_dir out --cache_dir elsewhere --model_path"
+    succeed(test, best)
     (file,) = Path("elsewhere").glob("*/features.f32")
     assert file.stat().st_size == 40 * 49 * 1024 * 4
     succeed("--mode caption --images data/sample/Images --model_path", best)
@@ -1227,6 +1228,80 @@ def test_a_checkpoint_with_a_wrong_part(mode, parts, shop):
     changed(shop / "lstm/best.pt", **parts)
     shutil.copy(shop / "lstm/best.pt", "best.pt")  # beside it, as in a run's directory
     refused(mode, "--model_path bad.pt", naming=["bad.pt"])
+
+
+def test_a_checkpoint_does_not_decide_where_anything_is_written(shop):
+    changed(shop / "lstm/best.pt", config__cache_dir="stolen", config__model_save_dir="stolen")
+    shutil.copy(shop / "lstm/best.pt", "best.pt")
+    for mode in ("--mode test --output_dir out", "--epochs 1"):
+        out = succeed(mode, "--model_path bad.pt")
+        assert (
+            "features go to ./feature_cache; the checkpoint's run used --cache_dir stolen: " in out
+        )
+    assert run_dir(out).parts[:2] == ("saved_models", "sample")
+    assert not Path("stolen").exists()
+
+
+def test_a_resumed_run_lies_beside_the_old_one(shop):
+    old = train("--model_save_dir elsewhere")
+    assert run_dir(succeed("--epochs 1 --resume", old / "model_epoch_1.pt")).parent == old.parent
+    assert (
+        run_dir(succeed("--epochs 1 --resume latest --model_save_dir elsewhere")).parent
+        == old.parent
+    )
+    shutil.copytree(old, "moved")
+    moved = run_dir(succeed("--epochs 1 --model_path moved"))
+    assert moved.parent == Path("saved_models").joinpath(*old.parts[1:-1])
+    typed = run_dir(succeed("--epochs 1 --model_save_dir typed --resume", old / "model_epoch_1.pt"))
+    assert typed.parts[0] == "typed"
+
+
+@pytest.mark.parametrize("mode", ["--mode test --output_dir out", "--epochs 1"])
+def test_what_a_checkpoint_has_read_is_shown_and_not_quoted(mode, shop):
+    Path("secret").write_text("password: 1234\n")
+    changed(shop / "lstm/best.pt", config__captions_file="secret")
+    outcome = program(mode, "--model_path bad.pt")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert "captions file (from the checkpoint): secret\n" in outcome.out
+    assert "--captions_file secret, from the checkpoint, cannot be used: type it" in outcome.err
+    assert "1234" not in outcome.out + outcome.err
+    refused(mode, "--model_path bad.pt --captions_file secret", naming=["secret", "1234"])
+
+
+def test_nothing_from_a_checkpoint_or_a_dataset_drives_the_terminal(shop):
+    code = "\x1b]0;owned\x07"
+    changed(shop / "lstm/best.pt", config__captions_file=f"{code}.csv", config__cache_dir=code)
+    outcome = program("--mode test --model_path bad.pt")
+    assert outcome.status == 2 and r"\x1b]0;owned\x07.csv" in outcome.out
+    assert r"\x1b]0;owned\x07.csv: no such file" in outcome.err
+    assert "\x1b" not in outcome.out + outcome.err
+    Path("holiday").mkdir()
+    Path("holiday", f"a{code}.jpg").write_bytes(b"no picture")
+    outcome = program("--mode caption --images holiday --model_path", shop / "lstm/best.pt")
+    assert outcome.status == 1 and r"a\x1b]0;owned\x07.jpg: " in outcome.err
+    assert "\x1b" not in outcome.err
+
+
+class Terminal(io.StringIO):
+    """A stdout that somebody looks at."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_file_names_are_escaped_on_a_terminal_and_left_alone_in_a_pipe(as_json, shop):
+    captioner, options = fic.load_captioner(shop / "lstm/best.pt", "cpu", "float32")
+    picture = Path("data/sample/Images", listed("test")[0])
+    (hypotheses,) = captioner.caption([picture], options.decoding)
+    shown = {}
+    for kind in (io.StringIO, Terminal):
+        with contextlib.redirect_stdout(kind()) as stream:
+            fic.print_captions(captioner, Path("a\x9b2J.jpg"), hypotheses[:1], as_json)
+        shown[kind] = stream.getvalue()
+    assert "a\x9b2J.jpg" in shown[io.StringIO] and r"a\x9b2J.jpg" in shown[Terminal]
+    assert "\x9b" not in shown[Terminal]
+    assert as_json or shown[Terminal].count("\t") == 1
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,50 @@ print(faults - warm)
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("héé 犬 🐕 a b\\c.jpg", "héé 犬 🐕 a b\\c.jpg"),
+        ("क्ष \u200d.jpg", "क्ष \u200d.jpg"),  # a joiner belongs to its word
+        ("\x1b]0;owned\x07\x1b[2J", r"\x1b]0;owned\x07\x1b[2J"),
+        ("a\r\nb\tc\x00\x7f\x9b31m", r"a\r\nb\tc\x00\x7f\x9b31m"),
+        ("gpj.\u202eexe\u2066", r"gpj.\u202eexe\u2066"),
+        ("caf\udce9.jpg", r"caf\udce9.jpg"),
+    ],
+)
+def test_only_what_drives_a_terminal_is_escaped(text, shown):
+    assert runtime.printable(text) == shown
+    runtime.printable(text).encode()  # so that any stream can take it
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of ..."
+            ),
+            "CUDA out of memory (20.00 MiB asked for): lower --batch_size, --num_workers or the "
+            "decoder's sizes",
+        ),
+        (
+            MemoryError(),
+            "out of memory: lower --batch_size, --num_workers or the decoder's sizes",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly"),
+            "a process that decodes images was killed, which usually means that memory ran out: "
+            "lower --num_workers",
+        ),
+        (RuntimeError("Caught KeyError in DataLoader worker process 0."), None),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("can't allocate memory"), None),
+    ],
+)
+def test_a_want_of_memory_is_told_from_other_errors(error, line):
+    assert runtime.memory_shortage(error) == line
+
+
 def test_memory_that_tensors_give_back_is_not_faulted_in_again():
     root = Path(runtime.__file__).parent
     kept, plain = (
