@@ -5,9 +5,9 @@
     options = inherit(options, "best.pt", stored)        # what was not typed comes from the checkpoint
     python caption_options.py > docs/OPTIONS.md          # the table, for the documentation
 
-A value comes from the flag, else from the checkpoint, else from the table. Everything about an option stands in its
-row: group, type and range, default, where it acts, and what a checkpoint's value means for it. torch is not imported,
-so that --help and a mistake answer at once.
+A value comes from the flag, else from --preset or the checkpoint, else from the table. Everything
+about an option stands in its row: group, type and range, default, where it acts, and what a
+checkpoint's value means for it. torch is not imported, so that --help and a mistake answer at once.
 """
 
 import argparse
@@ -69,6 +69,25 @@ SCHEDULES = {
         ("max_lr", "warmup_epochs"),
     ),
 }
+
+LAPTOP = {  # what the README shows: 12 to 22 minutes on two CPU cores
+    "encoder": "mobilenet_v2", "encoder_weights": "imagenet", "image_size": 320, "coarse_size": 224,
+    "decoder": "attention", "embed_size": 256, "hidden_size": 512, "num_layers": 1,
+    "attention_dim": 256, "drop_prob": 0.4, "patch_dropout": 0.5, "batch_size": 256,
+    "learning_rate": 0.003, "weight_decay": 0.5, "label_smoothing": 0.1, "horizontal_flip": True,
+    "use_scheduler": True, "scheduler_type": "one_cycle", "warmup_epochs": 1, "epochs": 15,
+    "keep_checkpoints": 1, "num_workers": 0,
+}  # fmt: skip
+PRESETS = {  # what --preset gives options that are not typed
+    "laptop": LAPTOP,
+    "document-a": {  # the specification's first command, with its defaults
+        "encoder": "resnet50", "decoder": "lstm", "embed_size": 512, "hidden_size": 1024,
+        "num_layers": 3, "drop_prob": 0.3, "batch_size": 64, "learning_rate": 0.001,
+        "use_scheduler": True, "scheduler_type": "cosine", "scheduler_t_max": 15, "min_lr": 1e-6,
+        "epochs": 15,
+    },
+    "best": LAPTOP | {"encoder": "resnet50", "image_size": 224, "coarse_size": None},
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------------- types of values
 
@@ -139,6 +158,9 @@ RNN = {"decoder": ("lstm", "attention")}
 
 RUN = {
     "mode": Option(MODES, TRAIN, "what to do", stored=OWN),
+    "preset": Option(tuple(PRESETS), None,
+        "a good recipe in one word, at the end of docs/OPTIONS.md: values of options that are not typed",
+        modes=(TRAIN,), stored=OWN),
     "model_path": Option(str, None,
         "checkpoint, or a folder of runs: to resume (train), test or caption with",
         "PATH", stored=OWN),
@@ -408,6 +430,8 @@ def check_paths(typed):
             raise ValueError(f"--{name} is empty: give a path")
     if "resume" in typed and "model_path" in typed:
         raise ValueError("--resume and --model_path name the same thing: give one of them")
+    if "preset" in typed and typed.keys() & {"resume", "model_path"}:
+        raise ValueError("--preset is for a new run: a resumed one has its checkpoint's options")
     if mode != TRAIN and "model_path" not in typed:
         raise ValueError(f"--mode {mode} needs --model_path, the checkpoint to use")
     if mode == CAPTION and "images" not in typed:
@@ -418,11 +442,11 @@ def check_paths(typed):
 
 
 def settle(typed, stored):
-    """Options from what was typed, else from a checkpoint's `stored` values, else from the table.
+    """Options from what was typed, else from --preset or a checkpoint's `stored`, else the table.
 
     Raises: ValueError naming the flags that contradict each other, or would do nothing.
     """
-    values = ChainMap({}, typed, stored, DEFAULTS)
+    values = ChainMap({}, typed, preset_values(typed), stored, DEFAULTS)
     values["save_attention_viz"] |= values["advanced_attention_viz"]
     for name in typed:
         for other, wanted in TABLE[name].needs.items():
@@ -430,6 +454,23 @@ def settle(typed, stored):
                 raise ValueError(f"--{name} {needed(other, wanted, values[other])}")
     check_contradictions(values, new_plan=not stored)
     return group_options(values, typed)
+
+
+def preset_values(typed):
+    """What --preset gives: options that were not typed, and that act beside those that were."""
+    preset = PRESETS.get(typed.get("preset"), {})
+    values = ChainMap(typed, preset, DEFAULTS)
+    contradicts = {
+        "coarse_size": (values["coarse_size"] or 0) >= (values["image_size"] or math.inf),
+        "min_lr": values["min_lr"] > values["learning_rate"],
+        "warmup_epochs": values["warmup_epochs"] >= values["epochs"],
+    }
+    return {
+        name: value
+        for name, value in preset.items()
+        if all(values[other] in wanted for other, wanted in TABLE[name].needs.items())
+        and not contradicts.get(name)
+    }
 
 
 def needed(other, wanted, value):
@@ -592,7 +633,21 @@ def as_markdown():
         lines += ["|---|---|---|---|"]
         lines += [markdown_row(name, option) for name, option in group.rows.items()]
     lines += ["", "Encoders: " + ", ".join(f"`{name}`" for name in ENCODERS) + "."]
+    lines += [
+        "",
+        "## Presets",
+        "",
+        "`--preset` stands for these options; those that are typed, too,",
+    ]
+    lines += ["come before it, and what does nothing beside them is left out.", ""]
+    lines += [f"- `{name}`: `{as_flags(preset)}`" for name, preset in PRESETS.items()]
     return "\n".join(lines) + "\n"
+
+
+def as_flags(values):
+    """Values of options as one would type them."""
+    typed = {name: value for name, value in values.items() if value is not None}
+    return " ".join(f"--{name}" + f" {typed[name]}" * (typed[name] is not True) for name in typed)
 
 
 def markdown_row(name, option):

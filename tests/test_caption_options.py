@@ -107,7 +107,7 @@ def test_what_is_typed_comes_before_the_checkpoint_and_that_before_the_default(n
     stored = needs_of(name, {})
     if option.stored in (INHERITED, FIXED):
         assert resumed(stored | {name: value}, mode).as_dict()[name] == value
-    if name in ("model_path", "resume"):  # which say what to start from
+    if name in ("model_path", "resume", "preset"):  # which say what to start from
         assert parse_args(as_flags({name: value})).as_dict()[name] == value
         return
     # what is needed is typed, too, as far as this mode lets it be
@@ -239,6 +239,80 @@ def test_paths_that_a_checkpoint_decides_are_shown_and_its_cache_is_named():
     assert notes(TEST, "--captions_file own.csv --cache_dir own") == read[:1]
     assert notes(TEST, "--no_feature_cache") == read
     assert caption_options.path_notes(resumed(DEFAULTS, TEST), DEFAULTS) == []
+
+
+# ------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("name", caption_options.PRESETS)
+def test_a_preset_is_what_typing_its_options_would_be(name):
+    preset = caption_options.PRESETS[name]
+    options = parse_args(["--preset", name])
+    given = {option: value for option, value in preset.items() if value is not None}
+    assert options.as_dict() == parse_args(as_flags(given)).as_dict() | {"preset": name}
+    assert options.typed == {"preset"}
+    assert options.as_dict().items() >= preset.items()
+
+
+def test_the_presets_are_the_recipes_that_they_are_named_after():
+    def given(name, *options):
+        return [caption_options.PRESETS[name][option] for option in options]
+
+    sizes = ("embed_size", "hidden_size", "num_layers", "epochs", "batch_size", "learning_rate")
+    assert given("laptop", *sizes) == given("best", *sizes) == [256, 512, 1, 15, 256, 0.003]
+    assert given("document-a", *sizes) == [512, 1024, 3, 15, 64, 0.001]
+    pictures = ("encoder", "image_size", "coarse_size")
+    assert given("laptop", *pictures) == ["mobilenet_v2", 320, 224]
+    assert given("best", *pictures) == ["resnet50", 224, None]
+
+
+def test_what_is_typed_comes_before_the_preset_and_that_before_the_default():
+    options = parse_args(["--preset", "laptop", "--hidden_size", "64"]).as_dict()
+    assert (options["hidden_size"], options["embed_size"]) == (64, 256)
+    assert options["beam_size"] == DEFAULTS["beam_size"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "left_out"),
+    [
+        ("--decoder lstm", {"attention_dim", "patch_dropout"}),
+        ("--scheduler_type step", {"warmup_epochs"}),
+        ("--epochs 1", {"warmup_epochs"}),
+        ("--image_size 160", {"coarse_size"}),
+    ],
+)
+def test_a_preset_s_options_give_way_to_typed_ones_that_make_them_idle(typed, left_out):
+    options = parse_args(["--preset", "laptop", *typed.split()])
+    laptop = caption_options.PRESETS["laptop"]
+    kept = laptop.keys() - left_out - options.typed
+    values = options.as_dict()
+    assert {name: values[name] for name in kept} == {name: laptop[name] for name in kept}
+    assert {values[name] for name in left_out} == {DEFAULTS[name] for name in left_out}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--preset laptop --resume latest", "--preset is for a new run: a resumed one has its "
+         "checkpoint's options"),
+        ("--preset laptop --model_path a.pt", "--preset is for a new run: a resumed one has its "
+         "checkpoint's options"),
+        ("--mode test --model_path a.pt --preset best", "--preset belongs to --mode train, not test"),
+        ("--preset laptop --decoder lstm --attention_dim 8",
+         "--attention_dim belongs to --decoder attention, not lstm"),
+    ],
+)  # fmt: skip
+def test_a_preset_is_refused_where_it_would_do_nothing(capsys, command, message):
+    assert refusal(capsys, command) == message
+
+
+def test_the_documentation_spells_the_presets_out():
+    lines = caption_options.as_markdown().splitlines()
+    for name in caption_options.PRESETS:
+        (line,) = (line for line in lines if line.startswith(f"- `{name}`: "))
+        flags = line.removeprefix(f"- `{name}`: ").strip("`")
+        spelt_out = parse_args(flags.split()).as_dict()
+        assert spelt_out | {"preset": name} == parse_args(["--preset", name]).as_dict()
 
 
 # --------------------------------------------------------------------------------------- contradictions
@@ -585,9 +659,8 @@ def test_the_documentation_has_a_row_for_every_option():
     assert [re.match(r"\| `--(\w+)` \|", row)[1] for row in rows] == list(TABLE)
     for row in rows:
         assert len(re.findall(r"(?<!\\)\|", row)) == 5, row  # four cells
-    assert [line[3:] for line in lines if line.startswith("## ")] == [
-        group.title for group in GROUPS.values()
-    ]
+    titles = [group.title for group in GROUPS.values()]
+    assert [line[3:] for line in lines if line.startswith("## ")] == [*titles, "Presets"]
     assert "| `--cache_dir` | ./feature_cache | train, test, without `--no_feature_cache` |" in (
         "\n".join(rows)
     )

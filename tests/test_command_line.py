@@ -186,6 +186,16 @@ def mode_chooses_what_runs():
     assert ran == ["test", "caption", "train"]
 
 
+def preset_gives_what_is_not_typed():
+    config = read_json(train("--preset laptop --decoder lstm") / "run_config.json")
+    assert config["preset"] == "laptop" and config["label_smoothing"] == 0.1
+    assert (config["batch_size"], config["decoder_type"], config["patch_dropout"]) == (
+        40,
+        "lstm",
+        0,
+    )
+
+
 def model_path_chooses_the_model():
     assert written() != written(decoder="lstm")
 
@@ -733,6 +743,7 @@ def pictures_are_drawn_as_asked():
 
 FLAG_EFFECTS = {
     "--mode": mode_chooses_what_runs,
+    "--preset": preset_gives_what_is_not_typed,
     "--model_path": model_path_chooses_the_model,
     "--resume": resume_goes_on,
     "--model_save_dir": model_save_dir_holds_the_runs,
