@@ -1,6 +1,7 @@
 """What can be asked of the program: one table of options, settled once into frozen groups.
 
     options = parse_args(["--decoder", "attention"])     # misuse ends with status 2 and one line
+    options = check_files(options)                       # so does a path that leads nowhere
     options.training.batch_size, options.decoding        # groups are named tuples: nothing below changes them
     options = inherit(options, "best.pt", stored)        # what was not typed comes from the checkpoint
     python caption_options.py > docs/OPTIONS.md          # the table, for the documentation
@@ -11,11 +12,16 @@ checkpoint's value means for it. torch is not imported, so that --help and a mis
 """
 
 import argparse
+import difflib
 import math
+import re
 from collections import ChainMap, namedtuple
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
+
+from checkpoints import resolve_checkpoint
 
 TRAIN, TEST, CAPTION = MODES = ("train", "test", "caption")
 DECODERS = ("lstm", "attention")
@@ -351,7 +357,16 @@ class Options(namedtuple("Options", (*GROUPS, "typed"))):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
+    """An argparse parser whose errors are one line, and which guesses what a mistyped flag meant."""
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            meant = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            guess = f" (did you mean {meant[0]}?)" if meant else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{guess}")
+        return values
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -432,10 +447,64 @@ def check_paths(typed):
         raise ValueError("--resume and --model_path name the same thing: give one of them")
     if "preset" in typed and typed.keys() & {"resume", "model_path"}:
         raise ValueError("--preset is for a new run: a resumed one has its checkpoint's options")
+    device = typed.get("device", "auto")
+    if device != "auto" and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device):
+        raise ValueError(f"--device {device}: give auto, cpu, cuda, cuda:N or mps")
     if mode != TRAIN and "model_path" not in typed:
         raise ValueError(f"--mode {mode} needs --model_path, the checkpoint to use")
     if mode == CAPTION and "images" not in typed:
         raise ValueError("--mode caption needs --images, pictures or folders of them")
+
+
+def check_files(options):
+    """The options, if the files that were typed are there; else exits as `parse_args` does.
+
+    The rooms that read them would say the same, after the seconds that it takes to import torch.
+    """
+    try:
+        if options.checkpoint:
+            resolve_checkpoint(options.checkpoint, checkpoint_choice(options.run.mode))
+        for member in options.output.ensemble:
+            resolve_checkpoint(member)
+        for flag, path in named_paths(options):
+            if not path.exists():
+                raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
+        if not options.checkpoint:
+            check_dataset_folder(options.data)
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        build_parser().error(str(error))
+    return options
+
+
+def checkpoint_choice(mode):
+    """Which of a run's checkpoints a folder means: the newest to train on, else the best."""
+    return "newest" if mode == TRAIN else "best"
+
+
+def named_paths(options):
+    """Yield (flag, path) for what was typed and must be there; shards may be patterns or URLs."""
+    data, weights = options.data, options.features.encoder_weights
+    if "image_dir" in options.typed and not re.search(r":|\.(tar|tgz)", data.image_dir):
+        yield "image_dir", Path(data.image_dir)
+    if "captions_file" in options.typed:
+        yield "captions_file", Path(data.captions_file)
+    if "encoder_weights" in options.typed and weights not in ("imagenet", "random"):
+        yield "encoder_weights", Path(weights)
+    for path in options.output.images:
+        yield "images", Path(path)
+
+
+def check_dataset_folder(data):
+    """Raises: ValueError, FileNotFoundError that say how to get the dataset."""
+    name, both = data.dataset_type, data.image_dir and data.captions_file
+    if name == "custom" and not both:
+        raise ValueError("--dataset_type custom needs both --image_dir and --captions_file")
+    folder = Path("data") / name
+    if not both and not folder.is_dir():
+        raise FileNotFoundError(
+            f"--dataset_type {name}: no folder {folder}; "
+            f"get the dataset with: python download_datasets.py --dataset {name}"
+        )
 
 
 # ------------------------------------------------------------------------------------------ settling

@@ -443,5 +443,4 @@ def _nearby_checkpoints(path):
     nearby = sorted(_checkpoints_below(folder), key=_run_time, reverse=True)
     if not nearby:
         return f"there is none in {folder.absolute()} or below it: --mode train writes them"
-    names = ", ".join(map(str, nearby[:5]))
-    return f"existing ones are {names}" + (", ..." if len(nearby) > 5 else "")
+    return f"the newest one nearby is {nearby[0]}"

@@ -13,10 +13,20 @@ Shapes: N images, B captions, K hypotheses per image, P grid cells (7 * 7), F fe
 [3] Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
 """
 
-from caption_options import ENCODERS, SCHEDULES, Options, inherit, parse_args, path_notes, settle
+from caption_options import (
+    ENCODERS,
+    SCHEDULES,
+    Options,
+    check_files,
+    checkpoint_choice,
+    inherit,
+    parse_args,
+    path_notes,
+    settle,
+)
 
-if __name__ == "__main__":
-    OPTIONS = parse_args(description=__doc__)  # before torch: --help and mistakes answer at once
+if __name__ == "__main__":  # before torch: --help and mistakes answer at once
+    OPTIONS = check_files(parse_args(description=__doc__))
 
 import contextlib
 import functools
@@ -41,7 +51,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
-import attention_visualization
 import caption_data
 import checkpoints
 import experiment_utils
@@ -1348,6 +1357,8 @@ def finish_run(run):
 
 def draw_attention(folder, captioner, paths, hypotheses, options, first=1):
     """A picture for each image's best hypothesis, numbered from `first`: its attention per word."""
+    import attention_visualization  # matplotlib takes a second, and few runs draw
+
     pictures = image_loading.open_images(paths)
     for number, (picture, (best, *_)) in enumerate(zip(pictures, hypotheses), start=first):  # noqa: B905
         attention_visualization.save_attention_viz(
@@ -1501,8 +1512,7 @@ def open_checkpoint(options):
 
 def find_checkpoint(options, path):
     """The file that `path`, a file or a folder of runs, means; printed where it is another."""
-    prefer = "newest" if options.run.mode == "train" else "best"
-    file = checkpoints.resolve_checkpoint(path, prefer)
+    file = checkpoints.resolve_checkpoint(path, checkpoint_choice(options.run.mode))
     if str(file) != str(path):
         stream = sys.stderr if options.run.mode == "caption" else sys.stdout
         print(f"checkpoint: {printable(file)}", file=stream)

@@ -43,6 +43,8 @@ def other_value(name):
         return next(value for value in option.kind if value != option.default)
     if option.kind is bool:
         return not option.default
+    if name == "device":
+        return "cpu"
     if option.kind is str:
         return ("typed",) if option.several else "typed"
     for value in (1e-5, 3, 64):

@@ -915,6 +915,71 @@ def test_a_mistake_answers_in_under_a_second_without_torch(flags, named):
     assert "torch" not in modules
 
 
+@pytest.mark.parametrize("flags, said", [
+    ("--epoch 3", "unrecognized arguments: --epoch 3 (did you mean --epochs?)"),
+    ("--batch-size=3", "unrecognized arguments: --batch-size=3 (did you mean --batch_size?)"),
+    ("--quantum", "unrecognized arguments: --quantum"),
+    ("--device gpu", "--device gpu: give auto, cpu, cuda, cuda:N or mps"),
+    ("--device cuda:-1", "--device cuda:-1: give auto, cpu, cuda, cuda:N or mps"),
+])  # fmt: skip
+def test_a_mistyped_flag_is_guessed_and_a_device_s_spelling_known(flags, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        fic.parse_args(flags.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"flickr_image_caption.py: error: {said}\n"
+
+
+LOST = {  # command line -> what it names
+    "--model_path nowhere/best.pt": "nowhere/best.pt: no such checkpoint: the newest one nearby is ",
+    "--resume nowhere.pt": "nowhere.pt: no such checkpoint: the newest one nearby is ",
+    "--resume latest --model_save_dir data": "data: no such checkpoint: there is none in ",
+    "--mode test --model_path RUN --ensemble nowhere.pt": "nowhere.pt: no such checkpoint: ",
+    "--mode test --model_path RUN --captions_file a.csv": "--captions_file a.csv: no such file",
+    "--mode caption --model_path RUN --images a.jpg": "--images a.jpg: no such file or folder",
+    "--image_dir nowhere --captions_file data": "--image_dir nowhere: no such file or folder",
+    "--dataset_type sample --encoder_weights a.pth": "--encoder_weights a.pth: no such file",
+    "--dataset_type flickr8k": "--dataset_type flickr8k: no folder data/flickr8k; get the dataset "
+        "with: python download_datasets.py --dataset flickr8k",
+    "--dataset_type custom": "--dataset_type custom needs both --image_dir and --captions_file",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", LOST)
+def test_a_path_that_leads_nowhere_is_one_line_as_short_as_it_can_be(command, shop, capsys):
+    Path("run").symlink_to(shop / "lstm")
+    options = fic.parse_args(command.replace("RUN", "run/best.pt").split())
+    with pytest.raises(SystemExit) as stopped:
+        fic.check_files(options)
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and line.count("\n") == 1 and len(line) < 300
+    assert line.startswith(f"flickr_image_caption.py: error: {LOST[command]}")
+
+
+@pytest.mark.parametrize("command", [
+    "--dataset_type sample", "--mode test --model_path RUN", "--resume RUN", "--model_path RUN/best.pt",
+    "--image_dir http://example.org/{000..009}.tar --captions_file data/sample/captions.txt",
+    "--dataset_type sample --image_dir pipe:cat", "--dataset_type sample --image_dir lost-{0..3}.tar",
+    "--mode caption --model_path RUN --images data/sample/Images",
+    "--mode test --model_path RUN --captions_file data/sample/captions.txt --ensemble RUN RUN",
+])  # fmt: skip
+def test_paths_that_are_there_or_that_only_their_readers_know_pass(command, shop):
+    Path("run").symlink_to(shop / "lstm")
+    options = fic.parse_args(command.replace("RUN", "run").split())
+    assert fic.check_files(options) is options
+
+
+def test_a_lost_path_answers_in_under_a_second_without_torch():
+    status, out, errors, seconds, modules = answer("--mode", "test", "--model_path", "nowhere.pt")
+    assert status == 2 and out == "" and len(errors) == 1 and seconds < 1
+    assert "nowhere.pt: no such checkpoint" in errors[0]
+    assert not modules & {"torch", "torchvision", "numpy", "pandas", "matplotlib"}
+
+
+def test_a_run_that_draws_nothing_does_not_wait_for_matplotlib():
+    code = "import sys, flickr_image_caption; print('matplotlib' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=PROGRAM.parent) == b"False\n"
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
