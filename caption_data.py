@@ -350,7 +350,9 @@ def _listed_splits(
             elif split_of.setdefault(name, split) != split:
                 both = f"both {split_of[name]} and {split}"
                 raise ValueError(f"splits of {source}: {name!r} is in {both}")
-    left_out = _left_out(len(names) - len(split_of))
+    count = len(names) - len(split_of)
+    unused = f"; {count} images that its run did not use are left out" if count else ""
+    left_out = unused if source == "the checkpoint" else _left_out(count)
     absent = f"; {unknown} names are not in the data" if unknown else ""
     in_order = {name: split_of[name] for name in names if name in split_of}
     return in_order, f"splits: from {source}{left_out}{absent}"

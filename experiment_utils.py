@@ -157,13 +157,13 @@ def checkpoint_sizes(folder, kept, each, encoder):
     check_free_space(
         folder,
         needed,
-        f"--model_save_dir {folder}: the checkpoints of {kept} epochs and best.pt",
+        f"--model_save_dir {folder}: the checkpoints of {kept} epochs, and best.pt,",
         "give --keep_checkpoints N to keep the newest N only, or another --model_save_dir",
     )
     return (
         f"checkpoints will take {needed / 2**20:,.0f} MiB at most, "
-        f"{free_bytes(folder) / 2**20:,.0f} MiB are free: {each / 2**20:,.0f} MiB for each of "
-        f"{kept} epochs, {encoder / 2**20:,.0f} MiB more for one that is the best; "
+        f"{free_bytes(folder) / 2**20:,.0f} MiB are free: {each / 2**20:,.0f} MiB for "
+        f"each epoch kept ({kept}), {encoder / 2**20:,.0f} MiB more for one that is the best; "
         "--keep_checkpoints N keeps the newest N"
     )
 

@@ -34,6 +34,7 @@ import hashlib
 import itertools
 import json
 import math
+import shlex
 import shutil
 import signal
 import sys
@@ -64,6 +65,7 @@ from feature_cache import FeatureSource
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
     Stopped,
+    leave_broken_pipe,
     listen_for_stop,
     memory_shortage,
     printable,
@@ -674,6 +676,11 @@ def describe_scheduler(options, plan):
     return f"{schedule.torch_name} ({', '.join(shown)})"
 
 
+def counted(number, noun):
+    """Such as `1 epoch` or `2 epochs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def warn(text):
     """Say on stderr, once for all processes, what a user may not expect."""
     if process_group.rank() == 0:
@@ -1025,7 +1032,7 @@ def train(options, hardware, checkpoint):
                 record_epoch(run, row, is_best)
             if 0 < patience <= loop["epochs_without_improvement"]:
                 stale = loop["epochs_without_improvement"]
-                print(f"stopped early: no better CIDEr for {stale} epochs")
+                print(f"stopped early: no better CIDEr for {counted(stale, 'epoch')}")
                 break
     if process_group.rank() == 0:
         finish_run(run)
@@ -1132,7 +1139,7 @@ def start_run(options, hardware, checkpoint):
         seen = f", {loop['captions']} of {num_captions} captions seen" if loop["captions"] else ""
         print(
             f"resumed from {options.run.model_path}: epoch {loop['epoch'] + 1}{seen}; "
-            f"{plan['epochs'] - loop['epoch']} epochs to go"
+            f"{counted(plan['epochs'] - loop['epoch'], 'epoch')} to go"
         )
     return run
 
@@ -1166,7 +1173,7 @@ def set_up(options, hardware, checkpoint=None):
         "device": str(hardware.device),
         "precision": hardware.precision,
         "image_size": encoder.image_size,
-        "epochs": state.plan["epochs"] - state.loop["epoch"],
+        "epochs": state.plan["epochs"],
     }
     return Run(
         options=options,
@@ -1274,7 +1281,7 @@ def find_best(path, loop):
 
 def check_checkpoint_sizes(run):
     """Say what the run's checkpoints will take on the disk. Raises: ValueError when it is too full."""
-    decoder, epochs = run.captioner.decoder, run.config["epochs"]
+    decoder, epochs = run.captioner.decoder, run.state.plan["epochs"] - run.state.loop["epoch"]
     each = sum(p.nbytes for p in decoder.parameters()) * 3  # weights and Adam's two moments
     encoder = sum(t.nbytes for t in run.captioner.encoder.trunk.state_dict().values())
     kept = min(epochs, run.options.training.keep_checkpoints or epochs)
@@ -1300,11 +1307,20 @@ def save_stopped(run, signum):
     """Write last.pt after a signal. Returns the exit status."""
     if process_group.rank() == 0:
         save(run, "last.pt")
+        if sys.stdout.isatty():
+            print()  # the terminal's ^C has a line of its own
         print(
-            f"stopped by {signal.Signals(signum).name} in epoch {run.state.loop['epoch'] + 1}: "
-            f"--resume {run.folder / 'last.pt'} goes on from here"
+            f"stopped by {signal.Signals(signum).name} in epoch {run.state.loop['epoch'] + 1}; "
+            f"to go on: {next_command(run, '--resume', run.folder / 'last.pt')}"
         )
     return 128 + signum
+
+
+def next_command(run, *words):
+    """A command that goes on from this run, for the shell that started it."""
+    features = run.options.features
+    cache = ["--cache_dir", features.cache_dir] if "cache_dir" in run.options.typed else []
+    return shlex.join(["python", sys.argv[0], *map(str, words), *cache])
 
 
 def record_epoch(run, row, is_best):
@@ -1348,7 +1364,7 @@ def finish_run(run):
         draw_attention(run.folder, run.captioner, features.paths, hypotheses, options)
     print(
         f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"
-        f"test it: python {Path(sys.argv[0]).name} --mode test --model_path {best}"
+        f"test it: {next_command(run, '--mode', 'test', '--model_path', best)}"
     )
 
 
@@ -1528,9 +1544,13 @@ def main(options):
         if process_group.world_size() > 1 and mode != "train":
             raise ValueError(f"--mode {mode} runs in one process: start it without torchrun")
         with process_group.joined(hardware.device):
-            return MODES[mode](options, hardware, checkpoint)
+            status = MODES[mode](options, hardware, checkpoint)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        return leave_broken_pipe()
     except (ValueError, FileNotFoundError) as error:
         fault, status = error, 2
     except (OSError, FloatingPointError) as error:

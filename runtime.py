@@ -10,8 +10,11 @@ Nothing here knows captions.
 
 import contextlib
 import ctypes
+import os
 import re
 import signal
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -132,6 +135,13 @@ def resolve_precision(name, device):
         torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     )
     return "bfloat16" if native else "float32"
+
+
+def leave_broken_pipe():
+    """Drop what is left for a stdout that nobody reads, as of `| head`. Returns the exit status."""
+    with Path(os.devnull).open("w") as devnull:
+        os.dup2(devnull.fileno(), sys.stdout.fileno())  # or Python would complain at its exit
+    return 128 + signal.SIGPIPE
 
 
 class Stopped(Exception):

@@ -509,7 +509,7 @@ def test_splits_of_a_checkpoint_win_over_all(tmp_path):
     dataset = _dataset(tmp_path, splits=splits)
     assert dataset.split_names() == splits | {"train": ["005.jpg"]}
     assert (
-        "splits: from the checkpoint; 16 images in no split are left out; 1 names are not in the data"
+        "splits: from the checkpoint; 16 images that its run did not use are left out; 1 names are not in the data"
         in dataset.notes
     )
     assert _dataset(tmp_path, splits=dataset.split_names()).split_names() == dataset.split_names()

@@ -717,9 +717,70 @@ def test_a_stop_during_validation_validates_again(part, monkeypatch):
 
 def test_a_stopped_run_says_how_to_go_on_and_that_command_does():
     outcome = stopped(TINY, "--epochs 2", at_step=2)
-    command = re.search(r"(--resume \S+) goes on", outcome.out)[1]
+    command = re.search(r"to go on: python flickr_image_caption.py (.+)", outcome.out)[1]
     assert "stopped by SIGINT in epoch 1" in outcome.out and outcome.err == ""
-    assert [number for number, *_ in EPOCH_BLOCK.findall(succeed(command))] == ["1", "2"]
+    resumed = succeed(command)
+    assert [number for number, *_ in EPOCH_BLOCK.findall(resumed)] == ["1", "2"]
+    assert run_dir(resumed).name.startswith("sample_lstm_ep2_")  # the plan's epochs, not those left
+
+
+def test_commands_that_are_printed_can_be_pasted(monkeypatch):
+    """Wherever the script lies, and with spaces in names."""
+    models, cache = Path("my models"), Path("a cache")
+    program_at = "../my code/flickr_image_caption.py"
+    original = fic.finish_run
+
+    def finish_run(run):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [program_at])
+            original(run)
+
+    monkeypatch.setattr(fic, "finish_run", finish_run)
+    out = succeed(TINY, "--model_save_dir", models, "--cache_dir", cache)
+    words = shlex.split(re.search("^test it: (.+)$", out, re.MULTILINE)[1])
+    best = str(run_dir(out) / "best.pt")
+    expected = [
+        "python",
+        program_at,
+        "--mode",
+        "test",
+        "--model_path",
+        best,
+        "--cache_dir",
+        "a cache",
+    ]
+    assert words == expected
+    succeed(*map(Path, words[2:]))
+
+
+def test_one_epoch_is_no_epochs(shop):
+    out = succeed("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 1")
+    assert "1 epoch to go" in out and "for each of 1 epoch," in out and "1 epochs" not in out
+
+
+def test_what_a_shortened_run_did_not_use_is_said_to_be_so():
+    best = train("--max_train_images 20") / "best.pt"
+    out = succeed("--mode test --output_dir out --model_path", best)
+    assert "; 12 images that its run did not use are left out" in out and "in no split" not in out
+
+
+@pytest.mark.slow
+def test_a_pipe_that_nobody_reads_ends_the_program_without_a_word(shop):
+    images = "data/sample/Images"
+    command = [
+        sys.executable,
+        fic.__file__,
+        "--mode",
+        "caption",
+        "--model_path",
+        shop / "lstm/best.pt",
+    ]
+    with subprocess.Popen(
+        [*command, "--images", images], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        child.stdout.close()
+        assert child.stderr.read() == ""
+    assert child.returncode == 128 + signal.SIGPIPE
 
 
 def test_epochs_on_resume_are_additional_and_epoch_numbers_go_on(shop):
