@@ -163,7 +163,7 @@ DRAWN = {"save_attention_viz": (True,)}
 RNN = {"decoder": ("lstm", "attention")}
 
 RUN = {
-    "mode": Option(MODES, TRAIN, "what to do", stored=OWN),
+    "mode": Option(MODES, TRAIN, "train a model, test one, or caption pictures", stored=OWN),
     "preset": Option(tuple(PRESETS), None,
         "a good recipe in one word, at the end of docs/OPTIONS.md: values of options that are not typed",
         modes=(TRAIN,), stored=OWN),
@@ -227,15 +227,16 @@ MODEL = {
     "decoder": Option(DECODERS, "lstm", "what writes the captions", stored=FIXED),
     "embed_size": Option(UNITS, 512, "word and projected image size", needs=RNN, stored=FIXED),
     "hidden_size": Option(UNITS, 1024, "LSTM units per layer", needs=RNN, stored=FIXED),
-    "num_layers": Option(LAYERS, 3, "LSTM layers", needs=RNN, stored=FIXED),
+    "num_layers": Option(LAYERS, 3, "stacked LSTM layers", needs=RNN, stored=FIXED),
     "attention_dim": Option(UNITS, 512, "units that compare cells", needs=ATTENTION, stored=FIXED),
-    "drop_prob": Option(DROPOUT, 0.3, "dropout probability", modes=(TRAIN,), needs=RNN),
+    "drop_prob": Option(DROPOUT, 0.3, "dropout probability in training", modes=(TRAIN,), needs=RNN),
     "patch_dropout": Option(DROPOUT, 0.0,
         "share of an image's cells left out of a training step, drawn anew each time: fewer to "
         "compute, and less overfitting", modes=(TRAIN,), needs=ATTENTION),
 }  # fmt: skip
 TRAINING = {
-    "epochs": Option(SIZE, 10, "on resume: additional epochs", modes=(TRAIN,), stored=OWN),
+    "epochs": Option(SIZE, 10,
+        "passes over the training captions; on resume: additional ones", modes=(TRAIN,), stored=OWN),
     "batch_size": Option(BATCH, 128, "captions per step", modes=(TRAIN,)),
     "learning_rate": Option(POSITIVE, 0.0001, "AdamW's initial rate", modes=(TRAIN,)),
     "weight_decay": Option(NOT_NEGATIVE, 0.0,
@@ -256,23 +257,28 @@ TRAINING = {
         "keep only so many of the newest model_epoch_N.pt", modes=(TRAIN,)),
 }  # fmt: skip
 SCHEDULE = {
-    "use_scheduler": Option(bool, False, "without it the rate is constant", modes=(TRAIN,)),
+    "use_scheduler": Option(bool, False,
+        "change the rate as --scheduler_type says; without it the rate is constant", modes=(TRAIN,)),
     "scheduler_type": Option(tuple(SCHEDULES), "reduce_lr_on_plateau",
-        "how the rate changes", modes=(TRAIN,), needs={"use_scheduler": (True,)}),
+        "how the rate changes from epoch to epoch", modes=(TRAIN,), needs={"use_scheduler": (True,)}),
     "scheduler_patience": Option(COUNT, 3,
-        "epochs without a better loss", modes=(TRAIN,), needs=scheduled("scheduler_patience")),
+        "epochs without a better validation loss before the rate falls",
+        modes=(TRAIN,), needs=scheduled("scheduler_patience")),
     "scheduler_factor": Option(number(float, 0, 0.999, above=True), 0.5,
-        "what the rate is multiplied by", modes=(TRAIN,), needs=scheduled("scheduler_factor")),
+        "what the rate is multiplied by when it falls",
+        modes=(TRAIN,), needs=scheduled("scheduler_factor")),
     "scheduler_step_size": Option(SIZE, 7,
-        "epochs between decays", modes=(TRAIN,), needs=scheduled("scheduler_step_size")),
+        "epochs from one fall of the rate to the next",
+        modes=(TRAIN,), needs=scheduled("scheduler_step_size")),
     "scheduler_gamma": Option(PROBABILITY, 0.1,
-        "what the rate is multiplied by", modes=(TRAIN,), needs=scheduled("scheduler_gamma")),
+        "what the rate is multiplied by at each fall",
+        modes=(TRAIN,), needs=scheduled("scheduler_gamma")),
     "scheduler_t_max": Option(SIZE, 10,
-        "epochs to the minimum", modes=(TRAIN,), needs=scheduled("scheduler_t_max")),
+        "epochs until the rate is at its minimum", modes=(TRAIN,), needs=scheduled("scheduler_t_max")),
     "min_lr": Option(NOT_NEGATIVE, 1e-7,
-        "smallest rate", modes=(TRAIN,), needs=scheduled("min_lr")),
+        "smallest rate that the schedule reaches", modes=(TRAIN,), needs=scheduled("min_lr")),
     "warmup_epochs": Option(COUNT, 0,
-        "epochs of rising rate", modes=(TRAIN,), needs=scheduled("warmup_epochs")),
+        "epochs of rising rate at the start", modes=(TRAIN,), needs=scheduled("warmup_epochs")),
 }  # fmt: skip
 DECODING = {
     "algorithm": Option(ALGORITHMS, "beam", "how words are chosen"),
@@ -284,15 +290,15 @@ DECODING = {
         needs={"algorithm": ("beam",)}),
     "no_repeat_ngram_size": Option(COUNT, 0, "no n-gram of this size twice, 0 = off"),
     "temperature": Option(number(float, 1e-3), 1.0,
-        "below 1 sharpens", needs={"algorithm": ("sample",)}),
+        "divides the logits: below 1 likely words become likelier", needs={"algorithm": ("sample",)}),
     "top_k": Option(COUNT, 0,
         "draw from the k likeliest words, 0 = all", needs={"algorithm": ("sample",)}),
     "top_p": Option(PROBABILITY, 1.0,
         "draw from the fewest words that reach this probability", needs={"algorithm": ("sample",)}),
-    "num_captions": Option(HYPOTHESES, 1, "captions per image", modes=(CAPTION,), stored=OWN),
+    "num_captions": Option(HYPOTHESES, 1, "how many captions per image", modes=(CAPTION,), stored=OWN),
 }  # fmt: skip
 OUTPUT = {
-    "split": Option(("train", "val", "test"), "test", "which images", modes=(TEST,), stored=OWN),
+    "split": Option(("train", "val", "test"), "test", "which images to caption and score", modes=(TEST,), stored=OWN),
     "ensemble": Option(str, (),
         "more checkpoints, or folders of runs, with the same words, encoder and split; the mean "
         "of all probabilities writes the caption; for attention pictures --model_path names an "
@@ -309,7 +315,7 @@ OUTPUT = {
 PICTURES = {
     "save_attention_viz": Option(bool, False,
         "draw where the decoder looked, word by word", needs=ATTENTION, stored=(TRAIN,)),
-    "attention_viz_samples": Option(SIZE, 3, "how many images", modes=(TRAIN, TEST), needs=DRAWN),
+    "attention_viz_samples": Option(SIZE, 3, "how many images to draw", modes=(TRAIN, TEST), needs=DRAWN),
     "advanced_attention_viz": Option(bool, False,
         "also raw maps, entropy and peaks", needs=ATTENTION, stored=(TRAIN,)),
 }  # fmt: skip

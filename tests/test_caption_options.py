@@ -647,12 +647,16 @@ def test_help_lists_every_option_with_its_default(capsys):
 
 def test_a_row_of_help_says_for_whom_it_is():
     describe = caption_options.describe
-    assert describe(TABLE["split"]) == "test: which images (test)"
-    assert describe(TABLE["num_captions"]) == "caption: captions per image (1)"
+    assert describe(TABLE["split"]) == "test: which images to caption and score (test)"
+    assert describe(TABLE["num_captions"]) == "caption: how many captions per image (1)"
     assert describe(TABLE["attention_dim"]) == "attention: units that compare cells (512)"
-    assert describe(TABLE["epochs"]) == "on resume: additional epochs (10)"
-    assert describe(TABLE["use_scheduler"]) == "without it the rate is constant (off)"
-    assert describe(TABLE["drop_prob"]) == "dropout probability (0.3)"
+    factor = "reduce_lr_on_plateau: what the rate is multiplied by when it falls (0.5)"
+    assert describe(TABLE["scheduler_factor"]) == factor
+    assert describe(TABLE["drop_prob"]) == "dropout probability in training (0.3)"
+
+
+def test_no_row_of_help_is_two_words():
+    assert [name for name, option in TABLE.items() if len(option.help.split()) < 3] == []
 
 
 def test_the_documentation_has_a_row_for_every_option():
