@@ -157,7 +157,7 @@ def checkpoint_sizes(folder, kept, each, encoder):
     check_free_space(
         folder,
         needed,
-        f"--model_save_dir {folder}: the checkpoints of {kept} epochs, and best.pt,",
+        f"--model_save_dir {folder}: the checkpoints to keep ({kept}) and best.pt",
         "give --keep_checkpoints N to keep the newest N only, or another --model_save_dir",
     )
     return (

@@ -307,7 +307,7 @@ def test_a_run_whose_checkpoints_do_not_fit_stops_before_it_makes_a_folder(monke
     outcome = program(TINY, "--epochs 30")
     assert outcome.status == 2 and outcome.err.count("\n") == 1
     assert (
-        "--model_save_dir ./saved_models: the checkpoints of 30 epochs and best.pt need"
+        "--model_save_dir ./saved_models: the checkpoints to keep (30) and best.pt need"
         in outcome.err
     )
     assert "0.00 GB are free; give --keep_checkpoints N" in outcome.err
