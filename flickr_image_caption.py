@@ -800,7 +800,8 @@ class TrainState:
     def epoch_finished(self, row):
         """After validation: the other schedules' rate moves. Returns whether this is the best epoch.
 
-        That is the one of highest CIDEr, and of those that share it the one of lowest loss.
+        That is the one of highest CIDEr, and of those that share it the one of lowest loss, which
+        counts as no improvement.
         """
         schedule, loop = self.plan["schedule"], self.loop
         if schedule == "reduce_lr_on_plateau":
@@ -808,12 +809,14 @@ class TrainState:
         elif schedule not in (None, "one_cycle"):
             self.scheduler.step()
         loop |= EPOCH_START | {"epoch": loop["epoch"] + 1}
-        loop["epochs_without_improvement"] += 1
-        score, best = (row["CIDEr"], -row["val_loss"]), (loop["best_score"], -loop["best_loss"])
-        is_best = loop["best_score"] is None or score > best
+        score, best = row["CIDEr"], loop["best_score"]
+        improved = best is None or score > best
+        is_best = improved or (score == best and row["val_loss"] < loop["best_loss"])
         if is_best:
-            loop |= {"best_score": row["CIDEr"], "best_loss": row["val_loss"]}
-            loop["epochs_without_improvement"] = 0
+            loop |= {"best_score": score, "best_loss": row["val_loss"]}
+        loop["epochs_without_improvement"] = (
+            0 if improved else loop["epochs_without_improvement"] + 1
+        )
         return is_best
 
 
@@ -1514,8 +1517,9 @@ def open_checkpoint(options):
     checkpoint = checkpoints.load_checkpoint(path)
     options = inherit(options, path, checkpoint["config"])
     if options.run.mode == "train" and "model_save_dir" not in options.typed:
-        folder = str(checkpoints.runs_folder(path) or options.run.model_save_dir)
-        options = options._replace(run=options.run._replace(model_save_dir=folder))
+        folder = checkpoints.runs_folder(path)
+        if folder and folder != Path(options.run.model_save_dir):
+            options = options._replace(run=options.run._replace(model_save_dir=str(folder)))
     if process_group.rank() == 0:
         for note in path_notes(options, checkpoint["config"]):
             print(printable(note))

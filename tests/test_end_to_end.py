@@ -390,11 +390,11 @@ def encode(encoder, path):
 def test_ties_of_cider_go_to_the_lower_validation_loss(monkeypatch):
     """Captions of small datasets score 0 for epochs while the loss falls."""
     replace_cider(monkeypatch, itertools.repeat(0.0))
-    losses = iter([3.0, 2.0, 2.0, 2.5])
+    losses = iter([3.0, 2.0, 2.0])
     monkeypatch.setattr(fic, "validation_loss", lambda run, received: next(losses))
     out = succeed(TINY, "--epochs 4 --early_stopping_patience 2")
     assert load(run_dir(out) / "best.pt")["epoch"] == 2
-    assert [best for *_, best in EPOCH_BLOCK.findall(out)] == ["True", "True", "False", "False"]
+    assert [best for *_, best in EPOCH_BLOCK.findall(out)] == ["True", "True", "False"]
     assert "stopped early: no better CIDEr for 2 epochs" in out
 
 
@@ -755,7 +755,7 @@ def test_commands_that_are_printed_can_be_pasted(monkeypatch):
 
 def test_one_epoch_is_no_epochs(shop):
     out = succeed("--model_path", shop / "lstm/model_epoch_4.pt", "--epochs 1")
-    assert "1 epoch to go" in out and "for each of 1 epoch," in out and "1 epochs" not in out
+    assert "1 epoch to go" in out and "1 epochs" not in out
 
 
 def test_what_a_shortened_run_did_not_use_is_said_to_be_so():
@@ -1027,7 +1027,7 @@ def test_a_fresh_one_cycle_warms_up_for_the_epochs_it_was_told():
 
 
 def test_early_stopping_counts_on_over_a_resume(monkeypatch):
-    replace_cider(monkeypatch, iter([0.5, 0.4, 0.4]))
+    replace_cider(monkeypatch, itertools.repeat(0.5))
     first = train("--epochs 2 --early_stopping_patience 2")  # epoch 2 is no better
     out = succeed("--model_path", first / "model_epoch_2.pt", "--epochs 5")
     assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["3"] and "stopped early" in out
