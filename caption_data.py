@@ -17,17 +17,20 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import pandas as pd
+import torch
 
 import image_loading
-from image_loading import Shards
+from image_loading import Shards, content_digests
 
 IMAGE_FOLDERS = ("Images", "images", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset")
 CAPTIONS_FILES = ("captions.txt", "captions.csv", "results.csv", "Flickr8k.token.txt")
 CAPTIONS_FILES += ("results_20130124.token", "dataset_{}.json", "captions.json")  # {}: the dataset
 
 SPLITS = ("train", "val", "test")
+MADE_WITH = ("train", "val")  # splits that decide what a checkpoint is
 SPLIT_OF_WORD = {"train": "train", "restval": "train", "test": "test", "": None}
 SPLIT_OF_WORD |= dict.fromkeys(("val", "dev", "valid", "validation"), "val")
 LIST_NAMES = {"train": "train", "val": "val|dev", "test": "test"}  # in the file names of lists
@@ -46,6 +49,32 @@ PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|tiff?|webp)\b", re.IGNORECASE)
 # ---------------------------------------------------------------------------------------- dataset
 
 
+class Foreign(NamedTuple):
+    """How the images of another dataset than the checkpoint's were chosen to be scored.
+
+    splits: the rule.
+    left_out: how many the checkpoint was trained or validated on.
+    compared_by: "content" or "base name".
+    same_names: scored images that by content are none of those, but bear the name of one.
+    """
+
+    splits: str
+    left_out: int
+    compared_by: str
+    same_names: int
+
+    def __str__(self):
+        renamed = (
+            f"; {self.same_names} others have the names of such images: "
+            "pictures that were resized or saved again are not recognised"
+        )
+        return (
+            f"another dataset than the checkpoint's, splits: {self.splits}; "
+            f"{self.left_out} images left out that the checkpoint was trained or validated on, "
+            f"compared by {self.compared_by}{renamed if self.same_names else ''}"
+        )
+
+
 @dataclass
 class Dataset:
     """A captioned image collection, split by image.
@@ -55,7 +84,9 @@ class Dataset:
     image_dir: `image_dir / image` is what `cached_features` and `open_images` take.
     notes: lines for the console: what was read, which splits, what was skipped and why.
     images_named: how many images the captions file names.
+    needed: the splits that must not be empty.
     bad_images: {image: reason} of those skipped so far, at most max_bad_fraction of images_named.
+    foreign: None for a dataset of one's own, and for the checkpoint's.
     """
 
     table: pd.DataFrame
@@ -64,11 +95,27 @@ class Dataset:
     notes: list[str]
     max_bad_fraction: float
     images_named: int
+    needed: Sequence[str] = SPLITS
     bad_images: dict[str, str] = field(default_factory=dict)
+    foreign: Foreign | None = None
 
     def split_names(self) -> dict[str, list[str]]:
         """{"train": [image, ...], "val": ..., "test": ...}; `load_dataset` takes it as `splits`."""
         return {split: self.table.image[self.table.split == split].tolist() for split in SPLITS}
+
+    def splits(self, known: dict | None = None) -> dict:
+        """What a checkpoint remembers: the names per split, and digests of the files' contents.
+
+        "digests": {split: as `content_digests` gives them}, in the order of the names; absent for
+        shards. Those that `known`, a checkpoint's splits, holds for the same names are taken over.
+        """
+        names = self.split_names()
+        if isinstance(self.image_dir, Shards):
+            return names
+        if known and "digests" in known and all(known[split] == names[split] for split in SPLITS):
+            return known
+        digests = {split: content_digests(self.image_dir, names[split]) for split in SPLITS}
+        return names | {"digests": digests}
 
     def drop_unreadable(self, reasons: dict[str, str]) -> str:
         """Drop these images, {image: reason}; returns the line that counts all skipped so far.
@@ -81,7 +128,7 @@ class Dataset:
         bad = [*self.bad_images.items()]
         note = _skipped(self.captions_file, "images", bad, self.images_named, self.max_bad_fraction)
         self.table = self.table[~self.table.image.isin(list(reasons))].reset_index(drop=True)
-        _check_splits(self.table, self.captions_file)
+        _check_splits(self.table, self.captions_file, self.needed)
         self.notes.append(note)
         return note
 
@@ -92,7 +139,9 @@ def load_dataset(
     captions_file: str | Path | None = None,
     *,
     split_seed: int = 42,
-    splits: dict[str, list[str]] | None = None,
+    splits: dict | None = None,
+    typed: bool = False,
+    scored: str | None = None,
     max_bad_fraction: float = 0.01,
     max_train_images: int | None = None,
     remote_shards: bool = True,
@@ -102,7 +151,10 @@ def load_dataset(
     Args:
         dataset_type: names the default folder only, see `find_dataset`.
         split_seed: for a split drawn here, and for the choice of `max_train_images`.
-        splits: names per split as `Dataset.split_names` gave them; wins over every other source.
+        splits: a checkpoint's, as `Dataset.splits` gave them; wins over every other source.
+        typed: the user named the dataset anew, so that it may be another one than the checkpoint's:
+            one that is foreign splits itself, or is scored by `Foreign`.
+        scored: the one split that test mode scores; the others may be empty.
         max_bad_fraction: 0..1, how many rows, and how many images, may be bad before this is an
             error.
         max_train_images: keep only so many training images, chosen by `split_seed`; val and test
@@ -113,8 +165,17 @@ def load_dataset(
     """
     image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file, remote_shards)
     captions, recorded, bad_images, notes = _read_by_image(captions_file, max_bad_fraction)
-    names = list(captions)
-    split_of, split_note = resolve_splits(names, recorded, captions_file, split_seed, splits)
+    names, ours = list(captions), splits
+    if splits and typed:
+        ours = _splits_of_ours(names, image_dir, splits, scored)
+    whole = scored if splits and not ours else None  # a foreign dataset, in test mode
+    split_of, split_note = resolve_splits(names, recorded, captions_file, split_seed, ours, whole)
+    foreign = None
+    if whole:
+        rule = split_note.removeprefix("splits: ")
+        split_of, foreign = _unknown_images(split_of, scored, image_dir, splits, rule)
+    elif splits and not ours:
+        split_note += "; no image is the checkpoint's"
     absent = _absent_images(image_dir, split_of)
     bad_images |= absent
     images_named = len(split_of.keys() | bad_images.keys())
@@ -123,16 +184,25 @@ def load_dataset(
     )
 
     table = _table({name: split_of[name] for name in split_of if name not in absent}, captions)
-    if max_train_images is not None:
+    if max_train_images is not None and not foreign:
         table = _fewer_train_images(table, max_train_images, split_seed)
-    _check_splits(table, captions_file)
+    needed = [scored] if scored else SPLITS
+    _check_splits(table, captions_file, needed)
 
     notes += [skipped, _uncaptioned(image_dir, captions), split_note, _split_sizes(table)]
     notes = [note for note in notes if note]
     if isinstance(image_dir, Shards):
         image_dir = replace(image_dir, names=tuple(table.image))
     return Dataset(
-        table, image_dir, captions_file, notes, max_bad_fraction, images_named, bad_images
+        table=table,
+        image_dir=image_dir,
+        captions_file=captions_file,
+        notes=notes,
+        max_bad_fraction=max_bad_fraction,
+        images_named=images_named,
+        needed=needed,
+        bad_images=bad_images,
+        foreign=foreign,
     )
 
 
@@ -245,13 +315,11 @@ def _fewer_train_images(table: pd.DataFrame, count: int, seed: int) -> pd.DataFr
     return table[(table.split != "train") | table.image.isin(train[:count])].reset_index(drop=True)
 
 
-def _check_splits(table: pd.DataFrame, captions_file: Path):
-    for split in SPLITS:
+def _check_splits(table: pd.DataFrame, captions_file: Path, needed: Sequence[str]):
+    for split in needed:
         if not (table.split == split).any():
-            raise ValueError(
-                f"{captions_file}: the {split} split has no images; "
-                "train, val and test need one each"
-            )
+            need = "; train, val and test need one each" if len(needed) > 1 else ""
+            raise ValueError(f"{captions_file}: the {split} split has no images{need}")
 
 
 def _skipped(
@@ -298,6 +366,7 @@ def resolve_splits(
     captions_file: Path,
     split_seed: int,
     splits: dict[str, list[str]] | None = None,
+    whole: str | None = None,
 ) -> tuple[dict[str, str], str]:
     """({image: split}, note): from `splits`, else `recorded`, else lists of names, else drawn.
 
@@ -309,23 +378,28 @@ def resolve_splits(
     Args:
         recorded: {image: split} as the captions file says, None where it says nothing.
         splits: names per split, from a checkpoint.
+        whole: the only split that is wanted; nothing is drawn: without lists it has all images.
     Raises: ValueError when an image is in two splits, or lists are ambiguous or incomplete.
     """
     if splits is not None:
-        return _listed_splits(names, _checked_splits(splits), "the checkpoint")
+        splits = checked_splits(splits)
+        lists = {split: splits[split] for split in SPLITS}
+        return _listed_splits(names, lists, "the checkpoint")
     if any(recorded.values()):
         split_of = {name: recorded[name] for name in names if recorded[name]}
         left_out = _left_out(len(names) - len(split_of))
         return split_of, f"splits: as recorded in {captions_file.name}{left_out}"
-    if lists := _split_lists(names, captions_file):
+    if lists := _split_lists(names, captions_file, [whole] if whole else SPLITS):
         listed = {split: path.read_text("utf-8-sig").splitlines() for split, path in lists.items()}
         return _listed_splits(names, listed, ", ".join(path.name for path in lists.values()))
+    if whole:
+        return dict.fromkeys(names, whole), "splits: none, all images are scored"
     drawn = f"splits: drawn by image with --split_seed {split_seed}"
     return _drawn_splits(names, split_seed), drawn
 
 
-def _checked_splits(splits) -> dict[str, list[str]]:
-    """A checkpoint's splits. Raises: ValueError when they are not what `split_names` returned."""
+def checked_splits(splits) -> dict:
+    """A checkpoint's splits. Raises: ValueError when they are not what `Dataset.splits` returned."""
     lists = [splits.get(split) for split in SPLITS] if isinstance(splits, dict) else [None]
     for names in lists:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -333,7 +407,15 @@ def _checked_splits(splits) -> dict[str, list[str]]:
                 "the checkpoint's splits are damaged: "
                 "expected lists of image names for train, val and test"
             )
-    return dict(zip(SPLITS, lists, strict=True))
+    names = dict(zip(SPLITS, lists, strict=True))
+    if "digests" not in splits:
+        return names
+    digests = splits["digests"] if isinstance(splits["digests"], dict) else {}
+    for split in SPLITS:
+        shape, dtype = (getattr(digests.get(split), name, None) for name in ("shape", "dtype"))
+        if (shape, dtype) != ((len(names[split]),), torch.int64):
+            raise ValueError("the checkpoint's splits are damaged: expected a digest per image")
+    return names | {"digests": digests}
 
 
 def _listed_splits(
@@ -371,11 +453,11 @@ def _drawn_splits(names: list[str], seed: int) -> dict[str, str]:
     return {name: "val" if name in val else "test" if name in test else "train" for name in names}
 
 
-def _split_lists(names: list[str], captions_file: Path) -> dict[str, Path]:
+def _split_lists(names: list[str], captions_file: Path, needed: Sequence[str]) -> dict[str, Path]:
     """{split: list file} beside the captions file; {} without any.
 
     A *.txt that names no image of ours is no list.
-    Raises: ValueError when there are lists, but not one for each split.
+    Raises: ValueError when there are lists, but not one for each split that is needed.
     """
     known = {*names, *(name.rpartition(".")[0] for name in names)} - {""}
     lists = {split: [] for split in SPLITS}
@@ -385,14 +467,14 @@ def _split_lists(names: list[str], captions_file: Path) -> dict[str, Path]:
             lists[split].append(path)
     if not any(lists.values()):
         return {}
-    for split, paths in lists.items():
-        if len(paths) != 1:
-            which = " and ".join(path.name for path in paths) or "none"
+    for split in needed:
+        if len(lists[split]) != 1:
+            which = " and ".join(path.name for path in lists[split]) or "none"
             raise ValueError(
                 f"{captions_file.parent}: expected one {split} list beside the captions, "
                 f"found {which}"
             )
-    return {split: paths[0] for split, paths in lists.items()}
+    return {split: lists[split][0] for split in needed}
 
 
 def _split_in_name(file_name: str) -> str | None:
@@ -408,6 +490,119 @@ def _names_any(path: Path, known: set[str]) -> bool:
             return any(line.strip() in known for line in lines)
     except (OSError, UnicodeDecodeError):
         return False
+
+
+# ------------------------------------------------------------------- images that a checkpoint knows
+
+
+def _splits_of_ours(
+    names: list[str], image_dir: Path | Shards, splits: dict, scored: str | None
+) -> dict | None:
+    """A checkpoint's splits under our names; None when our dataset is another one.
+
+    It is the checkpoint's if it has all its images, or in test mode those of the split `scored`.
+    Training also goes on with a part of them, so that none changes its split.
+    """
+    same = _same_images(names, image_dir, splits, [scored] if scored else SPLITS)
+    if same or scored:
+        return same
+    known, _ = _known_images(names, image_dir, splits)
+    parts = {split: [name for name in known if known[name] == split] for split in SPLITS}
+    return parts if known else None
+
+
+def _same_images(
+    names: list[str], image_dir: Path | Shards, splits: dict, needed: Sequence[str]
+) -> dict | None:
+    """A checkpoint's splits under our names, None unless we have all images of the `needed` ones.
+
+    An image of ours is the checkpoint's by its name, else its base name ("a.jpg" is
+    "Images/a.jpg"), and by its content where both are at hand. Other splits come whole or empty.
+    """
+    ours = _under_our_names(names, splits)
+    for split in needed:
+        if None in ours[split]:
+            return None
+        if "digests" in splits and isinstance(image_dir, Path):
+            digests = content_digests(image_dir, ours[split]), splits["digests"][split]
+            pairs = zip(*map(torch.Tensor.tolist, digests), strict=True)
+            if any(mine != known and mine and known for mine, known in pairs):  # 0: not readable
+                return None
+    return {split: [] if None in ours[split] else ours[split] for split in SPLITS}
+
+
+def _under_our_names(names: list[str], splits: dict) -> dict[str, list[str | None]]:
+    """A checkpoint's splits with each image's name among ours, None where we lack it."""
+    by_name = dict(zip(names, names, strict=True))
+    by_base_name = _by_base_name(names)
+    theirs = _by_base_name(name for split in SPLITS for name in splits[split])
+
+    def our_name(name):
+        base_name = _base_name(name)
+        return by_name.get(name) or (theirs[base_name] and by_base_name.get(base_name))
+
+    return {split: [our_name(name) for name in splits[split]] for split in SPLITS}
+
+
+def _by_base_name(names: Iterable[str]) -> dict[str, str | None]:
+    """{base name: name}, None where several names share it."""
+    by_base_name = {}
+    for name in names:
+        base_name = _base_name(name)
+        by_base_name[base_name] = None if base_name in by_base_name else name
+    return by_base_name
+
+
+def _base_name(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _known_images(
+    names: list[str], image_dir: Path | Shards, splits: dict
+) -> tuple[dict[str, str], str]:
+    """({image: its split in the checkpoint} of those that it knows, what tells).
+
+    "content" tells where the checkpoint holds digests and we have files, so that no other name
+    hides an image; else the "base name". What is in several splits is in the first.
+    """
+    if "digests" in splits and isinstance(image_dir, Path):
+        split_of = _split_of({split: splits["digests"][split].tolist() for split in SPLITS})
+        split_of.pop(0, None)  # files that could not be read
+        digests = content_digests(image_dir, names).tolist()
+        known = {name: split_of.get(digest) for name, digest in zip(names, digests, strict=True)}
+        told_by = "content"
+    else:
+        split_of = _split_of(splits)
+        of_base_name = _split_of({split: map(_base_name, splits[split]) for split in SPLITS})
+        known = {name: split_of.get(name, of_base_name.get(_base_name(name))) for name in names}
+        told_by = "base name"
+    return {name: split for name, split in known.items() if split}, told_by
+
+
+def _split_of(listed: dict[str, Iterable]) -> dict:
+    """{item: split}, the first one that lists it."""
+    return {item: split for split in reversed(SPLITS) for item in listed[split]}
+
+
+def _unknown_images(
+    split_of: dict[str, str], scored: str, image_dir: Path | Shards, splits: dict, rule: str
+) -> tuple[dict[str, str], Foreign]:
+    """{image: `scored`} of a foreign dataset's images that the checkpoint was not made with.
+
+    Raises: ValueError when it was made with all of them.
+    """
+    chosen = [name for name in split_of if split_of[name] == scored]
+    known, compared_by = _known_images(chosen, image_dir, splits)
+    kept = [name for name in chosen if known.get(name) not in MADE_WITH]
+    if chosen and not kept:
+        raise ValueError(
+            f"--captions_file: the checkpoint was trained or validated on all {len(chosen)} images "
+            f"({compared_by}s compared): give images that are new to it"
+        )
+    base_names = {_base_name(name) for split in MADE_WITH for name in splits[split]}
+    same_names = sum(_base_name(name) in base_names for name in kept)
+    foreign = Foreign(rule, len(chosen) - len(kept), compared_by, same_names)
+    return dict.fromkeys(kept, scored), foreign
 
 
 # ---------------------------------------------------------------------------------------- formats

@@ -256,7 +256,6 @@ def _check_parts(path, state):
         "model": _holds_tensors(state["model"]),
         "encoder": _is_encoder(state["encoder"]),
         "history": all(map(_is_history_row, state["history"])),
-        "splits": all(map(_are_names, state["splits"].values())),
     }
     for key, is_right in fits.items():
         if not is_right:
@@ -293,10 +292,6 @@ def _is_history_row(row):
         and all(value is None or isinstance(value, int | float | str) for value in row.values())
         and all(type(row.get(name)) in (int, float) for name in ("epoch", "learning_rate"))
     )
-
-
-def _are_names(value):
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _check_tensors(path, state):

@@ -597,7 +597,7 @@ def in_common(checkpoint):
     return {
         "encoder": [encoder["weights_sha256"], encoder["channels"]],
         "image size": [encoder["image_size"], encoder.get("coarse_size")],
-        "split": {name: sorted(splits[name]) for name in splits},
+        "split": {split: sorted(splits[split]) for split in caption_data.SPLITS},
         "vocabulary": checkpoint["vocabulary"],
     }
 
@@ -907,25 +907,20 @@ class Split:
 
 
 def open_dataset(options, checkpoint=None):
-    """The dataset, split as the checkpoint's was; one without any image in common splits itself."""
-    data, stored = options.data, checkpoint["splits"] if checkpoint else None
-    remote = "image_dir" in options.typed
-    if stored and {"dataset_type", "captions_file"} & options.typed:
-        _, captions_file = caption_data.find_dataset(
-            data.dataset_type, data.image_dir, data.captions_file, remote
-        )
-        named = {row[0] for row in caption_data.read_captions(captions_file)[0]}
-        stored = stored if any(named.intersection(names) for names in stored.values()) else None
+    """The dataset, split as the checkpoint's was; in test mode a foreign one is scored whole."""
+    data = options.data
     try:
         return caption_data.load_dataset(
             data.dataset_type,
             data.image_dir,
             data.captions_file,
             split_seed=data.split_seed,
-            splits=stored,
+            splits=checkpoint["splits"] if checkpoint else None,
+            typed=bool({"dataset_type", "captions_file"} & options.typed),
+            scored=options.output.split if options.run.mode == "test" else None,
             max_bad_fraction=data.max_bad_fraction,
             max_train_images=data.max_train_images,
-            remote_shards=remote,
+            remote_shards="image_dir" in options.typed,
         )
     except ValueError as error:
         inherited = data.captions_file and "captions_file" not in options.typed
@@ -975,7 +970,7 @@ class Run:
 
     options: Options
     captioner: Captioner
-    dataset: caption_data.Dataset
+    splits: dict  # of the dataset, as best.pt holds them
     training: Split
     validation: Split
     scorer: metrics_utils.CaptionScorer  # of the validation captions
@@ -1181,7 +1176,7 @@ def set_up(options, hardware, checkpoint=None):
     return Run(
         options=options,
         captioner=Captioner(encoder, decoder, vocabulary, hardware),
-        dataset=dataset,
+        splits=dataset.splits(checkpoint and checkpoint["splits"]),
         training=training,
         validation=validation,
         scorer=make_scorer(val_table, texts),
@@ -1301,7 +1296,7 @@ def save(run, name):
         "vocabulary": captioner.vocabulary.to_plain(),
         "model": captioner.decoder.state_dict(),
         "encoder": {**captioner.encoder.key(), "weights": weights},
-        "splits": run.dataset.split_names(),
+        "splits": run.splits,
     }
     checkpoints.save_checkpoint(run.folder / name, checkpoint | run.state.state_dict())
 
@@ -1405,6 +1400,8 @@ def test(options, hardware, checkpoint):
     dataset = open_dataset(options, checkpoint)
     captioner = open_captioner(options, hardware, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
+    if dataset.foreign:
+        warn(dataset.foreign)
     split, reads_grid = options.output.split, captioner.decoder.reads_grid
     table, features = open_features(
         options, hardware, captioner.encoder, dataset, split, reads_grid
@@ -1421,6 +1418,7 @@ def test(options, hardware, checkpoint):
         "dataset_type": options.data.dataset_type,
         "split": split,
         "images": len(table),
+        "foreign_dataset": dataset.foreign and dataset.foreign._asdict(),
         "decoding": options.decoding._asdict(),
         "checkpoint": options.run.model_path,
         "ensemble": options.output.ensemble,
@@ -1439,7 +1437,8 @@ def test(options, hardware, checkpoint):
 def score_split(captioner, dataset, table, best):
     """Scores of each image's best hypothesis, and a row per image for the captions file."""
     training = dataset.table.captions[dataset.table.split == "train"]
-    scorer = make_scorer(table, list(itertools.chain.from_iterable(training)))
+    texts = None if dataset.foreign else list(itertools.chain.from_iterable(training))
+    scorer = make_scorer(table, texts or None)  # None where they are not at hand
     captions, scores, per_image = score_captions(
         captioner, scorer, table.image, best, meteor=True, bootstrap=1000
     )
@@ -1523,11 +1522,13 @@ def open_checkpoint(options):
     if process_group.rank() == 0:
         for note in path_notes(options, checkpoint["config"]):
             print(printable(note))
-    if checkpoint["splits"].keys() != set(caption_data.SPLITS):
-        raise checkpoints.unusable(path, "its splits are not train, val and test")
+    try:
+        splits = caption_data.checked_splits(checkpoint["splits"])
+    except ValueError as error:
+        raise checkpoints.unusable(path, error) from error
     members = tuple(str(find_checkpoint(options, member)) for member in options.output.ensemble)
     options = options._replace(output=options.output._replace(ensemble=members))
-    return options, checkpoint
+    return options, checkpoint | {"splits": splits}
 
 
 def find_checkpoint(options, path):

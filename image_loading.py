@@ -4,6 +4,7 @@
     for positions, pixels, reasons in decode_images(paths, 224, batch_size=8, num_workers=2): ...
     shards = find_shards("coco-{000..059}.tar", PICTURE_NAME)  # or a folder, a URL, "pipe:COMMAND"
     for name, content in read(shards.urls, {"val2014/a.jpg"}): ...  # members' names and bytes
+    digests = content_digests(folder, names)  # (images,) int64: files are told apart by content
 
 Shards are read as streams and never unpacked to disk. A stream has no random access, so the caller
 names every image it wants, and one pass brings them all. Members' names are only compared with
@@ -13,6 +14,7 @@ those names: none can choose a place to write to.
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -22,6 +24,7 @@ import tarfile
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -39,6 +42,9 @@ PICTURE_SUFFIXES |= {".ppm"}
 # Pillow opens other formats too, some by starting a program (EPS: Ghostscript)
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
 MAX_IMAGE_BYTES = 2**28  # of a shard's member; bytes beyond it are not read
+
+DIGEST_BYTES = 2**14  # of either end of a file
+DIGEST_CHUNK, DIGEST_THREADS = 256, 8  # files at a time; each thread mostly waits for the disk
 
 # what damaged files raise, beside OSError
 DAMAGE = (EOFError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError, zlib.error)
@@ -305,6 +311,38 @@ def pictures_in(path: Path) -> list[Path]:
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
         raise ValueError(f"--images {path}: no pictures in this folder ({suffixes})")
     return pictures
+
+
+def content_digests(folder: Path, names: Sequence[str]) -> torch.Tensor:
+    """(images,) int64 of files below a folder: the same for the same content under any name.
+
+    64 bits of SHA-256 over the file's size and its first and last 16 KiB; 0 where it cannot be
+    read. The processes of a run share the reading.
+    """
+    own = names[process_group.shard(len(names))]
+    chunks = [own[rows.start : rows.stop] for rows in _split(len(own), DIGEST_CHUNK)]
+
+    def digests_of(chunk):
+        return [_content_digest(folder / name) for name in chunk]
+
+    shown = {"unit": "image", "unit_scale": DIGEST_CHUNK, "disable": None, "leave": False}
+    with ThreadPoolExecutor(DIGEST_THREADS) as pool:
+        digests = [*tqdm(pool.map(digests_of, chunks), "hashing", len(chunks), **shown)]
+    own_digests = torch.tensor(list(itertools.chain.from_iterable(digests)), dtype=torch.int64)
+    return torch.cat(process_group.all_gather(own_digests))
+
+
+def _content_digest(path: Path) -> int:
+    try:
+        with _regular_file(path).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            ends = file.read(DIGEST_BYTES)
+            file.seek(max(DIGEST_BYTES, size - DIGEST_BYTES))
+            ends += file.read(DIGEST_BYTES)
+    except (OSError, ValueError):
+        return 0
+    digest = hashlib.sha256(f"{size}:".encode() + ends).digest()
+    return int.from_bytes(digest[:8], signed=True)
 
 
 # ---------------------------------------------------------------------------------------- batches

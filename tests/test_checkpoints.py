@@ -304,8 +304,6 @@ def test_other_files_of_torch_are_refused_by_what_they_lack(tmp_path, content, e
         ("history", [1]),
         ("history", [{"epoch": 1}]),
         ("history", [{"epoch": 1, "learning_rate": 0.1, "CIDEr": torch.zeros(2)}]),
-        ("splits", {"train": 3}),
-        ("splits", {"train": [3]}),
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the run without pytest
 
 from caption_batches import CaptionBatches, Vocabulary
-from caption_data import load_dataset, read_captions
+from caption_data import checked_splits, load_dataset, read_captions
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickr8k"
 
@@ -545,6 +545,163 @@ def test_max_train_images_takes_a_random_few(tmp_path):
     assert _dataset(tmp_path, 100, max_train_images=800).split_names() == whole
     with pytest.raises(ValueError, match="--max_train_images 0: expected at least 1"):
         _dataset(tmp_path, max_train_images=0)
+
+
+# What a checkpoint knows
+
+SPLITS_20 = {"train": _names(16), "val": _names(18)[16:], "test": _names(20)[18:]}
+
+
+def _captioned(folder: Path, contents: dict[str, str], **options):
+    """A dataset of these files, {name: content}; `lists` lie beside it, {file name: image names}."""
+    for name, content in contents.items():
+        _write(folder / name, content)
+    for name, listed in options.pop("lists", {}).items():
+        _write(folder / name, "\n".join(listed))
+    captions = _write(folder / "captions.csv", _csv(contents))
+    return load_dataset("custom", folder, captions, **options)
+
+
+def _remembered(folder: Path, digests=True) -> dict:
+    """What a checkpoint remembers of 20 images, whose contents are their names."""
+    dataset = _captioned(folder, {name: name for name in _names(20)}, splits=SPLITS_20)
+    splits = dataset.splits()
+    assert splits["digests"].keys() == SPLITS_20.keys()
+    return splits if digests else dataset.split_names()
+
+
+def _scored(dataset, split="test") -> list[str]:
+    assert set(dataset.table.split) == {split}
+    return dataset.table.image.tolist()
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize("prefix", ["", "Images/"])
+def test_a_checkpoint_finds_its_splits_in_its_dataset_under_base_names(tmp_path, prefix, digests):
+    known = _remembered(tmp_path / "old", digests)
+    for scored in (None, "train", "test"):
+        contents = {f"{prefix}{name}": name for name in [*_names(20), "new.jpg"]}
+        dataset = _captioned(tmp_path / "new", contents, splits=known, typed=True, scored=scored)
+        assert dataset.foreign is None
+        ours = {split: [prefix + name for name in known[split]] for split in SPLITS_20}
+        assert dataset.split_names() == ours
+        assert any("from the checkpoint; 1 images in no split" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize(("digests", "told_by"), [(True, "content"), (False, "base name")])
+def test_what_was_trained_on_is_not_scored(tmp_path, digests, told_by):
+    """Names that differ by a folder, and a test image that was missing, once had it split anew."""
+    known = _remembered(tmp_path / "old", digests)
+    contents = {f"Images/{name}": name for name in _names(19)} | {"Images/new.jpg": "new"}
+    options = {"splits": known, "typed": True, "scored": "test"}
+    dataset = _captioned(tmp_path / "new", contents, **options)
+    assert _scored(dataset) == ["Images/018.jpg", "Images/new.jpg"]
+    assert dataset.foreign == ("none, all images are scored", 18, told_by, 0)
+    assert "18 images left out that the checkpoint was trained" in str(dataset.foreign)
+    assert f"compared by {told_by}" in str(dataset.foreign)
+    with pytest.raises(ValueError, match="trained or validated on all 18 images"):
+        _captioned(tmp_path / "known", dict(list(contents.items())[:18]), **options)
+
+
+def test_contents_tell_datasets_apart_that_share_names(tmp_path):
+    known = _remembered(tmp_path / "old")
+    options = {"splits": known, "typed": True, "scored": "test"}
+    contents = {name: f"another {name}" for name in _names(20)} | {"a.jpg": "003.jpg"}
+    dataset = _captioned(tmp_path / "other", contents, **options)
+    assert _scored(dataset) == _names(20)  # a.jpg is 003.jpg, by content
+    assert dataset.foreign == ("none, all images are scored", 1, "content", 18)
+    assert "18 others have the names of such images" in str(dataset.foreign)
+    resumed = _captioned(
+        tmp_path / "other", {n: f"another {n}" for n in _names(30)}, splits=known, typed=True
+    )
+    assert (
+        resumed.split_names()
+        == _captioned(tmp_path / "same", dict.fromkeys(_names(30), "")).split_names()
+    )
+    assert any(note.endswith("; no image is the checkpoint's") for note in resumed.notes)
+
+
+def test_a_foreign_dataset_is_scored_by_its_own_test_list_alone(tmp_path):
+    contents = {f"{name}.jpg": name for name in "abcde"}
+    options = {"splits": _remembered(tmp_path / "old"), "typed": True, "scored": "test"}
+    lists = {"my test images.txt": ["b.jpg", "d.jpg"]}
+    dataset = _captioned(tmp_path / "new", contents, lists=lists, **options)
+    assert _scored(dataset) == ["b.jpg", "d.jpg"]
+    assert dataset.foreign.splits == "from my test images.txt; 3 images in no split are left out"
+    whole = _captioned(
+        tmp_path / "whole", contents, **options | {"max_train_images": 1, "scored": "train"}
+    )
+    assert _scored(whole, "train") == [*contents]
+    with pytest.raises(ValueError, match="expected one val list beside the captions, found none"):
+        _captioned(tmp_path / "new", contents, **options | {"scored": "val"})
+
+
+def test_recorded_splits_of_a_foreign_dataset_hold(tmp_path):
+    rows = [
+        "image,caption,split",
+        "a.jpg,one dog,test",
+        "b.jpg,two dogs,train",
+        "003.jpg,a cat,test",
+    ]
+    text, known = "\n".join(rows), _remembered(tmp_path / "old")
+    folder = _images(tmp_path / "new", ["a.jpg", "b.jpg"])
+    _write(folder / "003.jpg", "003.jpg")
+    captions = _write(tmp_path / "captions.csv", text)
+    how = {"splits": known, "typed": True, "max_bad_fraction": 1.0}
+    dataset = load_dataset("custom", folder, captions, scored="test", **how)
+    assert _scored(dataset) == ["a.jpg"]
+    assert dataset.foreign[:3] == ("as recorded in captions.csv", 1, "content")
+    with pytest.raises(ValueError, match="the val split has no images"):
+        load_dataset("custom", folder, captions, scored="val", **how)
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_training_goes_on_with_a_part_of_the_dataset_in_the_same_splits(tmp_path, digests):
+    """Renamed and in part, it was once split anew: training images became test images."""
+    known = _remembered(tmp_path / "old", digests)
+    contents = {f"x/{name}": name for name in _names(20)[5:]}
+    dataset = _captioned(tmp_path / "new", contents, splits=known, typed=True)
+    parts = {split: [f"x/{n}" for n in known[split] if n >= "005"] for split in SPLITS_20}
+    assert dataset.split_names() == parts
+
+
+def test_a_base_name_that_two_images_share_names_neither(tmp_path):
+    known = {"train": ["a/1.jpg"], "val": ["a/2.jpg"], "test": ["b/1.jpg"]}
+    options = {"splits": known, "typed": True, "scored": "test"}
+    dataset = _captioned(tmp_path / "one", {"1.jpg": "", "3.jpg": ""}, **options)
+    assert _scored(dataset) == ["3.jpg"]  # 1.jpg may have been trained on
+    own = _captioned(tmp_path / "two", {"a/1.jpg": "", "b/1.jpg": ""}, **options)
+    assert own.foreign is None and own.split_names() == {
+        "train": ["a/1.jpg"],
+        "val": [],
+        "test": ["b/1.jpg"],
+    }
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda digests: None,
+        lambda digests: {"test": digests["test"]},
+        lambda digests: digests | {"val": digests["val"].tolist()},
+        lambda digests: digests | {"val": digests["val"][1:]},
+        lambda digests: digests | {"val": digests["val"].float()},
+    ],
+)
+def test_damaged_digests_of_a_checkpoint_are_refused(tmp_path, damage):
+    known = _remembered(tmp_path)
+    assert checked_splits(known | {"more": 1}).keys() == known.keys()
+    with pytest.raises(ValueError, match="the checkpoint's splits are damaged"):
+        checked_splits(known | {"digests": damage(known["digests"])})
+
+
+def test_a_resumed_run_hashes_the_same_images_once(tmp_path):
+    known = _remembered(tmp_path)
+    again = _captioned(tmp_path, dict.fromkeys(_names(20), "changed"), splits=known)
+    assert again.splits(known) is known
+    assert again.splits({split: known[split] for split in SPLITS_20})["digests"][
+        "val"
+    ].tolist() != (known["digests"]["val"].tolist())
 
 
 # What training sees

@@ -517,7 +517,9 @@ def test_a_checkpoint_is_plain_and_holds_every_hyperparameter(name, shop):
     assert state["encoder"]["name"] == "shufflenet_v2_x0_5"
     assert state["encoder"]["image_size"] == 224
     splits = {"train": listed("train"), "val": listed("dev"), "test": listed("test")}
+    digests = state["splits"].pop("digests")
     assert state["splits"] == splits
+    assert {split: len(digests[split]) for split in splits} == {"train": 32, "val": 4, "test": 4}
     assert {type(value).__module__ for value in leaves(state)} <= {"builtins", "torch"}
     holds_encoder = state["encoder"]["weights"] is not None
     assert holds_encoder == (shop / "attention" / name).samefile(shop / "attention/best.pt")
@@ -1122,6 +1124,48 @@ def test_the_splits_of_the_checkpoint_are_reused(shop):
     assert len(held_out) == 4 and not trained & set(held_out)
     resumed = run_dir(succeed("--split_seed 3 --epochs 1 --model_path", folder / "best.pt"))
     assert load(resumed / "best.pt")["splits"] == load(folder / "best.pt")["splits"]
+
+
+def captions_named(path, names):
+    """A captions file of the sample's pictures under other names, {picture: name}."""
+    texts = references()
+    rows = ((name, text) for picture, name in names.items() for text in texts[picture])
+    Path(path).write_text("".join(f"{name}#0\t{text}\n" for name, text in rows))
+
+
+def test_test_mode_scores_nothing_that_was_trained_on(shop):
+    """A captions file that names the same photographs otherwise was once split anew."""
+    held_out, everything = listed("test"), [*references()]
+    best = shop / "lstm/best.pt"
+    flags = "--mode test --algorithm greedy --image_dir data/sample --captions_file named.txt"
+    captions_named("named.txt", {name: f"Images/{name}" for name in everything})
+    whole = program(flags, "--output_dir whole --model_path", best)
+    assert whole.status == 0 and whole.err == "", whole.err
+    scores = read_json("whole/test_metrics.json")
+    assert scores["images"] == 4 and scores["foreign_dataset"] is None
+    assert 0 <= scores["share_copied"] <= 1
+
+    captions_named(
+        "named.txt", {name: f"Images/{name}" for name in everything if name != held_out[0]}
+    )
+    foreign = program(flags, "--output_dir part --model_path", best)
+    assert foreign.status == 0 and foreign.err.count("\n") == 1
+    assert "36 images left out that the checkpoint was trained or validated on" in foreign.err
+    assert "compared by content" in foreign.err
+    rows, scores = read_json("part/test_captions.json"), read_json("part/test_metrics.json")
+    assert [row["file_name"] for row in rows] == [f"Images/{name}" for name in held_out[1:]]
+    assert scores["foreign_dataset"] == {
+        "splits": "none, all images are scored",
+        "left_out": 36,
+        "compared_by": "content",
+        "same_names": 0,
+    }
+    assert scores["images"] == 3 and scores["share_copied"] is None
+
+    captions_named("named.txt", {name: f"Images/{name}" for name in listed("train")})
+    refused = program(flags, "--output_dir none --model_path", best)
+    assert refused.status == 2 and refused.err.count("\n") == 1 and not Path("none").exists()
+    assert "trained or validated on all 32 images" in refused.err
 
 
 def test_caption_mode_prints_path_tab_caption_and_agrees_with_test_mode(shop):

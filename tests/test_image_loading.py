@@ -136,6 +136,32 @@ def test_a_fifo_does_not_hang(tmp_path):
 # Batches of files
 
 
+def test_digests_tell_contents_apart_whatever_their_names(tmp_path):
+    middle = bytes(2**15)
+    contents = {"a": b"1", "b": b"1", "c": b"2", "empty": b"", "long": b"1" + middle + b"1",
+                "other start": b"2" + middle + b"1", "other end": b"1" + middle + b"2",
+                "longer": b"1" + middle + b"\0001"}  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "fifo")
+    nowhere = ["absent", "fifo", ".", "nul\0", "n" * 300]
+    digests = image_loading.content_digests(tmp_path, [*contents, *nowhere]).tolist()
+    assert digests[len(contents) :] == [0] * len(nowhere)
+    assert digests[0] == digests[1] and len({*digests}) == len(contents)
+    assert image_loading.content_digests(tmp_path, []).tolist() == []
+
+
+def test_processes_of_a_run_share_the_hashing(tmp_path, monkeypatch):
+    names = [path.name for path in grey_images(tmp_path, 7)]
+    alone, shares = image_loading.content_digests(tmp_path, names), []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(process_group, "all_gather", lambda share: shares.append(share) or shares)
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        digests = image_loading.content_digests(tmp_path, names)
+    assert digests.equal(alone) and [len(share) for share in shares] == [2, 2, 3]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_load_batches_keeps_order_and_leaves_the_random_state_alone(tmp_path, num_workers):
     paths = grey_images(tmp_path, 6)

@@ -60,7 +60,7 @@ def start(options, folder, checkpoint=None, batches=BATCHES):
     run = make_run(decoder, options, num_batches=batches, checkpoint=checkpoint)
     run.validation = SimpleNamespace(table=["an image"])
     run.tracker = SimpleNamespace(log_epoch=lambda row: None)
-    run.dataset = SimpleNamespace(split_names=lambda: {"train": [], "val": [], "test": []})
+    run.splits = {"train": [], "val": [], "test": []}
     run.folder, run.config = folder, options.as_dict() | {"image_size": 224}
     return run
 
