@@ -1406,10 +1406,12 @@ def test(options, hardware, checkpoint):
     table, features = open_features(
         options, hardware, captioner.encoder, dataset, split, reads_grid
     )
+    boxes = open_boxes(dataset, table) if reads_grid else None
     chunks = features.stream(torch.arange(len(table)).split(DECODE_CHUNK))
     hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
     hypotheses = list(tqdm(hypotheses, "decoding", len(table), unit="image", disable=None))
-    scores, rows = score_split(captioner, dataset, table, [image[0] for image in hypotheses])
+    best = [image[0] for image in hypotheses]
+    scores, rows = score_split(captioner, dataset, table, best, boxes)
     folder.mkdir(parents=True, exist_ok=True)
     if options.pictures.save_attention_viz:
         paths = features.paths[: options.pictures.attention_viz_samples]
@@ -1434,7 +1436,17 @@ def test(options, hardware, checkpoint):
     return 0
 
 
-def score_split(captioner, dataset, table, best):
+def open_boxes(dataset, table):
+    """The object boxes beside the captions; None without, or where they are of no use."""
+    path = dataset.captions_file.with_name("boxes.json")
+    try:
+        return metrics_utils.read_boxes(path, table.image) if path.is_file() else None
+    except ValueError as error:
+        warn(f"{error}: attention is not compared with boxes")
+        return None
+
+
+def score_split(captioner, dataset, table, best, boxes=None):
     """Scores of each image's best hypothesis, and a row per image for the captions file."""
     training = dataset.table.captions[dataset.table.split == "train"]
     texts = None if dataset.foreign else list(itertools.chain.from_iterable(training))
@@ -1442,9 +1454,7 @@ def score_split(captioner, dataset, table, best):
     captions, scores, per_image = score_captions(
         captioner, scorer, table.image, best, meteor=True, bootstrap=1000
     )
-    boxes_file = dataset.captions_file.with_name("boxes.json")
-    if best[0].attention is not None and boxes_file.is_file():
-        boxes = json.loads(boxes_file.read_text())
+    if best[0].attention is not None and boxes:
         records = [
             (captioner.words(hypothesis), captioner.attention_grid(hypothesis), boxes.get(name, []))
             for name, hypothesis in zip(table.image, best, strict=True)

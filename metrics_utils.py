@@ -496,6 +496,33 @@ def read_references(path):
     return references
 
 
+def read_boxes(path, images):
+    """Object boxes -> {image: boxes as `peak_in_box` takes them}.
+
+    Raises ValueError, one line that names the file, if it holds anything else, or boxes of none of
+    these images.
+    """
+    content = read_json(path)
+    per_image = content.values() if isinstance(content, dict) else [None]
+    if not all(isinstance(boxes, list) and all(map(_is_box, boxes)) for boxes in per_image):
+        raise ValueError(
+            f'{path}: expected {{"a.jpg": [{{"names": ["dog"], "box": [x0, y0, x1, y1]}}, ...]}}, '
+            "fractions of the picture's width and height"
+        )
+    if not content.keys() & set(images):
+        raise ValueError(f"{path}: it has boxes of none of the images that are scored")
+    return content
+
+
+def _is_box(entry):
+    match entry:
+        case {"names": list(names), "box": [x0, y0, x1, y1]}:
+            numbers = all(isinstance(corner, int | float) for corner in (x0, y0, x1, y1))
+            inside = numbers and 0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1  # NaN is not
+            return inside and all(isinstance(name, str) for name in names)
+    return False
+
+
 def read_hypotheses(path):
     """COCO results file -> {image id: caption}.
 

@@ -1330,6 +1330,20 @@ def test_boxes_beside_the_captions_give_a_peak_in_box_rate(shop):
     assert "attention" not in read_json("found/test_metrics.json")
 
 
+@pytest.mark.parametrize("content", ["{", '{"a.jpg": [[10, 20, 30, 40]]}', '{"a.jpg": []}'])
+def test_foreign_boxes_are_named_before_decoding_and_the_test_goes_on(content, shop):
+    """They once ended it after all decoding."""
+    flags = own_copy()
+    Path("data_copy/boxes.json").write_text(content)
+    flags += " --mode test --algorithm greedy --output_dir found --model_path"
+    outcome = program(flags, shop / "attention/best.pt")
+    assert outcome.status == 0 and outcome.err.count("\n") == 1
+    assert outcome.err.startswith("warning: data_copy/boxes.json: ")
+    scores = read_json("found/test_metrics.json")
+    assert scores["images"] == 4 and "attention" not in scores
+    assert program(flags, shop / "lstm/best.pt").err == ""
+
+
 @pytest.mark.slow
 def test_the_specified_training_commands_run(monkeypatch):
     """Made small, on stand-ins for the two datasets; no pictures drawn."""

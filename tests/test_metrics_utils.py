@@ -4,6 +4,7 @@ pycocoevalcap's own tokenizer needs Java: its scorers get captions that are alre
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +27,7 @@ from metrics_utils import (  # noqa: E402
     main,
     metrics_from_sums,
     peak_in_box,
+    read_boxes,
     tokenize,
 )
 
@@ -317,6 +319,41 @@ def test_peak_in_box_by_hand():
         "ratio": pytest.approx(0.5 / 0.2475),
         "nouns": 2,
     }
+
+
+BOX = {"names": ["dog", "dogs"], "box": [0, 0.25, 0.5, 1]}
+
+
+def test_boxes_are_read_as_they_are_written(tmp_path):
+    boxes = {"a.jpg": [BOX, BOX | {"names": []}], "b.jpg": []}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    assert read_boxes(tmp_path / "boxes.json", ["b.jpg", "c.jpg"]) == boxes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a JSON file"),
+        ("[1]", "expected"),
+        ('{"a.jpg": null}', "expected"),
+        ('{"a.jpg": [[0, 0, 1, 1]]}', "expected"),
+        (json.dumps({"a.jpg": [{"box": [0, 0, 1, 1]}]}), "expected"),
+        (json.dumps({"a.jpg": [BOX | {"names": "dog"}]}), "expected"),
+        (json.dumps({"a.jpg": [BOX | {"names": [1]}]}), "expected"),
+        (json.dumps({"a.jpg": [BOX | {"box": [0, 0, 1]}]}), "expected"),
+        (json.dumps({"a.jpg": [BOX | {"box": [0, 0, 1, "1"]}]}), "expected"),
+        (json.dumps({"a.jpg": [BOX | {"box": [0, 0, 1, math.nan]}]}), "expected"),
+        (json.dumps({"a.jpg": [BOX], "b.jpg": [BOX | {"box": [10, 20, 30, 40]}]}), "expected"),
+        (json.dumps({"a.jpg": [BOX | {"box": [0.5, 0, 0.2, 1]}]}), "expected"),
+        (json.dumps({"other.jpg": [BOX]}), "boxes of none of the images"),
+        ("{}", "boxes of none of the images"),
+    ],
+)
+def test_foreign_boxes_are_one_line_that_names_the_file(tmp_path, content, message):
+    (tmp_path / "boxes.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"boxes\.json: .*{message}") as caught:
+        read_boxes(tmp_path / "boxes.json", ["a.jpg"])
+    assert "\n" not in str(caught.value)
 
 
 def test_peak_in_box_without_nouns():
