@@ -144,21 +144,23 @@ def load_dataset(
     scored: str | None = None,
     max_bad_fraction: float = 0.01,
     max_train_images: int | None = None,
+    max_val_images: int | None = None,
     remote_shards: bool = True,
 ) -> Dataset:
     """Read, check and split a dataset.
 
     Args:
         dataset_type: names the default folder only, see `find_dataset`.
-        split_seed: for a split drawn here, and for the choice of `max_train_images`.
+        split_seed: for a split drawn here, and for the choice of `max_train_images` and
+            `max_val_images`.
         splits: a checkpoint's, as `Dataset.splits` gave them; wins over every other source.
         typed: the user named the dataset anew, so that it may be another one than the checkpoint's:
             one that is foreign splits itself, or is scored by `Foreign`.
         scored: the one split that test mode scores; the others may be empty.
         max_bad_fraction: 0..1, how many rows, and how many images, may be bad before this is an
             error.
-        max_train_images: keep only so many training images, chosen by `split_seed`; val and test
-            stay whole.
+        max_train_images, max_val_images: keep only so many of the split, chosen by `split_seed`;
+            the others are in none. They do not act on a foreign dataset.
         remote_shards: whether `image_dir` may be shards that a command fetches; False when it comes
             from a checkpoint.
     Raises: ValueError or FileNotFoundError, one line each, naming the file or flag.
@@ -184,8 +186,9 @@ def load_dataset(
     )
 
     table = _table({name: split_of[name] for name in split_of if name not in absent}, captions)
-    if max_train_images is not None and not foreign:
-        table = _fewer_train_images(table, max_train_images, split_seed)
+    if not foreign:
+        table = _fewer_images(table, "train", max_train_images, split_seed)
+        table = _fewer_images(table, "val", max_val_images, split_seed)
     needed = [scored] if scored else SPLITS
     _check_splits(table, captions_file, needed)
 
@@ -307,12 +310,15 @@ def _table(split_of: dict[str, str], captions: dict[str, list[str]]) -> pd.DataF
     return table
 
 
-def _fewer_train_images(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+def _fewer_images(table: pd.DataFrame, split: str, count: int | None, seed: int) -> pd.DataFrame:
+    """The table with at most `count` images of the split; the same ones whatever their order."""
+    if count is None:
+        return table
     if count < 1:
-        raise ValueError(f"--max_train_images {count}: expected at least 1")
-    train = sorted(table.image[table.split == "train"])
-    random.Random(seed).shuffle(train)
-    return table[(table.split != "train") | table.image.isin(train[:count])].reset_index(drop=True)
+        raise ValueError(f"--max_{split}_images {count}: expected at least 1")
+    names = sorted(table.image[table.split == split])
+    random.Random(seed).shuffle(names)
+    return table[(table.split != split) | table.image.isin(names[:count])].reset_index(drop=True)
 
 
 def _check_splits(table: pd.DataFrame, captions_file: Path, needed: Sequence[str]):

@@ -203,6 +203,9 @@ DATA = {
         "most missing or malformed items tolerated", modes=(TRAIN, TEST)),
     "max_train_images": Option(SIZE, None,
         "use only so many training images, for smoke runs", modes=(TRAIN,)),
+    "max_val_images": Option(SIZE, None,
+        "decode only so many validation images after each epoch, drawn once by --split_seed; the "
+        "others are not used", modes=(TRAIN,)),
 }  # fmt: skip
 FEATURES = {
     "encoder": Option(tuple(ENCODERS), "resnet50",

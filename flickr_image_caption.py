@@ -920,6 +920,7 @@ def open_dataset(options, checkpoint=None):
             scored=options.output.split if options.run.mode == "test" else None,
             max_bad_fraction=data.max_bad_fraction,
             max_train_images=data.max_train_images,
+            max_val_images=data.max_val_images,
             remote_shards="image_dir" in options.typed,
         )
     except ValueError as error:

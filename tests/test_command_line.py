@@ -294,6 +294,13 @@ def max_train_images_leaves_the_rest_out():
     assert counts.to_dict() == {"train": 7, "val": 4, "test": 4}
 
 
+def max_val_images_leaves_the_rest_out():
+    counts = fic.open_dataset(chosen("--max_val_images 3")).table.split.value_counts()
+    assert counts.to_dict() == {"train": 32, "val": 3, "test": 4}
+    run = ready("--max_val_images 3")
+    assert len(run.validation.table) == len(run.splits["val"]) == 3
+
+
 def encoder_is_built_by_name():
     assert fic.open_encoder(chosen(), CPU).channels == 1024
     assert fic.open_encoder(chosen("--encoder squeezenet1_1"), CPU).channels == 512
@@ -760,6 +767,7 @@ FLAG_EFFECTS = {
     "--freq_threshold": freq_threshold_leaves_rare_words_out,
     "--max_bad_fraction": max_bad_fraction_bounds_what_is_skipped,
     "--max_train_images": max_train_images_leaves_the_rest_out,
+    "--max_val_images": max_val_images_leaves_the_rest_out,
     "--encoder": encoder_is_built_by_name,
     "--encoder_weights": encoder_weights_come_from_the_file,
     "--resnet_weights": functools.partial(encoder_weights_come_from_the_file, "--resnet_weights"),
@@ -995,7 +1003,8 @@ def test_a_run_that_draws_nothing_does_not_wait_for_matplotlib():
     "--label_smoothing 1", "--label_smoothing nan", "--grad_clip -1", "--grad_clip nan", "--embed_size 0",
     "--hidden_size 0", "--num_layers 0", "--attention_dim 0", "--num_workers -1", "--seed -1", "--seed 4294967296",
     "--split_seed -1", "--freq_threshold 0", "--max_bad_fraction 1.1", "--max_bad_fraction -0.1",
-    "--max_bad_fraction nan", "--max_train_images 0", "--keep_checkpoints 0", "--early_stopping_patience -1",
+    "--max_bad_fraction nan", "--max_train_images 0", "--max_val_images 0", "--keep_checkpoints 0",
+    "--early_stopping_patience -1",
     "--val_beam_size 0", "--scheduler_patience -1", "--scheduler_factor 0", "--scheduler_factor 1",
     "--scheduler_factor nan", "--scheduler_step_size 0", "--scheduler_gamma 0", "--scheduler_gamma 1.5",
     "--scheduler_t_max 0", "--min_lr -1", "--min_lr nan", "--warmup_epochs -1", "--beam_size 0", "--max_length 0",

@@ -547,6 +547,20 @@ def test_max_train_images_takes_a_random_few(tmp_path):
         _dataset(tmp_path, max_train_images=0)
 
 
+def test_max_val_images_takes_a_random_few_that_nothing_else_uses(tmp_path):
+    whole = _dataset(tmp_path, 100).split_names()
+    few = _dataset(tmp_path, 100, max_val_images=4).split_names()
+    assert (few["train"], few["test"]) == (whole["train"], whole["test"])
+    assert len(few["val"]) == 4 and set(few["val"]) < set(whole["val"])
+    assert few["val"] != whole["val"][:4]
+    more = _dataset(tmp_path, 100, max_val_images=5).split_names()
+    assert set(few["val"]) < set(more["val"])
+    assert _dataset(tmp_path, 100, max_val_images=4, splits=few).split_names() == few
+    assert _dataset(tmp_path, 100, max_val_images=10).split_names() == whole
+    with pytest.raises(ValueError, match="--max_val_images 0: expected at least 1"):
+        _dataset(tmp_path, max_val_images=0)
+
+
 # What a checkpoint knows
 
 SPLITS_20 = {"train": _names(16), "val": _names(18)[16:], "test": _names(20)[18:]}
