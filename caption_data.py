@@ -10,6 +10,7 @@ too many of them are an error.
 
 import csv
 import functools
+import hashlib
 import json
 import os
 import random
@@ -153,7 +154,8 @@ def load_dataset(
         dataset_type: names the default folder only, see `find_dataset`.
         split_seed: for a split drawn here, and for the choice of `max_train_images` and
             `max_val_images`.
-        splits: a checkpoint's, as `Dataset.splits` gave them; wins over every other source.
+        splits: a checkpoint's, as `Dataset.splits` gave them; wins over every other source. With
+            their hash alone the dataset is split anew, and must agree with it.
         typed: the user named the dataset anew, so that it may be another one than the checkpoint's:
             one that is foreign splits itself, or is scored by `Foreign`.
         scored: the one split that test mode scores; the others may be empty.
@@ -167,6 +169,8 @@ def load_dataset(
     """
     image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file, remote_shards)
     captions, recorded, bad_images, notes = _read_by_image(captions_file, max_bad_fraction)
+    sha256 = splits.get("sha256") if splits else None
+    splits = None if sha256 else splits
     names, ours = list(captions), splits
     if splits and typed:
         ours = _splits_of_ours(names, image_dir, splits, scored)
@@ -196,7 +200,7 @@ def load_dataset(
     notes = [note for note in notes if note]
     if isinstance(image_dir, Shards):
         image_dir = replace(image_dir, names=tuple(table.image))
-    return Dataset(
+    dataset = Dataset(
         table=table,
         image_dir=image_dir,
         captions_file=captions_file,
@@ -207,6 +211,12 @@ def load_dataset(
         bad_images=bad_images,
         foreign=foreign,
     )
+    if sha256 and splits_sha256(dataset.split_names()) != sha256:
+        raise ValueError(
+            f"{captions_file}: split otherwise than for the checkpoint, and the best.pt that holds "
+            "its splits is not beside it: put it there, or use best.pt itself"
+        )
+    return dataset
 
 
 def find_dataset(
@@ -404,8 +414,21 @@ def resolve_splits(
     return _drawn_splits(names, split_seed), drawn
 
 
+def splits_sha256(splits: dict) -> str:
+    """Of a checkpoint's splits: over the names, in whatever order, or as it is stored instead."""
+    if "train" not in splits:
+        return splits["sha256"]
+    names = json.dumps([sorted(splits[split]) for split in SPLITS])
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
 def checked_splits(splits) -> dict:
-    """A checkpoint's splits. Raises: ValueError when they are not what `Dataset.splits` returned."""
+    """A checkpoint's splits: what `Dataset.splits` returned, or {"sha256": of them}.
+
+    Raises: ValueError when they are anything else.
+    """
+    if isinstance(splits, dict) and "train" not in splits and isinstance(splits.get("sha256"), str):
+        return {"sha256": splits["sha256"]}
     lists = [splits.get(split) for split in SPLITS] if isinstance(splits, dict) else [None]
     for names in lists:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -593,11 +593,11 @@ def open_member(options, checkpoint, path):
 
 def in_common(checkpoint):
     """What the members of an ensemble must have in common."""
-    encoder, splits = checkpoint["encoder"], checkpoint["splits"]
+    encoder, splits = checkpoint["encoder"], caption_data.checked_splits(checkpoint["splits"])
     return {
         "encoder": [encoder["weights_sha256"], encoder["channels"]],
         "image size": [encoder["image_size"], encoder.get("coarse_size")],
-        "split": {split: sorted(splits[split]) for split in caption_data.SPLITS},
+        "split": caption_data.splits_sha256(splits),
         "vocabulary": checkpoint["vocabulary"],
     }
 
@@ -1242,7 +1242,7 @@ def distributed(decoder, seed):
 def open_folder(run):
     """Make the run's folder and its first files; a resumed run brings the best checkpoint along."""
     options, state = run.options, run.state
-    best = find_best(options.run.model_path, state.loop)
+    best = find_best(run)
     check_checkpoint_sizes(run)
     run.folder = experiment_utils.create_run_dir(options.run.model_save_dir, run.config)
     schedule = SCHEDULES.get(state.plan["schedule"])
@@ -1263,18 +1263,24 @@ def open_folder(run):
     state.loop["best_score"] = None
 
 
-def find_best(path, loop):
-    """The best.pt beside a checkpoint; None where it is no usable one, or of a later epoch."""
-    if loop["best_score"] is None:
+def find_best(run):
+    """The best.pt beside the checkpoint that a run goes on from; None where it is of no use to it."""
+    if run.state.loop["best_score"] is None:
         return None
-    best = Path(path).with_name("best.pt")
+    path = Path(run.options.run.model_path).with_name("best.pt")
     try:
-        if checkpoints.load_checkpoint(best)["epoch"] <= loop["epoch"]:
-            return best
-        fault = f"{best} is of a later epoch"
+        best = checkpoints.load_checkpoint(path)
+        splits = stored_splits(path, best)
     except (FileNotFoundError, ValueError) as error:
         fault = str(error)
-    print(f"no best.pt as old as {path} beside it: the next one is the first ({fault})")
+    else:
+        if best["epoch"] > run.state.loop["epoch"]:
+            fault = "that one is of a later epoch"
+        elif caption_data.splits_sha256(splits) != caption_data.splits_sha256(run.splits):
+            fault = "that one was validated on other images"
+        else:
+            return path
+    print(f"the best.pt beside {run.options.run.model_path} does not go on: {printable(fault)}")
     return None
 
 
@@ -1289,15 +1295,20 @@ def check_checkpoint_sizes(run):
 
 
 def save(run, name):
-    """Write the whole state to a file of the run's folder; best.pt holds the encoder, too."""
-    captioner = run.captioner
+    """Write the whole state to a file of the run's folder.
+
+    best.pt holds the encoder, too; once there is one, it alone has the names of the splits.
+    """
+    captioner, splits = run.captioner, run.splits
+    if name != "best.pt" and (run.folder / "best.pt").is_file():
+        splits = {"sha256": caption_data.splits_sha256(splits)}
     weights = captioner.encoder.trunk.state_dict() if name == "best.pt" else None
     checkpoint = {
         "config": run.config,
         "vocabulary": captioner.vocabulary.to_plain(),
         "model": captioner.decoder.state_dict(),
         "encoder": {**captioner.encoder.key(), "weights": weights},
-        "splits": run.splits,
+        "splits": splits,
     }
     checkpoints.save_checkpoint(run.folder / name, checkpoint | run.state.state_dict())
 
@@ -1533,13 +1544,30 @@ def open_checkpoint(options):
     if process_group.rank() == 0:
         for note in path_notes(options, checkpoint["config"]):
             print(printable(note))
-    try:
-        splits = caption_data.checked_splits(checkpoint["splits"])
-    except ValueError as error:
-        raise checkpoints.unusable(path, error) from error
+    splits = stored_splits(path, checkpoint)
+    if options.run.mode != "caption":
+        splits = named_splits(path, splits)
     members = tuple(str(find_checkpoint(options, member)) for member in options.output.ensemble)
     options = options._replace(output=options.output._replace(ensemble=members))
     return options, checkpoint | {"splits": splits}
+
+
+def stored_splits(path, checkpoint):
+    """The splits that a checkpoint holds: their names or only their hash. Raises: ValueError."""
+    try:
+        return caption_data.checked_splits(checkpoint["splits"])
+    except ValueError as error:
+        raise checkpoints.unusable(path, error) from error
+
+
+def named_splits(path, splits):
+    """A checkpoint's splits; a hash alone stands for those of the best.pt beside it, if they agree."""
+    best = Path(path).with_name("best.pt")
+    if "sha256" in splits and best.is_file():
+        named = stored_splits(best, checkpoints.load_checkpoint(best))
+        if caption_data.splits_sha256(named) == splits["sha256"]:
+            return named
+    return splits
 
 
 def find_checkpoint(options, path):

@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the run without pytest
 
 from caption_batches import CaptionBatches, Vocabulary
-from caption_data import checked_splits, load_dataset, read_captions
+from caption_data import checked_splits, load_dataset, read_captions, splits_sha256
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickr8k"
 
@@ -716,6 +716,24 @@ def test_a_resumed_run_hashes_the_same_images_once(tmp_path):
     assert again.splits({split: known[split] for split in SPLITS_20})["digests"][
         "val"
     ].tolist() != (known["digests"]["val"].tolist())
+
+
+def test_the_hash_of_splits_does_not_depend_on_the_order_of_names():
+    one = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
+    other = {"test": ["d"], "val": ["c"], "train": ["b", "a"], "digests": None}
+    assert (
+        splits_sha256(one) == splits_sha256(other) == splits_sha256({"sha256": splits_sha256(one)})
+    )
+    assert splits_sha256(one) != splits_sha256(one | {"train": ["a"], "val": ["b", "c"]})
+
+
+def test_a_dataset_split_anew_must_agree_with_the_hash(tmp_path):
+    hashed = {"sha256": splits_sha256(_dataset(tmp_path, split_seed=1).split_names())}
+    same = _dataset(tmp_path, split_seed=1, splits=hashed, typed=True, scored="test")
+    assert len(same.split_names()["test"]) == 2
+    for options in ({"split_seed": 2}, {"max_train_images": 3}, {"count": 21}):
+        with pytest.raises(ValueError, match="split otherwise than for the checkpoint"):
+            _dataset(tmp_path, **{"split_seed": 1} | options, splits=hashed)
 
 
 # What training sees

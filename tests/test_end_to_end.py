@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import caption_batches
+import caption_data
 import caption_options
 import checkpoints
 import download_datasets
@@ -517,12 +518,19 @@ def test_a_checkpoint_is_plain_and_holds_every_hyperparameter(name, shop):
     assert state["encoder"]["name"] == "shufflenet_v2_x0_5"
     assert state["encoder"]["image_size"] == 224
     splits = {"train": listed("train"), "val": listed("dev"), "test": listed("test")}
-    digests = state["splits"].pop("digests")
-    assert state["splits"] == splits
-    assert {split: len(digests[split]) for split in splits} == {"train": 32, "val": 4, "test": 4}
+    digests = state["splits"].pop("digests", None)
+    is_best = (shop / "attention" / name).samefile(shop / "attention/best.pt")
+    assert (state["encoder"]["weights"] is not None) == is_best
+    if is_best:
+        assert state["splits"] == splits
+        assert {split: len(digests[split]) for split in splits} == {
+            "train": 32,
+            "val": 4,
+            "test": 4,
+        }
+    else:  # a million names would be as large as the model
+        assert state["splits"] == {"sha256": caption_data.splits_sha256(splits)}
     assert {type(value).__module__ for value in leaves(state)} <= {"builtins", "torch"}
-    holds_encoder = state["encoder"]["weights"] is not None
-    assert holds_encoder == (shop / "attention" / name).samefile(shop / "attention/best.pt")
 
 
 def test_training_leaves_the_encoder_as_it_was(shop):
@@ -721,6 +729,8 @@ def test_a_stopped_run_says_how_to_go_on_and_that_command_does():
     outcome = stopped(TINY, "--epochs 2", at_step=2)
     command = re.search(r"to go on: python flickr_image_caption.py (.+)", outcome.out)[1]
     assert "stopped by SIGINT in epoch 1" in outcome.out and outcome.err == ""
+    last = load(run_dir(outcome) / "last.pt")
+    assert last["splits"]["val"] == listed("dev")  # no best.pt has them
     resumed = succeed(command)
     assert [number for number, *_ in EPOCH_BLOCK.findall(resumed)] == ["1", "2"]
     assert run_dir(resumed).name.startswith("sample_lstm_ep2_")  # the plan's epochs, not those left
@@ -821,7 +831,10 @@ def test_a_damaged_best_beside_the_checkpoint_is_named_and_passed_over(shop):
     shutil.copytree(shop / "lstm", "damaged")
     Path("damaged/best.pt").write_bytes(b"PK damaged")
     out = succeed("--model_path damaged/model_epoch_4.pt --epochs 1")
-    assert "the next one is the first (damaged/best.pt: not a usable checkpoint" in out
+    assert (
+        "the best.pt beside damaged/model_epoch_4.pt does not go on: damaged/best.pt: not a usable"
+        in out
+    )
     assert load(run_dir(out) / "best.pt")["epoch"] == 5
 
 
@@ -1123,7 +1136,34 @@ def test_the_splits_of_the_checkpoint_are_reused(shop):
     trained = set(load(folder / "best.pt")["splits"]["train"])
     assert len(held_out) == 4 and not trained & set(held_out)
     resumed = run_dir(succeed("--split_seed 3 --epochs 1 --model_path", folder / "best.pt"))
-    assert load(resumed / "best.pt")["splits"] == load(folder / "best.pt")["splits"]
+    one, other = (load(run / "best.pt")["splits"] for run in (folder, resumed))
+    assert not list(differences(one, other))
+
+
+def test_names_of_splits_come_from_the_best_pt_beside_a_checkpoint(shop):
+    flags = own_copy() + " --algorithm greedy --output_dir found --mode test --model_path"
+    shutil.copytree(shop / "lstm", "run")
+    Path("run/best.pt").rename("best.pt")
+    path = Path("run/model_epoch_4.pt")
+    assert "splits: from sample.trainImages.txt" in succeed(
+        flags, path
+    )  # which agree with the hash
+    for name in ("train", "dev", "test"):
+        Path(f"data_copy/sample.{name}Images.txt").unlink()
+    for command in (flags, flags[: flags.index("--algorithm")] + "--epochs 1 --model_path"):
+        outcome = program(command, path)
+        assert outcome.status == 2 and outcome.err.count("\n") == 1
+        assert "split otherwise than for the checkpoint" in outcome.err and "best.pt" in outcome.err
+    Path("best.pt").rename("run/best.pt")
+    assert "splits: from the checkpoint" in succeed(flags, path)
+    assert [row["file_name"] for row in read_json("found/test_captions.json")] == listed("test")
+
+
+def test_a_best_of_other_validation_images_is_not_the_best_so_far(shop):
+    out = succeed("--epochs 1 --max_val_images 3 --model_path", shop / "lstm/model_epoch_4.pt")
+    assert "with its splits beside it: the next one is the first" in out
+    best = load(run_dir(out) / "best.pt")
+    assert best["epoch"] == 5 and len(best["splits"]["val"]) == 3
 
 
 def captions_named(path, names):
