@@ -945,7 +945,7 @@ def open_features(options, hardware, encoder, dataset, split, reads_grid, mirror
     table = dataset.table[dataset.table.split == split].reset_index(drop=True)
     features = FeatureSource(
         encoder,
-        [dataset.image_dir / name for name in table.image],
+        image_loading.ImagePaths(dataset.image_dir, table.image.tolist()),
         pooled=not reads_grid,
         mirrored=mirrored,
         cache_dir=None if cache.no_feature_cache else cache.cache_dir,

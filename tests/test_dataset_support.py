@@ -6,6 +6,7 @@ captions.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -559,6 +560,20 @@ def test_max_val_images_takes_a_random_few_that_nothing_else_uses(tmp_path):
     assert _dataset(tmp_path, 100, max_val_images=10).split_names() == whole
     with pytest.raises(ValueError, match="--max_val_images 0: expected at least 1"):
         _dataset(tmp_path, max_val_images=0)
+
+
+def test_files_are_not_asked_for_one_by_one(tmp_path, monkeypatch):
+    """At a million images that took most of the start."""
+    asked, isfile = [], os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: asked.append(Path(path)) or isfile(path))
+    names = [*_names(9), "below/a.jpg", "below/b.jpg", "nowhere/c.jpg", "folder.jpg"]
+    (tmp_path / "Images/folder.jpg").mkdir(parents=True)
+    folder = _images(tmp_path / "Images", names[:10])
+    captions = _write(tmp_path / "captions.csv", _csv(names))
+    dataset = load_dataset("custom", folder, captions, max_bad_fraction=0.5)
+    absent = ["below/b.jpg", "nowhere/c.jpg", "folder.jpg"]
+    assert dataset.bad_images == dict.fromkeys(absent, f"not in {folder}")
+    assert asked == [folder / name for name in absent]
 
 
 # What a checkpoint knows

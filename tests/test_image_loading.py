@@ -136,6 +136,15 @@ def test_a_fifo_does_not_hang(tmp_path):
 # Batches of files
 
 
+def test_paths_are_joined_when_they_are_asked_for():
+    paths = image_loading.ImagePaths(Path("folder"), ["a.jpg", "b/c.jpg", "d.jpg"])
+    assert [*paths] == [Path("folder/a.jpg"), Path("folder/b/c.jpg"), Path("folder/d.jpg")]
+    assert len(paths) == 3 and paths[-1] == Path("folder/d.jpg") and not paths[:0]
+    assert [*paths[1:]] == [*paths][1:]
+    with pytest.raises(IndexError):
+        paths[3]
+
+
 def test_digests_tell_contents_apart_whatever_their_names(tmp_path):
     middle = bytes(2**15)
     contents = {"a": b"1", "b": b"1", "c": b"2", "empty": b"", "long": b"1" + middle + b"1",
