@@ -183,7 +183,7 @@ RUN = {
         stored=(TRAIN,)),
     "seed": Option(SEED, 0, "fixes weights, batches, dropout and samples"),
     "num_workers": Option(COUNT, 16,
-        "processes that decode images, at most one per core, in caption mode for more than 100; "
+        "processes that decode images, at most one per available core, in caption mode for more than 100; "
         "where the encoder computes on few cores itself, 0 is quickest"),
 }  # fmt: skip
 DATA = {

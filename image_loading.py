@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import process_group
+from runtime import available_cpus
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 PICTURE_SUFFIXES |= {".ppm"}
@@ -494,7 +495,7 @@ def _data_loader(dataset, num_workers: int, **batches) -> DataLoader:
     return DataLoader(
         dataset,
         collate_fn=_collate,
-        num_workers=min(num_workers, os.cpu_count() or 1),
+        num_workers=min(num_workers, available_cpus()),
         worker_init_fn=_set_worker_signals,
         generator=torch.Generator(),  # its own: a loader must not advance the global random state
         **batches,

@@ -10,6 +10,7 @@ Nothing here knows captions.
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import signal
@@ -79,6 +80,31 @@ def to_device(tensor, device):
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def available_cpus():
+    """Cores that this process may use, at least 1; processes of one run share the machine's evenly.
+
+    The machine may have more: they are limited by affinity (taskset, Slurm) and cgroups (containers).
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, of this machine
+    return max(1, int(min(cores, cgroup_quota()) // ranks))
+
+
+def cgroup_quota(process=Path("/proc/self"), mount=Path("/sys/fs/cgroup")):
+    """Cores that a process's cgroup and those above it allow (cgroup v2); infinity without a limit."""
+    quotas = [math.inf]
+    with contextlib.suppress(OSError):
+        entries = (process / "cgroup").read_text().splitlines()
+        own = mount / "".join(entry[4:] for entry in entries if entry.startswith("0::/"))
+        for folder in (own, *own.parents):
+            file = folder / "cpu.max"  # "max 100000", or microseconds of each such period
+            if file.is_file() and not (limit := file.read_text()).startswith("max"):
+                microseconds, period = map(int, limit.split())
+                quotas.append(microseconds / period)
+    return min(quotas)
 
 
 def keep_freed_memory():

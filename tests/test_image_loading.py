@@ -376,7 +376,7 @@ def test_one_pass_serves_all_splits(tmp_path, monkeypatch):
 
 
 def test_a_name_that_two_shards_hold_is_one_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(image_loading, "available_cpus", lambda: 2)
     write_shard(tmp_path / "a.tar", {"0.png": b"broken", "1.png": png(1)})
     write_shard(tmp_path / "b.tar", {"0.png": png(0), "1.png": png(1)})
     for num_workers in (0, 2):

@@ -1,5 +1,7 @@
 """runtime.py: device and precision, signals to stop, and the memory that tensors give back."""
 
+import math
+import os
 import platform
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import runtime
 from runtime import (
     Hardware,
     Stopped,
+    cgroup_quota,
     listen_for_stop,
     resolve_device,
     resolve_hardware,
@@ -88,6 +91,48 @@ def test_on_cuda_matrix_products_may_be_tf32(monkeypatch):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     assert resolve_hardware("cuda", "float16") == Hardware(torch.device("cuda"), "float16")
     assert (asked, kept) == (["high"], [])
+
+
+# ------------------------------------------------------------------------------------------ the cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
+def test_affinity_limits_the_cores_and_the_ranks_of_a_machine_share_them():
+    script = "import os, runtime; os.sched_setaffinity(0, {%s}); print(runtime.available_cpus())"
+    cores = sorted(os.sched_getaffinity(0))[:2]
+
+    def counted(given, ranks):
+        command = [sys.executable, "-c", script % ", ".join(map(str, given))]
+        where = {"cwd": Path(runtime.__file__).parent, "text": True}
+        return int(
+            subprocess.check_output(command, env=os.environ | {"LOCAL_WORLD_SIZE": ranks}, **where)
+        )
+
+    assert counted(cores[:1], "1") == 1
+    assert counted(cores, "1") == max(1, int(min(len(cores), cgroup_quota())))
+    assert counted(cores, "2") == 1
+    assert counted(cores, "64") == 1  # never none
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, math.inf),
+        ({"job/step/cpu.max": "max 100000"}, math.inf),
+        ({"job/step/cpu.max": "150000 100000"}, 1.5),
+        ({"job/step/cpu.max": "max 100000", "job/cpu.max": "400000 100000"}, 4),
+        ({"job/step/cpu.max": "200000 50000", "cpu.max": "300000 100000"}, 3),  # a container's
+        ({"other/cpu.max": "100000 100000"}, math.inf),
+    ],
+)
+def test_the_narrowest_cgroup_quota_counts(tmp_path, limits, expected):
+    (tmp_path / "process").mkdir()
+    (tmp_path / "process/cgroup").write_text("1:cpu:/old/kind\n0::/job/step\n")
+    for name, content in limits.items():
+        (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mount" / name).write_text(content + "\n")
+    assert cgroup_quota(tmp_path / "process", tmp_path / "mount") == expected
+    assert cgroup_quota(tmp_path / "no such process", tmp_path / "mount") == math.inf
 
 
 # ------------------------------------------------------------------------------------------ signals
