@@ -123,6 +123,7 @@ BATCH = number(int, 1, 2**16)
 HYPOTHESES = number(int, 1, 1024)
 TOKENS = number(int, 1, 1024)
 PIXELS = number(int, 32, 1024)
+ENCODE_BATCH = number(int, 1, 4096)
 SEED = number(int, 0, 2**32 - 1)
 SHARE = number(float, 0, 1)
 DROPOUT = number(float, 0, 0.99)
@@ -219,6 +220,9 @@ FEATURES = {
     "coarse_size": Option(PIXELS, None,
         "side of a second, coarser look at the same picture, whose grid is laid under the first: "
         "twice the channels, cache and encoding; below --image_size", "PIXELS", stored=FIXED),
+    "encode_batch_size": Option(ENCODE_BATCH, None,
+        "most images that the encoder computes together, instead of 8 on a CPU and 32 on a GPU: "
+        "fewer take less memory", stored=OWN),
     "cache_dir": Option(str, "./feature_cache",
         "encoded images, shared by all runs", "FOLDER", (TRAIN, TEST), CACHED, stored=OWN),
     "cache_dtype": Option(("float32", "float16"), "float16",

@@ -5,8 +5,8 @@
     for features in source.stream([torch.tensor([3, 0])]): ...  # (2, P, F) float32 on the device
 
 Nothing here knows a model. An encoder is anything that turns images (n, 3, S, S) uint8 into
-features (n, P, F) and has `grid` (h, w), `channels` F, `image_size` S and `key()`: a dict of JSON
-values that decide the features, its `name` among them.
+features (n, P, F) and has `grid` (h, w), `channels` F, `image_size` S, `batch_size`, which it likes
+best, and `key()`: a dict of JSON values that decide the features, its `name` among them.
 Axes: n images, P = h * w grid cells, F feature channels, S pixels a side.
 """
 
@@ -96,7 +96,7 @@ class FeatureSource:
             pooled=self.pooled,
             mirrored=mirrored,
             num_workers=self.num_workers,
-            batch_size=8 if self.device.type == "cpu" else 32,  # 8 by measurement; 32 is a guess
+            batch_size=self.encoder.batch_size,
         )
         if self.device.type == "cuda" and not unreadable:
             free, _ = torch.cuda.mem_get_info(self.device)
@@ -134,9 +134,9 @@ class FeatureSource:
         for rows, images in zip(batches, loader, strict=True):
             if mirror is not None:
                 images[mirror[rows]] = images[mirror[rows]].flip(-1)
-            with torch.inference_mode():
+            with torch.no_grad():  # inference tensors could not be trained on
                 features = self.encoder(images)
-            yield (features.mean(1, keepdim=True) if self.pooled else features).clone()
+            yield features.mean(1, keepdim=True) if self.pooled else features
 
 
 class FeatureFile(NamedTuple):

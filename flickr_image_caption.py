@@ -76,6 +76,7 @@ from runtime import (
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
+ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # 8 by measurement; 32 is a guess
 READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
 DECODE_CHUNK = 100  # images decoded together
 ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other heights are slower
@@ -91,7 +92,16 @@ class Encoder(nn.Module):
     stem: nothing yet.
     """
 
-    def __init__(self, name, state, source, precision="float32", image_size=None, coarse_size=None):
+    def __init__(
+        self,
+        name,
+        state,
+        source,
+        precision="float32",
+        image_size=None,
+        coarse_size=None,
+        batch_size=ENCODE_BATCH_SIZES["cpu"],
+    ):
         """
         Args:
             name: one of ENCODERS.
@@ -100,6 +110,7 @@ class Encoder(nn.Module):
             precision: float32, bfloat16 or float16, in which it computes.
             image_size: pixels a side; None: what the published weights were tested with.
             coarse_size: pixels a side of a second look at the same picture, or None.
+            batch_size: most images computed together, which bounds the memory it takes.
         Raises: ValueError when `state` is of another architecture, or the second look no smaller.
         """
         super().__init__()
@@ -111,7 +122,7 @@ class Encoder(nn.Module):
         load_trunk(self.trunk, state, model.state_dict(), f"--encoder_weights {source}", name)
         self.tail = nn.Identity()
         published = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms()
-        self.name, self.precision = name, precision
+        self.name, self.precision, self.batch_size = name, precision, batch_size
         self.image_size, self.coarse_size = image_size or published.crop_size[0], coarse_size
         if coarse_size and coarse_size >= self.image_size:
             raise ValueError(
@@ -134,6 +145,10 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
+        return torch.cat([self.encode(part) for part in images.split(self.batch_size)])
+
+    def encode(self, images):
+        """As `forward`, of images that are computed together."""
         images = to_device(images, self.mean.device).contiguous(memory_format=torch.channels_last)
         images = (images / 255 - self.mean) / self.std
         features = self.grid_of(images)  # (N, F, h, w)
@@ -197,12 +212,13 @@ def open_encoder(options, hardware, checkpoint=None):
     """
     wanted, path = options.features, options.run.model_path
     stored = checkpoint["encoder"] if checkpoint else {}
-    geometry = (hardware.precision, wanted.image_size, wanted.coarse_size)
+    batch_size = wanted.encode_batch_size or ENCODE_BATCH_SIZES[hardware.device.type]
+    settings = (hardware.precision, wanted.image_size, wanted.coarse_size, batch_size)
     if stored.get("weights") is not None and "encoder_weights" not in options.typed:
-        encoder = Encoder(wanted.encoder, stored["weights"], path, *geometry)
+        encoder = Encoder(wanted.encoder, stored["weights"], path, *settings)
     else:
         weights = load_encoder_weights(wanted.encoder, wanted.encoder_weights, options.run.seed)
-        encoder = Encoder(wanted.encoder, weights, wanted.encoder_weights, *geometry)
+        encoder = Encoder(wanted.encoder, weights, wanted.encoder_weights, *settings)
     key = encoder.key()
     for name in ("channels", "image_size", "coarse_size") if checkpoint else ():
         if stored.get(name) != key.get(name):
@@ -273,9 +289,14 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(drop_prob)
         self.head = nn.Linear(hidden_size, vocab_size)
 
-    def calibrate(self, features):
-        """Take each channel's mean and deviation from a sample (N, P, F) of training images."""
-        std, mean = torch.std_mean(features, dim=(0, 1), correction=0)
+    def calibrate(self, chunks):
+        """Take each channel's mean and deviation from training images, in chunks (n, P, F)."""
+        moments = [(*torch.var_mean(x, dim=(0, 1), correction=0), len(x)) for x in chunks]
+        total = sum(count for *_, count in moments)
+        mean = sum(mean * (count / total) for _, mean, count in moments)
+        # the variance within the chunks, and that between them
+        var = sum((v + (m - mean).square()) * (count / total) for v, m, count in moments)
+        std = var.sqrt()
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std.clamp_min(1e-3 * std.max() + 1e-12))  # a constant channel: ~0
 
@@ -1193,7 +1214,7 @@ def new_decoder(options, encoder, vocabulary, features):
     decoder = build_decoder(options.as_dict(), encoder.channels, len(vocabulary))
     num_images = len(features.paths)
     sample = torch.linspace(0, num_images - 1, min(num_images, CALIBRATION_IMAGES)).long()
-    decoder.to(features.device).calibrate(next(features.stream([sample])))
+    decoder.to(features.device).calibrate(features.stream(sample.split(DECODE_CHUNK)))
     return decoder
 
 

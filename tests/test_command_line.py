@@ -389,6 +389,34 @@ def cache_dtype_is_what_the_disk_holds():
     succeed("--mode caption --images data/sample/Images --model_path", best)
 
 
+def encode_batch_size_bounds_what_is_computed_together():
+    """When the decoder is calibrated, in training, validation, test and caption mode, with and without a cache."""
+
+    def largest_batch(*flags):
+        """Of the images that reach the encoder's convolutions."""
+        sizes = []
+
+        def note(module, inputs):
+            if isinstance(module, torch.nn.Conv2d):
+                sizes.append(len(inputs[0]))
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+        try:
+            succeed(*flags)
+        finally:
+            hook.remove()
+        return max(sizes)
+
+    shop, ours = Path("data").resolve().parent, "--encode_batch_size 3"
+    assert largest_batch(TINY, "--no_feature_cache") == 8  # of 32 to calibrate with
+    assert largest_batch(TINY, "--no_feature_cache", ours) == 3
+    assert largest_batch(TINY, "--cache_dir elsewhere", ours) == 3
+    uncached = "--mode test --no_feature_cache --split train --algorithm greedy --output_dir out"
+    assert largest_batch(uncached, ours, "--model_path", shop / "lstm/best.pt") == 3
+    pictures = "--mode caption --images data/sample/Images --algorithm greedy"
+    assert largest_batch(pictures, ours, "--model_path", shop / "lstm/best.pt") == 3
+
+
 def no_feature_cache_stores_nothing():
     Path("feature_cache").unlink()  # the link to the workshop's
     run = ready("--no_feature_cache --max_train_images 2")
@@ -775,6 +803,7 @@ FLAG_EFFECTS = {
     "--image_size": image_size_is_what_the_encoder_sees,
     "--coarse_size": coarse_size_lays_a_second_look_under_the_first,
     "--cache_dtype": cache_dtype_is_what_the_disk_holds,
+    "--encode_batch_size": encode_batch_size_bounds_what_is_computed_together,
     "--no_feature_cache": no_feature_cache_stores_nothing,
     "--horizontal_flip": horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch,
     "--decoder": decoder_is_built_by_name,

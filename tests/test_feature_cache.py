@@ -560,7 +560,7 @@ def test_a_full_disk_leaves_a_usable_cache(tmp_path):
 class LeftEdge(FakeEncoder):
     """A FakeEncoder that says what it is. Its grey level is the left edge's, so mirroring is seen."""
 
-    grid, channels, image_size = (2, 2), 3, 8
+    grid, channels, image_size, batch_size = (2, 2), 3, 8, 3
 
     def key(self):
         """As an encoder's."""

@@ -409,10 +409,15 @@ def test_patch_dropout_keeps_a_random_choice_of_each_images_cells_in_training_on
     assert alphas.shape == (7, 6, 5)
 
 
-def test_features_are_standardised_by_the_sample_that_calibrated_the_decoder():
+@pytest.mark.parametrize("chunk", [4, 3])
+def test_features_are_standardised_by_the_sample_that_calibrated_the_decoder(chunk):
+    """In chunks of any size: the moments are those of all four images together."""
     decoder, features = make_decoder("attention", 1), 50 * make_data()[0] + 7
     features[..., 2] = 3.0  # a channel that is constant in the sample
-    decoder.calibrate(features)
+    decoder.calibrate(features.split(chunk))
+    whole = torch.std_mean(features, dim=(0, 1), correction=0)
+    torch.testing.assert_close(decoder.feature_mean, whole[1])
+    torch.testing.assert_close(decoder.feature_std[:2], whole[0][:2])
     standardised = decoder.standardise(features)
     others = [channel for channel in range(CHANNELS) if channel != 2]
     std, mean = torch.std_mean(standardised, dim=(0, 1), correction=0)
