@@ -65,6 +65,7 @@ from feature_cache import FeatureSource
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
     Stopped,
+    arithmetic,
     leave_broken_pipe,
     listen_for_stop,
     memory_shortage,
@@ -174,6 +175,8 @@ class Encoder(nn.Module):
     def key(self):
         """What decides the features: the cache's key, and a checkpoint's record of its encoder."""
         coarse = {"coarse_size": self.coarse_size} if self.coarse_size else {}
+        computed_by = arithmetic(self.mean.device, self.precision)
+        elsewhere = {"computed_by": computed_by} if computed_by != "cpu" else {}
         return {
             "name": self.name,
             "weights_sha256": self.weights_sha256,
@@ -184,6 +187,7 @@ class Encoder(nn.Module):
             "std": IMAGENET_STD,
             "precision": self.precision,
             **coarse,
+            **elsewhere,
         }
 
 

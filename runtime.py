@@ -163,6 +163,17 @@ def resolve_precision(name, device):
     return "bfloat16" if native else "float32"
 
 
+def arithmetic(device, precision):
+    """What computes there, as far as results show it: cpu, cuda, mps, or "cuda tf32".
+
+    TF32 is how CUDA multiplies float32 from compute capability 8.0 on: with 10 bits of mantissa.
+    """
+    tf32 = device.type == "cuda" and precision == "float32" and torch.backends.cudnn.allow_tf32
+    if tf32 and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "cuda tf32"
+    return device.type
+
+
 def leave_broken_pipe():
     """Drop what is left for a stdout that nobody reads, as of `| head`. Returns the exit status."""
     with Path(os.devnull).open("w") as devnull:

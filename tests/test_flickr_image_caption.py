@@ -810,6 +810,14 @@ def test_a_state_dict_may_lack_the_classifier_and_be_of_half_precision(small):
     torch.testing.assert_close(encoder(images), whole(images), atol=0.02, rtol=0.05)
 
 
+def test_the_key_tells_apart_what_computes_the_features(small):
+    """On a CPU it says nothing of that, so that caches made before it did stay valid."""
+    encoder = Encoder("mobilenet_v3_small", small, "a.pth")
+    on_cpu = encoder.key()
+    assert "computed_by" not in on_cpu
+    assert encoder.to("meta").key() == {**on_cpu, "computed_by": "meta"}
+
+
 def test_the_key_tells_apart_one_changed_weight(small):
     key = Encoder("mobilenet_v3_small", small, "a.pth").key()
     assert key == Encoder("mobilenet_v3_small", small, "b.pth").key()  # whatever the file is called

@@ -16,6 +16,7 @@ import runtime
 from runtime import (
     Hardware,
     Stopped,
+    arithmetic,
     cgroup_quota,
     listen_for_stop,
     resolve_device,
@@ -91,6 +92,23 @@ def test_on_cuda_matrix_products_may_be_tf32(monkeypatch):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     assert resolve_hardware("cuda", "float16") == Hardware(torch.device("cuda"), "float16")
     assert (asked, kept) == (["high"], [])
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "capability", "tf32", "expected"),
+    [
+        ("cpu", "float32", None, True, "cpu"),
+        ("mps", "float32", None, True, "mps"),
+        ("cuda:1", "float32", (9, 0), True, "cuda tf32"),
+        ("cuda", "float32", (9, 0), False, "cuda"),
+        ("cuda", "float32", (7, 5), True, "cuda"),  # which has none
+        ("cuda", "bfloat16", (9, 0), True, "cuda"),
+    ],
+)
+def test_what_computes_is_told_apart(monkeypatch, device, precision, capability, tf32, expected):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert arithmetic(torch.device(device), precision) == expected
 
 
 # ------------------------------------------------------------------------------------------ the cores
