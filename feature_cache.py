@@ -164,7 +164,7 @@ class Features:
         self.data = (
             np.memmap(file.path, dtype, "r", shape=shape) if shape[0] else np.empty(shape, dtype)
         )
-        self.rows, self.nbytes = rows, len(rows) * file.row_bytes
+        self.file, self.rows, self.nbytes = file, rows, len(rows) * file.row_bytes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -177,7 +177,11 @@ class Features:
 
     def to(self, device: torch.device) -> torch.Tensor:
         """All of them in the memory of a device: (images, P, F), to be read as this is."""
-        return torch.cat([self[rows].to(device) for rows in torch.arange(len(self)).split(256)])
+        shape, positions = (len(self), *self.file.shape), torch.arange(len(self))
+        features = torch.empty(shape, dtype=self.file.dtype, device=device)
+        for part, rows in zip(features.split(256), positions.split(256), strict=True):
+            part.copy_(self[rows])
+        return features
 
 
 def cached_features(

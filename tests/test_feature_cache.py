@@ -13,6 +13,7 @@ import sqlite3
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -603,6 +604,33 @@ def test_a_source_streams_the_features_of_each_batch(tmp_path, pooled, cached, m
         assert features.dtype == torch.float32 and not features.is_inference()
         torch.testing.assert_close(features, expected)
     assert cached == (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("mirror", [None, [False, True, False, True]])
+def test_features_in_a_devices_memory_are_streamed_as_from_the_disk(tmp_path, mirror):
+    """Here the device is the CPU: what a GPU is given is a tensor, too, instead of a memory map."""
+    coins = None if mirror is None else torch.tensor(mirror)
+    source = _source(_half_grey_images(tmp_path / "i", 4), tmp_path / "cache", mirrored=True)
+    expected = list(source.stream(BATCHES, coins))
+    for name in ("features", "mirrored"):
+        setattr(source, name, getattr(source, name).to(torch.device("cpu")))
+    shutil.rmtree(tmp_path / "cache")
+    assert isinstance(source.features, torch.Tensor) and source.features.dtype == torch.float16
+    for features, batch in zip(source.stream(BATCHES, coins), expected, strict=True):
+        assert features.dtype == torch.float32 and torch.equal(features, batch)
+
+
+def test_features_are_copied_to_a_device_part_by_part(tmp_path):
+    file = feature_cache.FeatureFile(tmp_path / "features.f16", (4, 3), torch.float16)
+    values = np.random.default_rng(0).random((5000, 4, 3)).astype(np.float16)
+    values.tofile(file.path)
+    features = feature_cache.Features(file, np.arange(5000)[::-1].copy())
+    tracemalloc.start()
+    copied = features.to(torch.device("cpu"))
+    _, peak = tracemalloc.get_traced_memory()  # NumPy's memory, not torch's
+    tracemalloc.stop()
+    assert peak < features.nbytes / 2
+    assert np.array_equal(copied.numpy(), values[::-1])
 
 
 def test_a_source_with_a_cache_encodes_once_and_without_one_each_time(tmp_path):
