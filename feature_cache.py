@@ -63,7 +63,8 @@ Batch = tuple[list[int], np.ndarray | None, dict[int, str]]
 class FeatureSource:
     """Encoder output for a list of images: from the feature cache, or encoded whenever asked for.
 
-    `paths` and `pooled` as given; `unreadable` maps those of the paths to the reason why.
+    `paths`: the readable ones of those given, which positions count; `unreadable`: {path: reason}
+    of the others. `pooled` as given.
     """
 
     def __init__(
@@ -76,20 +77,25 @@ class FeatureSource:
             cache_dir: None for no cache.
             dtype: what the cache holds, torch.float16 or float32.
         """
-        self.encoder, self.paths, self.pooled = encoder, paths, pooled
+        self.encoder, self.pooled, self.features = encoder, pooled, None
         self.num_workers, self.device = num_workers, device
         if cache_dir is None:
-            self.features = None
             self.unreadable = image_loading.find_unreadable(paths, num_workers=num_workers)
-            return
-        self.features, self.unreadable = self._cached(cache_dir, dtype)
-        if mirrored and not self.unreadable:
-            self.mirrored, _ = self._cached(cache_dir, dtype, mirrored=True)
+        else:
+            self.features, self.unreadable = self._cached(paths, cache_dir, dtype)
+        if self.unreadable:
+            paths = [path for path in paths if path not in self.unreadable]
+        self.paths = paths
+        if mirrored and cache_dir is not None:
+            self.mirrored, _ = self._cached(self.paths, cache_dir, dtype, mirrored=True)
 
-    def _cached(self, cache_dir, dtype, mirrored=False):
-        """(features, {path: reason}); on the GPU where they take at most half of what is free."""
+    def _cached(self, paths, cache_dir, dtype, mirrored=False):
+        """(features of the readable images, {path: reason} of the others).
+
+        On a GPU they lie in its memory where they take at most half of what is free.
+        """
         features, unreadable = cached_features(
-            self.paths,
+            paths,
             self.encoder,
             cache_dir=cache_dir,
             dtype=dtype,
@@ -98,7 +104,8 @@ class FeatureSource:
             num_workers=self.num_workers,
             batch_size=self.encoder.batch_size,
         )
-        if self.device.type == "cuda" and not unreadable:
+        features = features.readable()
+        if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             features = features.to(self.device) if features.nbytes <= free / 2 else features
         return features, unreadable
@@ -174,6 +181,10 @@ class Features:
         if (rows < 0).any():
             raise IndexError("features of an unreadable image asked for")
         return torch.from_numpy(self.data[rows])
+
+    def readable(self) -> "Features":
+        """Those of the readable images."""
+        return Features(self.file, self.rows[self.rows >= 0])
 
     def to(self, device: torch.device) -> torch.Tensor:
         """All of them in the memory of a device: (images, P, F), to be read as this is."""

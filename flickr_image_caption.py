@@ -968,9 +968,10 @@ def open_features(options, hardware, encoder, dataset, split, reads_grid, mirror
     """(table of the images in `split`, their features); unreadable images leave the dataset."""
     cache = options.features
     table = dataset.table[dataset.table.split == split].reset_index(drop=True)
+    paths = image_loading.ImagePaths(dataset.image_dir, table.image.tolist())
     features = FeatureSource(
         encoder,
-        image_loading.ImagePaths(dataset.image_dir, table.image.tolist()),
+        paths,
         pooled=not reads_grid,
         mirrored=mirrored,
         cache_dir=None if cache.no_feature_cache else cache.cache_dir,
@@ -980,11 +981,11 @@ def open_features(options, hardware, encoder, dataset, split, reads_grid, mirror
     )
     if not features.unreadable:
         return table, features
-    names = zip(table.image, features.paths, strict=True)
+    names = zip(table.image, paths, strict=True)
     unreadable = features.unreadable
     reasons = {name: unreadable[path] for name, path in names if path in unreadable}
     print(printable(dataset.drop_unreadable(reasons)))
-    return open_features(options, hardware, encoder, dataset, split, reads_grid, mirrored)
+    return table[~table.image.isin(list(reasons))].reset_index(drop=True), features
 
 
 # ------------------------------------------------------------------------------------------- training

@@ -566,6 +566,22 @@ def test_images_that_cannot_be_read_are_named_and_skipped_or_stop_the_run_before
     assert not set(broken) & {*splits["train"], *splits["val"]}
 
 
+def test_without_a_cache_a_bad_image_is_left_out_and_no_image_is_checked_twice(monkeypatch):
+    flags, checked, original = own_copy(), [], image_loading.open_image
+    (broken, *others) = listed("train")
+    Path(f"data_copy/Images/{broken}").write_bytes(b"no picture")
+
+    def open_image(path, content=None, size=None):
+        checked.extend([path.name] * (size == 8))  # the size at which images are checked
+        return original(path, content, size)
+
+    monkeypatch.setattr(image_loading, "open_image", open_image)
+    outcome = program(TINY, flags, "--no_feature_cache --max_bad_fraction 0.05")
+    assert outcome.status == 0 and "1 of 40 images skipped" in outcome.out
+    assert sorted(checked) == sorted([broken, *others, *listed("dev")])
+    assert load(run_dir(outcome) / "best.pt")["splits"]["train"] == others
+
+
 # ------------------------------------------------------------------------------------------------------------- resume
 
 SCHEDULERS = {

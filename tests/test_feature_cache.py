@@ -646,7 +646,12 @@ def test_a_source_with_a_cache_encodes_once_and_without_one_each_time(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_source_knows_its_unreadable_images(tmp_path, cached):
-    paths = [*_half_grey_images(tmp_path / "i", 2), tmp_path / "none.png"]
+@pytest.mark.parametrize("mirror", [None, [False, False, True]])
+def test_a_source_leaves_out_unreadable_images(tmp_path, cached, mirror):
+    readable = _half_grey_images(tmp_path / "i", 3)
+    paths = [readable[0], tmp_path / "none.png", *readable[1:]]
     source = _source(paths, tmp_path / "cache" if cached else None, mirrored=True)
-    assert list(source.unreadable) == paths[2:]
+    assert list(source.unreadable) == paths[1:2] and source.paths == readable
+    coins = None if mirror is None else torch.tensor(mirror)
+    (features,) = source.stream([torch.tensor([2, 0])], coins)
+    assert torch.equal(features, _expected([102 if mirror else 2, 0]).float())
