@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,6 +21,10 @@ LOST = (
     "another process of this run ended: its own message says why; "
     "--resume latest goes on from the last checkpoint, with any number of processes"
 )
+
+
+# rank 0 may wait for another run's cache; one that dies is noticed at once, as its sockets close
+PATIENCE = timedelta(days=30)
 
 
 def world_size():
@@ -44,7 +49,9 @@ def joined(device):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with lost_peers():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
+        )
     with Path(os.devnull).open("w") as devnull:
         stdout = devnull if rank() else sys.stdout
         with contextlib.redirect_stdout(stdout):

@@ -1,6 +1,7 @@
 """process_group.py, and training by several processes that torchrun starts on the CPU (gloo)."""
 
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -129,6 +130,46 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpo
     last = checkpoints.resolve_checkpoint("saved_models", "newest")
     assert load(last)["epoch"] >= 2
     assert not list(last.parent.glob("*.partial"))
+
+
+WAITING = """
+import datetime, os, signal, sys, time, torch
+import process_group
+
+patience, end = sys.argv[1:]
+if patience:
+    process_group.PATIENCE = datetime.timedelta(seconds=int(patience))
+with process_group.joined(torch.device("cpu")):
+    if process_group.rank() == 0:
+        time.sleep(4)  # as while another run fills the cache
+        if end == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        print("got", process_group.broadcast("rows"), file=sys.stderr)
+    except ConnectionError as error:
+        print(f"lost after {time.monotonic() - started:.0f} s: {error}", file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("patience", "end", "expected"),
+    [
+        ("", "goes on", ["got rows"] * 2),
+        ("1", "goes on", ["lost after [01] s"] * 2),  # so what is set counts
+        ("", "dies", ["lost after [45] s"]),  # when it did, not at the end of all patience
+    ],
+)
+def test_ranks_wait_for_rank_0_however_long_and_notice_at_once_that_it_died(
+    tmp_path, patience, end, expected
+):
+    assert process_group.PATIENCE.days > 7
+    (tmp_path / "waiting.py").write_text(WAITING)
+    done = torchrun(2, tmp_path / "waiting.py", patience, end, capture_output=True)
+    lines = [line for line in done.stderr.splitlines() if re.match("got |lost ", line)]
+    assert len(lines) == len(expected), done.stderr
+    assert all(map(re.match, expected, lines)), lines
 
 
 GLOO = "[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
