@@ -1124,7 +1124,8 @@ def validation_scores(run, received):
     beam = options.training.val_beam_size
     decoding = options.decoding._replace(algorithm="beam", beam_size=beam, num_captions=1)
     hypotheses = captioner.caption_features(chunks, decoding, options.run.seed)
-    best = [image[0] for image in until_stopped(received, hypotheses, apart=True)]
+    most = -(-len(table) // process_group.world_size())  # images of the largest share
+    best = [image[0] for image in until_stopped(received, hypotheses, most)]
     shares = process_group.all_gather([hypothesis._replace(attention=None) for hypothesis in best])
     best = list(itertools.chain.from_iterable(shares))
     scores = None
@@ -1349,6 +1350,7 @@ def save_stopped(run, signum):
             f"stopped by {signal.Signals(signum).name} in epoch {run.state.loop['epoch'] + 1}; "
             f"to go on: {next_command(run, '--resume', run.folder / 'last.pt')}"
         )
+    process_group.barrier()  # once one process has ended, torchrun ends the one that saves
     return 128 + signum
 
 

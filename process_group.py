@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 flickr_image_caption.py ...
 
-Collectives (`broadcast`, `all_gather`, `all_reduce_sum`, `all_reduce_max`) must be called by all
-processes, in the same order; they use gloo on the CPU, while gradients use nccl on GPUs. In a
+Collectives (`broadcast`, `all_gather`, `all_reduce_sum`, `all_reduce_max`, `barrier`) must be called
+by all processes, in the same order; they use gloo on the CPU, while gradients use nccl on GPUs. In a
 process that is alone they cost nothing. Rank 0 writes files and prints; the others compute.
 """
 
@@ -103,6 +103,11 @@ def all_reduce_max(number):
     with lost_peers():
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
     return int(largest)
+
+
+def barrier():
+    """Return once all ranks have called this."""
+    all_reduce_max(0)
 
 
 def send(value, to):

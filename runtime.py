@@ -187,12 +187,17 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def listen_for_stop():
-    """Yield a list that collects SIGINT and SIGTERM; the second of a kind has its usual effect."""
+    """Yield a list that collects SIGINT and SIGTERM; the second of a kind has its usual effect.
+
+    Of several processes each is signalled twice for one request, by Slurm or a terminal and by
+    torchrun: there a repeated signal has no effect of its own.
+    """
     received = []
 
     def on_signal(signum, _frame):
         received.append(signum)
-        signal.signal(signum, previous[signum])
+        if process_group.world_size() == 1:
+            signal.signal(signum, previous[signum])
 
     signums = (signal.SIGINT, signal.SIGTERM)
     previous = {signum: signal.signal(signum, on_signal) for signum in signums}
@@ -203,16 +208,23 @@ def listen_for_stop():
             signal.signal(signum, handler)
 
 
-def until_stopped(received, items, apart=False):
+def until_stopped(received, items, most=0):
     """Yield from `items`; once any process has had a signal, raise Stopped between two of them.
 
-    `apart`: the processes have different numbers of items, so they cannot compare after each one.
-    Several processes then stop only in the next loop that they go through in step.
+    most: the largest number of items of any process, where they differ. The processes compare what
+    they received after each item, and must do so equally often.
     """
+    compared = 0
     for item in items:
         yield item
-        if apart and process_group.world_size() > 1:
-            continue
-        signum = process_group.all_reduce_max(received[0] if received else 0)
-        if signum:
-            raise Stopped(signum)
+        stop_if_signalled(received)
+        compared += 1
+    for _ in range(compared, most):
+        stop_if_signalled(received)
+
+
+def stop_if_signalled(received):
+    """Raise Stopped if any process has had a signal; all processes call this together."""
+    signum = process_group.all_reduce_max(received[0] if received else 0)
+    if signum:
+        raise Stopped(signum)

@@ -18,7 +18,7 @@ import flickr_image_caption as program_module
 import process_group
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_end_to_end import ATTENTION, TINY, load, program, run_dir, train
+from test_end_to_end import ATTENTION, TINY, load, program, run_dir, succeed, train
 
 import checkpoints
 import runtime
@@ -26,6 +26,7 @@ from caption_batches import CaptionBatches
 
 PROGRAM = Path(experiment_utils.__file__).with_name("flickr_image_caption.py")
 pytestmark = pytest.mark.usefixtures("shop")
+WAIT = 300  # seconds, on a machine that is busy with other things
 PLAIN = f"{TINY} --drop_prob 0 --label_smoothing 0.1"
 FIRST_GRADIENTS = """
 import sys, torch
@@ -120,8 +121,8 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpo
         running = torchrun(2, PROGRAM, *words, start=subprocess.Popen, **streams)
         try:
             wait_for(lambda: list(Path().glob("saved_models/**/model_epoch_2.pt")))
-            os.kill(wait_for(lambda: rank_1_of(running.pid)), signal.SIGKILL)
-            assert running.wait(60) != 0
+            os.kill(wait_for(lambda: worker(running.pid, rank=1)), signal.SIGKILL)
+            assert running.wait(WAIT) != 0
         finally:
             running.kill()
     lines = Path("err.txt").read_text().splitlines()
@@ -172,6 +173,68 @@ def test_ranks_wait_for_rank_0_however_long_and_notice_at_once_that_it_died(
     assert all(map(re.match, expected, lines)), lines
 
 
+HELD = """
+import os, sys, time
+from pathlib import Path
+import flickr_image_caption as program, process_group
+
+name, number = sys.argv[1], int(sys.argv[2])
+original, calls, agent = getattr(program, name), [], os.getppid()
+
+def held(*given, **options):  # the function; call `number` first waits for a file
+    calls.append(1)
+    if len(calls) == number:
+        Path(f"held_{process_group.rank()}").touch()
+        while not Path("go").exists() and os.getppid() == agent:
+            time.sleep(0.02)
+    return original(*given, **options)
+
+setattr(program, name, held)
+sys.exit(program.main(program.parse_args(sys.argv[3:])))
+"""
+
+
+def signalled(script, name, number, words):
+    """Two processes, each signalled twice in call `number` of a function -> (status, stdout)."""
+    with Path("out.txt").open("w") as out, Path("err.txt").open("w") as err:
+        streams, held = {"stdout": out, "stderr": err}, [name, number, *words]
+        running = torchrun(2, script, *held, start=subprocess.Popen, **streams)
+        try:
+            wait_for(lambda: len(list(Path().glob("held_*"))) == 2)
+            workers = [worker(running.pid, rank) for rank in (0, 1)]
+            for process in (*workers, running.pid, *workers):  # as Slurm and the agent signal them
+                os.kill(process, signal.SIGTERM)
+            Path("go").touch()
+            status = running.wait(WAIT)
+        finally:
+            running.kill()
+    for file in Path("go"), *Path().glob("held_*"):
+        file.unlink()
+    return status, Path("out.txt").read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_under_torchrun_ends_the_processes_once_all_is_saved(tmp_path):
+    """In a step of epoch 2, and when gone on from there, in the decoding of its validation."""
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
+    straight = load(train(PLAIN, "--epochs 2") / "model_epoch_2.pt")
+    words, stops = [*PLAIN.split(), "--epochs", 2], [("train_step", 6, 80), ("generate", 1, 160)]
+    for name, number, position in stops:
+        status, out = signalled(script, name, number, words)
+        assert status == 1 and "stopped by SIGTERM in epoch 2" in out, Path("err.txt").read_text()
+        last = run_dir(out) / "last.pt"
+        state = load(last)
+        assert (state["epoch"], state["data_position"]["captions"]) == (1, position)
+        words = ["--resume", last]
+    resumed = load(run_dir(succeed(f"--resume {last}")) / "model_epoch_2.pt")
+    assert straight["step"] == resumed["step"] == 8
+    for name, weight in straight["model"].items():
+        torch.testing.assert_close(resumed["model"][name], weight, atol=1e-4, rtol=0, msg=name)
+    for one, other in zip(straight["history"], resumed["history"], strict=True):
+        assert other["val_loss"] == pytest.approx(one["val_loss"], abs=1e-4)
+
+
 GLOO = "[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
 
 
@@ -213,19 +276,22 @@ def test_what_one_process_raises_ends_it_without_waiting_for_the_others(monkeypa
     assert run.state.loop["step"] == 1 and not gathered
 
 
-def rank_1_of(launcher):
-    """Process id of the second process that this torchrun started, or None."""
+def worker(launcher, rank):
+    """Id of the process of that rank that this torchrun started, or None."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == launcher and b"\0RANK=1\0" in (folder / "environ").read_bytes():
+            if (
+                parent == launcher
+                and f"\0RANK={rank}\0".encode() in (folder / "environ").read_bytes()
+            ):
                 return int(folder.name)
         except (OSError, IndexError):
             continue
     return None
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=WAIT):
     """The first true value of `condition()`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

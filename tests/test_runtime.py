@@ -184,12 +184,20 @@ def test_a_signal_to_another_process_stops_this_one(monkeypatch):
         list(until_stopped([], "ab"))
 
 
-def test_several_processes_with_items_apart_stop_later(monkeypatch):
+@pytest.mark.parametrize("items", ["", "a", "ab", "abc"])
+def test_processes_with_fewer_items_compare_as_often(monkeypatch, items):
+    compared = []
+    monkeypatch.setattr(process_group, "all_reduce_max", lambda _: compared.append(1) or 0)
+    assert list(until_stopped([], items, most=3)) == [*items]
+    assert len(compared) == 3
+
+
+def test_among_several_processes_a_repeated_signal_is_the_same_request(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert list(until_stopped([15], "ab", apart=True)) == ["a", "b"]
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(Stopped):
-        list(until_stopped([15], "ab", apart=True))
+    with listen_for_stop() as received:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM] * 3
 
 
 # ------------------------------------------------------------------------------------------- memory
