@@ -317,18 +317,25 @@ def test_shares_cover_everything_once(count, processes, monkeypatch):
     assert covered == list(range(count))
 
 
-def test_a_process_without_captions_takes_part_with_weight_0(monkeypatch):
-    """It computes another's caption; over the averaged gradients every caption counts once."""
+def test_over_the_averaged_gradients_every_caption_counts_once(monkeypatch):
+    """A process that has no caption left in a batch computes another's, with weight 0."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    batches, shares = CaptionBatches([[[4, 5]], [[6]]], 2, 9, seed=0), []
+    captions = [[[4, 5]], [[6]], [[7]], [[8, 9, 4]], [[5]], [[6, 7]]]
+    batches, shares = CaptionBatches(captions, 4, 9, seed=0), []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        shares.extend(batches.epoch(0))
-    assert [len(share.image_index) for share in shares] == [1, 1, 1]
-    assert [(share.num_tokens, share.num_captions) for share in shares] == [(5, 2)] * 3
-    assert sorted(share.weight for share in shares) == [0, 3, 3]
-    assert sum(share.weight * len(share.targets) for share in shares) / 3 == 5
-    assert sum(share.weight * len(share.image_index) for share in shares) / 3 == 2
+        shares.append(list(batches.epoch(0)))
+    first, second = zip(*shares, strict=True)  # of 4 captions, and of 2
+    assert sorted(len(share.image_index) for share in first) == [1, 1, 2]
+    assert [share.weight for share in first] == [3, 3, 3]
+    assert [len(share.image_index) for share in second] == [1, 1, 1]
+    assert sorted(share.weight for share in second) == [0, 3, 3]
+    for batch, num_captions in ((first, 4), (second, 2)):
+        assert {share.num_captions for share in batch} == {num_captions}
+        assert sum(share.weight * len(share.image_index) for share in batch) / 3 == num_captions
+        num_tokens = sum(share.weight * len(share.targets) for share in batch) / 3
+        assert {share.num_tokens for share in batch} == {num_tokens}
+    assert first[0].num_tokens + second[0].num_tokens == 10 + 6  # words and <EOS>
 
 
 def test_alone_nothing_is_sent():
