@@ -22,6 +22,7 @@ import random
 import re
 import shlex
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+import process_group
 from checkpoints import (
     RUN_NAME_END,
     TIMESTAMP_FORMAT,
@@ -197,7 +199,8 @@ def environment():
         "platform": platform.platform(),
         "cpu_model": _cpu_model(),
         "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
+        "world_size": process_group.world_size(),
         "devices": _devices(),
     }
 
@@ -220,6 +223,29 @@ def _cpu_model():
 def _devices():
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return gpus + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+def launch_command(arguments):
+    """The words that start this run again: `arguments`, a script and its own, and what runs it.
+
+    That is torchrun, as this process was started, or Python; with the threads that its environment
+    set, which decide the results to the last bit.
+    """
+    environ, world_size = os.environ, process_group.world_size()
+    threads = environ.get("OMP_NUM_THREADS")
+    launcher = [Path(sys.executable).name]
+    if world_size > 1:
+        threads = None if threads == "1" else threads  # which torchrun sets by itself
+        local = int(environ.get("LOCAL_WORLD_SIZE", world_size))  # processes of this machine
+        launcher = ["torchrun", f"--nproc_per_node={local}"]
+        if world_size > local:
+            launcher += [
+                f"--nnodes={world_size // local}",
+                f"--node_rank={environ['GROUP_RANK']}",
+                f"--master_addr={environ['MASTER_ADDR']}",
+            ]
+    before = ["env", f"OMP_NUM_THREADS={threads}"] if threads else []
+    return [*before, *launcher, *map(str, arguments)]
 
 
 def run_summary(run_dir_name, config, command, schedule_options=()):

@@ -1277,7 +1277,7 @@ def open_folder(run):
     run.tracker = experiment_utils.RunTracker(
         run.folder,
         run.config,
-        [Path(sys.executable).name, *sys.argv],
+        experiment_utils.launch_command(sys.argv),
         state.history,
         schedule_options=[name for name in taken if name in options.schedule._fields],
     )

@@ -217,7 +217,8 @@ def test_a_run_directory_has_its_files_and_their_keys(decoder, tmp_path, monkeyp
     )
     assert config.keys() >= {"git", "environment"} | TABLE.keys() - {"decoder"}
     typed = f"{TINY} {DECODERS[decoder]} {flags}"
-    assert shlex.split(config["command"])[1:] == ["flickr_image_caption.py", *typed.split()]
+    command = experiment_utils.launch_command(["flickr_image_caption.py", *typed.split()])
+    assert shlex.split(config["command"]) == command
     assert config["command"] in (folder / "run_summary.txt").read_text()
     curve, metrics = (
         read_json(folder / "loss_curve.json"),

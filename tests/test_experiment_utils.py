@@ -24,6 +24,7 @@ from experiment_utils import (
     create_run_dir,
     environment,
     git_info,
+    launch_command,
     plot_losses,
     random_state,
     run_name,
@@ -216,10 +217,35 @@ def test_git_info_in_a_repository_with_a_change_and_outside_one(tmp_path, monkey
     assert git_info() == {"commit": None, "branch": None, "dirty": None}
 
 
+PYTHON = Path(sys.executable).name
+LAUNCHES = [
+    ({}, PYTHON),
+    ({"OMP_NUM_THREADS": "3"}, f"env OMP_NUM_THREADS=3 {PYTHON}"),
+    ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, PYTHON),
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+     "torchrun --nproc_per_node=2"),
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "4"},
+     "env OMP_NUM_THREADS=4 torchrun --nproc_per_node=2"),
+    ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1", "MASTER_ADDR": "first"},
+     "torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=first"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variables", "launcher"), LAUNCHES)
+def test_the_command_starts_as_the_run_was_started(monkeypatch, variables, launcher):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = ["flickr_image_caption.py", "--epochs", "2"]
+    assert launch_command(words) == [*launcher.split(), *words]
+
+
 def test_environment_says_what_the_numbers_depend_on():
     snapshot = environment()
     assert snapshot["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert snapshot["torch_threads"] == torch.get_num_threads()
+    assert snapshot["threads"] == torch.get_num_threads()
+    assert snapshot["world_size"] == 1
     assert len(snapshot["devices"]) >= torch.cuda.device_count()
     assert snapshot["cpu_count"] == os.cpu_count()
     assert snapshot["cpu_model"]

@@ -1,5 +1,6 @@
 """process_group.py, and training by several processes that torchrun starts on the CPU (gloo)."""
 
+import json
 import os
 import re
 import runpy
@@ -73,6 +74,9 @@ def test_two_processes_are_one_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Epoch 1 completed") == 1 and done.stdout.count("run directory:") == 1
     together = run_dir(done.stdout)
+    config = json.loads((together / "run_config.json").read_text())
+    assert config["command"].startswith(f"torchrun --nproc_per_node=2 {PROGRAM} --dataset_type")
+    assert (config["environment"]["world_size"], config["environment"]["threads"]) == (2, 1)
     assert len(list(together.parent.iterdir())) == 2  # the other is the run alone
     ours, theirs = load(alone / "best.pt"), load(together / "best.pt")
     for name, weight in ours["model"].items():
