@@ -114,6 +114,16 @@ def number(kind, low, high=math.inf, *, above=False):
     return parse
 
 
+def auto_or(kind):
+    """An argparse type: the word auto, or what `kind` takes."""
+
+    def parse(text):
+        return text if text == "auto" else kind(text)
+
+    parse.__name__ = f"auto or {kind.__name__}"
+    return parse
+
+
 COUNT = number(int, 0)
 SIZE = number(int, 1, 2**20)  # of what takes no memory by itself
 # What does has room for research, and none for a typo or a checkpoint that asks for terabytes.
@@ -125,6 +135,7 @@ TOKENS = number(int, 1, 1024)
 PIXELS = number(int, 32, 1024)
 ENCODE_BATCH = number(int, 1, 4096)
 SEED = number(int, 0, 2**32 - 1)
+THREADS = number(int, 1, 1024)
 SHARE = number(float, 0, 1)
 DROPOUT = number(float, 0, 0.99)
 POSITIVE = number(float, 0, above=True)
@@ -181,6 +192,10 @@ RUN = {
         "auto (cuda, then mps, then cpu) or a torch device such as cpu, cuda:1", stored=OWN),
     "precision": Option(("auto", "float32", "bfloat16", "float16"), "auto",
         "auto: bfloat16 where the hardware computes it, float16 on older GPUs, else float32",
+        stored=(TRAIN,)),
+    "threads": Option(auto_or(THREADS), "auto",
+        "threads that compute on the CPU; auto: OMP_NUM_THREADS where it is set, else 1 or one per "
+        "core, unless a short probe finds one faster; on resume the checkpoint's", "auto|N",
         stored=(TRAIN,)),
     "seed": Option(SEED, 0, "fixes weights, batches, dropout and samples"),
     "num_workers": Option(COUNT, 16,

@@ -71,6 +71,7 @@ from runtime import (
     memory_shortage,
     printable,
     resolve_hardware,
+    set_threads,
     to_device,
     until_stopped,
 )
@@ -1198,6 +1199,7 @@ def set_up(options, hardware, checkpoint=None):
     resolved = {
         "device": str(hardware.device),
         "precision": hardware.precision,
+        "threads": torch.get_num_threads(),
         "image_size": encoder.image_size,
         "epochs": state.plan["epochs"],
     }
@@ -1616,6 +1618,10 @@ def main(options):
         if process_group.world_size() > 1 and mode != "train":
             raise ValueError(f"--mode {mode} runs in one process: start it without torchrun")
         with process_group.joined(hardware.device):
+            typed = "threads" in options.typed
+            chosen = set_threads(options.run.threads, hardware.device, typed)
+            if chosen and mode != "caption":
+                print(chosen)
             status = MODES[mode](options, hardware, checkpoint)
         sys.stdout.flush()
         return status

@@ -1,4 +1,4 @@
-"""The machine and the operating system: device, precision, memory, terminal, signals to stop.
+"""The machine and the operating system: device, precision, threads, memory, terminal, signals.
 
     hardware = resolve_hardware("auto", "auto")
     with hardware.autocast(): ...
@@ -14,7 +14,9 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,8 @@ import process_group
 
 # codes of C0 and C1, marks that turn the direction of text, line ends, halves of characters
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PROBE_ROUNDS, PROBE_STEPS = 5, 12  # about 0.3 s in all
+ALL_ARE_SLOWER = 1.3  # times, before one thread is taken: a quiet machine decides alike each time
 
 
 class Hardware(NamedTuple):
@@ -105,6 +109,47 @@ def cgroup_quota(process=Path("/proc/self"), mount=Path("/sys/fs/cgroup")):
                 microseconds, period = map(int, limit.split())
                 quotas.append(microseconds / period)
     return min(quotas)
+
+
+def set_threads(threads, device, typed):
+    """Compute with --threads CPU threads; auto measures where nothing else decides.
+
+    typed: whether `threads` was; else OMP_NUM_THREADS counts for more.
+    Returns: what auto chose and why, for the console; None where it did not measure.
+    """
+    most, told = available_cpus(), "OMP_NUM_THREADS" in os.environ
+    if threads != "auto" and (typed or not told):
+        torch.set_num_threads(threads)
+        return None
+    if device.type != "cpu" or most == 1 or told:
+        torch.set_num_threads(min(most, torch.get_num_threads()))
+        return None
+    seconds = median_seconds(probe, (1, most))
+    chosen = 1 if ALL_ARE_SLOWER * seconds[1] < seconds[most] else most
+    torch.set_num_threads(chosen)
+    took = ", ".join(f"{1000 * s:.0f} ms with {count}" for count, s in seconds.items())
+    busy = ": the machine is busy" if chosen == 1 else ""
+    return f"threads: {chosen} (a probe took {took}{busy})"
+
+
+def median_seconds(timer, counts):
+    """{count: median of `timer(count)`}, the counts in turn so that all meet the same load."""
+    rounds = [[timer(count) for count in counts] for _ in range(PROBE_ROUNDS)]
+    return dict(zip(counts, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+
+
+def probe(threads):
+    """Seconds of a little work with so many threads: a decoder's, of small products and gates.
+
+    Threads meet after each operation, so one that waits for a busy core delays all.
+    """
+    torch.set_num_threads(threads)
+    hidden, weight = torch.full((64, 512), 0.5), torch.full((512, 2048), 1 / 512)
+    started = time.perf_counter()
+    for _ in range(PROBE_STEPS):
+        i, f, g, o = (hidden @ weight).chunk(4, dim=1)
+        hidden = o.sigmoid() * (f.sigmoid() * hidden + i.sigmoid() * g.tanh()).tanh()
+    return time.perf_counter() - started
 
 
 def keep_freed_memory():

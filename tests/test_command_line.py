@@ -233,6 +233,15 @@ def seed_fixes_everything():
     assert torch.equal(*drawn_encoders[:2]) and not torch.equal(*drawn_encoders[1:])
 
 
+def threads_compute():
+    threads = torch.get_num_threads()
+    config = read_json(train("--threads 2") / "run_config.json")
+    assert torch.get_num_threads() == config["threads"] == config["environment"]["threads"] == 2
+    torch.set_num_threads(threads)
+    refused(TINY, "--threads none", naming=["--threads", "invalid auto or whole number value"])
+    refused(TINY, "--threads 0", naming=["--threads", "at least 1"])
+
+
 def num_workers_decode():
     asked, original = [], feature_cache.cached_features
 
@@ -787,6 +796,7 @@ FLAG_EFFECTS = {
     "--model_save_dir": model_save_dir_holds_the_runs,
     "--device": device_is_taken_at_its_word,
     "--seed": seed_fixes_everything,
+    "--threads": threads_compute,
     "--num_workers": num_workers_decode,
     "--dataset_type": dataset_type_names_the_folder,
     "--image_dir": image_dir_and_captions_file_replace_the_default,
@@ -1616,6 +1626,27 @@ def test_a_disk_that_fills_up_in_training_leaves_the_previous_checkpoint_whole(m
     assert {path.name for path in folder.glob("*.pt*")} == {"best.pt", "model_epoch_1.pt"}
     for path in folder.glob("*.pt"):
         assert checkpoints.load_checkpoint(path)["epoch"] == 1
+
+
+def test_auto_says_what_it_chose_but_not_among_captions(monkeypatch, shop):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 2)
+    monkeypatch.setattr(runtime, "probe", {1: 0.01, 2: 0.02}.get)
+    model = f"--model_path {shop / 'lstm/best.pt'} --algorithm greedy"
+    outcome = program("--mode caption --images data/sample/Images --json", model)
+    assert len([json.loads(line) for line in outcome.out.splitlines()]) == 40 and not outcome.err
+    assert torch.get_num_threads() == 1
+    out = succeed("--mode test --output_dir out", model)
+    assert "threads: 1 (a probe took 10 ms with 1, 20 ms with 2: the machine is busy)" in out
+
+
+def test_a_resumed_run_takes_the_checkpoints_number_of_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(runtime, "probe", None)  # would fail
+    first = train("--threads 2")
+    for typed, expected in (("", 2), ("--threads 1", 1)):
+        out = succeed("--model_path", first / "model_epoch_1.pt", "--epochs 1", typed)
+        assert read_json(run_dir(out) / "run_config.json")["threads"] == expected
 
 
 def test_a_disk_that_fills_up_while_encoding_is_one_line_and_the_next_run_goes_on():

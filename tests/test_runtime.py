@@ -3,9 +3,11 @@
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from runtime import (
     arithmetic,
     cgroup_quota,
     listen_for_stop,
+    median_seconds,
     resolve_device,
     resolve_hardware,
     resolve_precision,
+    set_threads,
     until_stopped,
 )
 
@@ -151,6 +155,67 @@ def test_the_narrowest_cgroup_quota_counts(tmp_path, limits, expected):
         (tmp_path / "mount" / name).write_text(content + "\n")
     assert cgroup_quota(tmp_path / "process", tmp_path / "mount") == expected
     assert cgroup_quota(tmp_path / "no such process", tmp_path / "mount") == math.inf
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "chosen", "reason"),
+    [
+        (0.080, 0.041, 4, "threads: 4 (a probe took 80 ms with 1, 41 ms with 4)"),
+        (0.041, 0.050, 4, "threads: 4 (a probe took 41 ms with 1, 50 ms with 4)"),  # by chance
+        (0.041, 0.190, 1, "threads: 1 (a probe took 41 ms with 1, 190 ms with 4: the machine is busy)"),
+    ],
+)  # fmt: skip
+def test_auto_takes_all_unless_one_thread_is_clearly_faster(
+    one_thread, monkeypatch, alone, together, chosen, reason
+):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 4)
+    monkeypatch.setattr(runtime, "probe", {1: alone, 4: together}.get)
+    assert set_threads("auto", CPU, typed=False) == reason
+    assert torch.get_num_threads() == chosen
+
+
+def test_one_slow_round_decides_nothing_and_the_counts_take_turns():
+    asked, seconds = [], iter([9.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0])
+    assert median_seconds(lambda n: asked.append(n) or next(seconds), (1, 4)) == {1: 1.0, 4: 2.0}
+    assert asked == [1, 4] * 5
+
+
+def test_the_probe_is_short_and_leaves_the_threads_it_chose(one_thread, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 2)
+    state, started = torch.get_rng_state(), time.process_time()
+    chosen = re.match(
+        r"threads: ([12]) \(a probe took \d+ ms with 1, \d+ ms with 2",
+        set_threads("auto", CPU, typed=False),
+    )
+    assert torch.get_num_threads() == int(chosen[1])
+    assert time.process_time() - started < 5  # of both threads; about 0.5 where nothing else runs
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_threads_that_are_typed_or_in_the_environment_are_taken(one_thread, monkeypatch):
+    monkeypatch.setattr(runtime, "probe", None)
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 4)
+    assert (
+        set_threads("auto", CPU, typed=False) is None and torch.get_num_threads() == 1
+    )  # OMP_NUM_THREADS
+    assert set_threads(3, CPU, typed=False) is None and torch.get_num_threads() == 1
+    assert set_threads(3, CPU, typed=True) is None and torch.get_num_threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert (
+        set_threads(2, CPU, typed=False) is None and torch.get_num_threads() == 2
+    )  # a checkpoint's
+    assert set_threads(3, CPU, typed=True) is None and torch.get_num_threads() == 3
+    assert (
+        set_threads("auto", torch.device("cuda"), typed=False) is None
+        and torch.get_num_threads() == 3
+    )
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 1)
+    assert set_threads("auto", CPU, typed=False) is None and torch.get_num_threads() == 1
 
 
 # ------------------------------------------------------------------------------------------ signals
