@@ -42,8 +42,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from progress import Progress
 from sample_dataset import write_sample_dataset
 
 
@@ -258,15 +257,7 @@ def first_byte(url, response, asked, size):
 
 def append_response(response, part, start, size):
     """Write the response into `part` from byte `start` on, at most to `size`. Returns its end."""
-    bar = tqdm(
-        total=size,
-        initial=start,
-        desc=part.stem,
-        unit="B",
-        unit_scale=True,
-        disable=None,  # where stderr is no terminal
-        leave=False,
-    )
+    bar = Progress(title=part.stem, total=size, unit="B", initial=start, unit_scale=True)
     end = start
     with bar, part.open("ab" if start else "wb") as file:
         while end < size and (chunk := response.read(min(1 << 20, size - end))):
