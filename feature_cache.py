@@ -27,12 +27,12 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import image_loading
 import process_group
 from checkpoints import check_free_space, replace_file
 from image_loading import ShardImage
+from progress import Progress
 from runtime import to_device
 
 CACHE_FORMAT = 3  # part of every key; raised when older caches must not be read
@@ -68,7 +68,17 @@ class FeatureSource:
     """
 
     def __init__(
-        self, encoder, paths, *, pooled, mirrored=False, cache_dir, dtype, num_workers, device
+        self,
+        encoder,
+        paths,
+        *,
+        pooled,
+        mirrored=False,
+        cache_dir,
+        dtype,
+        num_workers,
+        device,
+        what="images",
     ):
         """
         Args:
@@ -76,11 +86,14 @@ class FeatureSource:
             mirrored: mirrored images will be asked for, too.
             cache_dir: None for no cache.
             dtype: what the cache holds, torch.float16 or float32.
+            what: what a progress bar calls them.
         """
         self.encoder, self.pooled, self.features = encoder, pooled, None
-        self.num_workers, self.device = num_workers, device
+        self.num_workers, self.device, self.what = num_workers, device, what
         if cache_dir is None:
-            self.unreadable = image_loading.find_unreadable(paths, num_workers=num_workers)
+            self.unreadable = image_loading.find_unreadable(
+                paths, num_workers=num_workers, what=what
+            )
         else:
             self.features, self.unreadable = self._cached(paths, cache_dir, dtype)
         if self.unreadable:
@@ -103,6 +116,7 @@ class FeatureSource:
             mirrored=mirrored,
             num_workers=self.num_workers,
             batch_size=self.encoder.batch_size,
+            what=self.what,
         )
         features = features.readable()
         if self.device.type == "cuda":
@@ -206,6 +220,7 @@ def cached_features(
     batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = True,
+    what: str = "images",
 ) -> tuple[Features, dict[Path, str]]:
     """Features of these images, and {path: reason} of the unreadable ones.
 
@@ -216,6 +231,7 @@ def cached_features(
         dtype: what features are rounded to, float16 or float32.
         pooled: keep only the mean (1, F) of each rounded grid, as float32.
         mirrored: of the mirrored images.
+        what: what a progress bar calls them.
     Raises: ValueError when the folder cannot be used, the disk is too full, or features overflow
     the dtype; OSError when a shard cannot be read, or the disk fills up.
     """
@@ -238,7 +254,8 @@ def cached_features(
         rows, unreadable = _assist(encoded)
     else:
         with _locked(file.path.parent), _Store(file) as store:
-            found = _fill(store, paths, encoded, grids if pooled else None, progress)
+            title = f"encoding {what}" if progress else None
+            found = _fill(store, paths, encoded, grids if pooled else None, title)
         rows, unreadable = process_group.broadcast(found)
     return Features(file, rows), unreadable
 
@@ -251,17 +268,17 @@ def _fill(
     paths: Sequence[Path] | Sequence[ShardImage],
     encoded: Callable[[list], Iterator[Batch]],
     grids: FeatureFile | None,
-    progress: bool,
+    title: str | None,
 ) -> tuple[np.ndarray, dict[Path, str]]:
     """Rank 0's part: add what the store lacks. Returns each image's row, and {path: reason}.
 
-    `grids`: the file of another cache, of whose rows the means are wanted.
+    `grids`: the file of another cache, of whose rows the means are wanted. `title`: of a progress
+    bar, or None.
     """
     stamps, unreadable = _stamps(paths)
     todo = _to_encode(store, stamps)
     _check_room(store.file, len(todo))
-    shown = None if progress and todo else True
-    with tqdm(total=len(todo), desc="encoding", unit="image", disable=shown) as bar:
+    with Progress(None, title, len(todo), "images", disable=not (title and todo)) as bar:
         if grids:
             _take_means(store, todo, grids, bar)
         own = encoded(process_group.broadcast(list(todo.values())))
@@ -299,7 +316,7 @@ def _check_room(file: FeatureFile, images: int):
     check_free_space(folder, images * file.row_bytes, purpose, advice)
 
 
-def _take_means(store: "_Store", todo: dict[Stamp, Path], grids: FeatureFile, bar: tqdm):
+def _take_means(store: "_Store", todo: dict[Stamp, Path], grids: FeatureFile, bar: Progress):
     """Append the means of those grids that another cache holds already; they leave `todo`."""
     row_of = _rows_next_door(grids)
     known = sorted(todo.keys() & row_of.keys(), key=row_of.get)  # in the order of the disk
@@ -313,7 +330,7 @@ def _take_means(store: "_Store", todo: dict[Stamp, Path], grids: FeatureFile, ba
 
 
 def _store_batches(
-    store: "_Store", stamps: list[Stamp], batches: Iterable[Batch], bar: tqdm
+    store: "_Store", stamps: list[Stamp], batches: Iterable[Batch], bar: Progress
 ) -> dict[Stamp, str]:
     """Append what comes; returns {stamp: reason} of those that did not."""
     faults = dict.fromkeys(stamps, "no shard holds it by this name")

@@ -979,6 +979,7 @@ def open_features(options, hardware, encoder, dataset, split, reads_grid, mirror
         dtype=getattr(torch, cache.cache_dtype),
         num_workers=options.run.num_workers,
         device=hardware.device,
+        what=f"{split} images",
     )
     if not features.unreadable:
         return table, features

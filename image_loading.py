@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import process_group
+from progress import Progress
 from runtime import available_cpus
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -445,11 +445,12 @@ def load_batches(
 
 
 def find_unreadable(
-    paths: Sequence[Path], *, num_workers: int = 0, progress: bool = True
+    paths: Sequence[Path], *, num_workers: int = 0, what: str = "images"
 ) -> dict[Path, str]:
     """{path: reason} of the images that cannot be read: decodes each once.
 
-    For runs without a feature cache, which would meet them while it is filled.
+    For runs without a feature cache, which would meet them while it is filled. `what`: what a
+    progress bar calls them.
     """
     if _in_shards(paths):
         raise ValueError(
@@ -459,9 +460,8 @@ def find_unreadable(
     # at 8 pixels a JPEG is decoded fastest
     batches = _file_loader(paths, 8, _split(len(paths), 32), num_workers)
     unreadable = {}
-    with tqdm(
-        total=len(paths), desc="checking", unit="image", disable=None if progress else True
-    ) as bar:
+    silent = process_group.rank() > 0
+    with Progress(None, f"checking {what}", len(paths), "images", disable=silent) as bar:
         for positions, _, reasons in batches:
             unreadable |= {paths[position]: reason for position, reason in reasons.items()}
             bar.update(len(positions) + len(reasons))
