@@ -50,7 +50,6 @@ import torchvision
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import lr_scheduler
-from tqdm import tqdm
 
 import caption_data
 import checkpoints
@@ -62,6 +61,7 @@ from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
 from download_datasets import load_encoder_weights
 from feature_cache import FeatureSource
+from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
     Stopped,
@@ -1044,7 +1044,8 @@ def train(options, hardware, checkpoint):
                     loop["captions"] += batch.num_captions
                     loop["step"] += 1
                     if len(unread) == READ_LOSS_EVERY:
-                        bar.set_postfix(loss=f"{read_losses(loop, unread):.3f}")
+                        loss = read_losses(loop, unread)
+                        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 read_losses(loop, unread)
                 row = {"epoch": loop["epoch"] + 1, "train_loss": loop["loss_sum"] / loop["tokens"]}
                 row |= {"learning_rate": loop["rate"], "val_loss": validation_loss(run, received)}
@@ -1073,10 +1074,30 @@ def begin_epoch(run):
         loop["rate"] = run.state.optimizer.param_groups[0]["lr"]
     run.captioner.decoder.train()
     flip = run.options.training.horizontal_flip
+    batches = run.training.batches
     steps = run.training.epoch(loop["epoch"], start=loop["captions"], mirror=flip)
-    silent = True if process_group.rank() else None  # None: where stderr is no terminal
-    title, left = f"epoch {loop['epoch'] + 1}", run.training.batches.num_left(loop["captions"])
-    return tqdm(steps, title, left, unit="batch", disable=silent, leave=False)
+    left = batches.num_left(loop["captions"])
+    return epoch_progress(run, "", steps, left, "captions", batches.batch_size)
+
+
+def epoch_progress(run, part, items, total, unit, each=1):
+    """`items` of a part of the epoch, behind a progress bar that also knows the plan.
+
+    unit, each: what an item holds, and how many of them. part: empty for the training itself.
+    """
+    state = run.state
+    known = [row["epoch_time_seconds"] for row in state.history[-1:]]
+    title, epochs = f"epoch {state.loop['epoch'] + 1}", state.plan["epochs"]
+    return Progress(
+        items,
+        f"{title} {part}".strip(),
+        total,
+        unit,
+        each,
+        rounds=epochs - state.loop["epoch"] - 1 if known or not part else 0,
+        round_seconds=known[0] if known else None,
+        disable=process_group.rank() > 0,
+    )
 
 
 def read_losses(loop, unread):
@@ -1103,7 +1124,9 @@ def validation_loss(run, received):
     captioner, nats, tokens = run.captioner, 0.0, 0
     captioner.decoder.eval()
     batches = run.validation.epoch(0, shuffle=False)
-    for batch, features in until_stopped(received, batches):
+    num_batches, batch_size = run.validation.batches.num_batches, run.validation.batches.batch_size
+    bar = epoch_progress(run, "validation loss", batches, num_batches, "captions", batch_size)
+    for batch, features in until_stopped(received, bar):
         batch = batch.to(captioner.hardware.device)
         with torch.inference_mode(), captioner.hardware.autocast():
             logits, _ = captioner.decoder(captioner.encoder.tail(features), batch)
@@ -1127,7 +1150,8 @@ def validation_scores(run, received):
     decoding = options.decoding._replace(algorithm="beam", beam_size=beam, num_captions=1)
     hypotheses = captioner.caption_features(chunks, decoding, options.run.seed)
     most = -(-len(table) // process_group.world_size())  # images of the largest share
-    best = [image[0] for image in until_stopped(received, hypotheses, most)]
+    bar = epoch_progress(run, "validation captions", hypotheses, len(share), "images")
+    best = [image[0] for image in until_stopped(received, bar, most)]
     shares = process_group.all_gather([hypothesis._replace(attention=None) for hypothesis in best])
     best = list(itertools.chain.from_iterable(shares))
     scores = None
@@ -1452,7 +1476,7 @@ def test(options, hardware, checkpoint):
     boxes = open_boxes(dataset, table) if reads_grid else None
     chunks = features.stream(torch.arange(len(table)).split(DECODE_CHUNK))
     hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
-    hypotheses = list(tqdm(hypotheses, "decoding", len(table), unit="image", disable=None))
+    hypotheses = list(Progress(hypotheses, "testing", len(table), "images"))
     best = [image[0] for image in hypotheses]
     scores, rows = score_split(captioner, dataset, table, best, boxes)
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ import feature_cache
 import flickr_image_caption as fic
 import image_loading
 import metrics_utils
+import progress
 from caption_decoding import Hypothesis
 
 pytestmark = [
@@ -408,6 +409,30 @@ def test_best_pt_is_the_highest_validation_cider(monkeypatch):
     assert state["epoch"] == 2 and state["best_score"] == 0.9
     assert [best for *_, best in EPOCH_BLOCK.findall(out)] == ["True", "True", "False", "False"]
     assert load(run_dir(out) / "model_epoch_4.pt")["best_score"] == 0.9  # the best, not the latest
+
+
+def test_where_stderr_is_no_terminal_lines_tell_how_far_it_is(monkeypatch):
+    """Half a minute apart; here as often as something is done."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    outcome = program(TINY, "--epochs 2 --cache_dir own")
+    lines, run = [], r", \d\d:\d\d in the run"
+    for title, total, unit, left in (
+        ("encoding train images", 32, "images", ""),
+        ("encoding val images", 4, "images", ""),
+        ("epoch 1", STEPS, "captions", run),
+        ("epoch 1 validation loss", 1, "captions", ""),
+        ("epoch 1 validation captions", 4, "images", ""),
+        ("epoch 2 validation captions", 4, "images", ""),
+    ):
+        line = rf"^{title}: {total}/{total}, \S+ {unit}/s, 00:00 left{left}$"
+        lines.append(re.search(line, outcome.err, re.MULTILINE).start())
+    assert lines == sorted(lines)
+    monkeypatch.setattr(fic, "READ_LOSS_EVERY", 1)
+    checked = program(TINY, "--epochs 1 --no_feature_cache")
+    assert "\nchecking val images: 4/4, " in checked.err
+    assert re.search(r"^epoch 1: 3/4, loss=\d\.\d{3}, .* left$", checked.err, re.MULTILINE)
+    tested = program("--mode test --cache_dir own --model_path", run_dir(outcome))
+    assert "\ntesting: 4/4, " in tested.err and "encoding test images: 4/4, " in tested.err
 
 
 def replace_cider(patch, scores):
