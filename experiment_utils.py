@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 import process_group
 from checkpoints import (
@@ -343,6 +344,32 @@ class RunTracker:
     def __exit__(self, *_error):
         if self.drawn < len(self.history):
             self.draw()
+
+
+def epoch_summary(row, epochs, scheduler, is_best, example):
+    """What the console says of a finished epoch.
+
+    Args:
+        row: as `RunTracker.log_epoch`'s, with the validation captions' scores.
+        epochs: the last one of the plan.
+        scheduler: the schedule in words.
+        example: a validation image's name and its caption, the same image after every epoch.
+    """
+    seconds, more = row["epoch_time_seconds"], epochs - row["epoch"]
+    left = f", about {tqdm.format_interval(more * seconds)} left" if more else ""
+    image, caption = example
+    return (
+        f"Epoch {row['epoch']} completed ({row['epoch']}/{epochs}):\n"
+        f"  Training Loss: {row['train_loss']:.5f}\n"
+        f"  Validation Loss: {row['val_loss']:.5f}\n"
+        f"  Learning Rate: {row['learning_rate']:.6f}\n"
+        f"  Scheduler: {scheduler}\n"
+        f"  Validation captions: BLEU-4 {row['BLEU-4']:.4f}, CIDEr {row['CIDEr']:.4f}, "
+        f"{row['share_unique']:.0%} unique, {row['share_cut']:.0%} cut at --max_length\n"
+        f"  Model checkpoint saved (best: {is_best})\n"
+        f"  Epoch time: {seconds:.1f} s{left}\n"
+        f"  First validation image {image}: {caption}"
+    )
 
 
 # -------------------------------------------------------------------------------------------- plots

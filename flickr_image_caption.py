@@ -1009,6 +1009,7 @@ class Run:
     config: dict  # every option's value, as run_config.json and checkpoints hold it
     folder: Path | None = None
     tracker: experiment_utils.RunTracker | None = None
+    example: tuple[str, str] | None = None  # the first validation image and its latest caption
 
 
 @process_group.lost_peers()
@@ -1123,8 +1124,8 @@ def validation_loss(run, received):
     """Plain cross entropy of the validation captions, in nats per token."""
     captioner, nats, tokens = run.captioner, 0.0, 0
     captioner.decoder.eval()
-    batches = run.validation.epoch(0, shuffle=False)
     num_batches, batch_size = run.validation.batches.num_batches, run.validation.batches.batch_size
+    batches = run.validation.epoch(0, shuffle=False)
     bar = epoch_progress(run, "validation loss", batches, num_batches, "captions", batch_size)
     for batch, features in until_stopped(received, bar):
         batch = batch.to(captioner.hardware.device)
@@ -1156,7 +1157,8 @@ def validation_scores(run, received):
     best = list(itertools.chain.from_iterable(shares))
     scores = None
     if process_group.rank() == 0:
-        _, scores, _ = score_captions(captioner, run.scorer, table.image, best)
+        captions, scores, _ = score_captions(captioner, run.scorer, table.image, best)
+        run.example = table.image[0], captions[table.image[0]]
         del scores["METEOR"]
     return process_group.broadcast(scores)
 
@@ -1398,17 +1400,9 @@ def record_epoch(run, row, is_best):
         checkpoints.link_file(run.folder / "best.pt", run.folder / name)
     if keep:
         checkpoints.prune_checkpoints(run.folder, keep)
-    print(
-        f"Epoch {row['epoch']} completed ({row['epoch']}/{state.plan['epochs']}):\n"
-        f"  Training Loss: {row['train_loss']:.5f}\n"
-        f"  Validation Loss: {row['val_loss']:.5f}\n"
-        f"  Learning Rate: {row['learning_rate']:.6f}\n"
-        f"  Scheduler: {describe_scheduler(run.options, state.plan)}\n"
-        f"  Validation captions: BLEU-4 {row['BLEU-4']:.4f}, CIDEr {row['CIDEr']:.4f}, "
-        f"{row['share_unique']:.0%} unique, {row['share_cut']:.0%} cut at --max_length\n"
-        f"  Model checkpoint saved (best: {is_best})",
-        flush=True,
-    )
+    scheduler = describe_scheduler(run.options, state.plan)
+    epochs, example = state.plan["epochs"], run.example
+    print(experiment_utils.epoch_summary(row, epochs, scheduler, is_best, example), flush=True)
     images = len(run.validation.table)
     if images > 1 and row["share_unique"] * images < 1.5:
         warn(

@@ -435,6 +435,23 @@ def test_where_stderr_is_no_terminal_lines_tell_how_far_it_is(monkeypatch):
     assert "\ntesting: 4/4, " in tested.err and "encoding test images: 4/4, " in tested.err
 
 
+def test_each_epoch_says_how_long_it_took_and_shows_the_same_caption(shop):
+    out = succeed(TINY, DECODERS["lstm"], "--epochs 3")
+    folder, name = run_dir(out), listed("dev")[0]
+    ends = re.findall(
+        rf"\(best: \w+\)\n  Epoch time: (\d+\.\d) s(, about 00:\d\d left)?\n"
+        rf"  First validation image {name}: (.*)\n",
+        out,
+    )
+    seconds = [row["epoch_time_seconds"] for row in load(folder / "best.pt")["history"]]
+    assert len(ends) == 3 and [bool(left) for _, left, _ in ends] == [True, True, False]
+    assert [float(time) for time, *_ in ends][: len(seconds)] == [round(s, 1) for s in seconds]
+    path = f"data/sample/Images/{name}"
+    model = folder / "model_epoch_3.pt"
+    caption = "--mode caption --algorithm greedy --encoder_weights random --images"
+    assert succeed(caption, path, "--model_path", model) == f"{path}\t{ends[-1][2]}\n"
+
+
 def replace_cider(patch, scores):
     """Replace each epoch's validation CIDEr by the next of `scores`."""
     original = fic.validation_scores
