@@ -345,9 +345,9 @@ def content_digests(folder: Path, names: Sequence[str]) -> torch.Tensor:
     def digests_of(chunk):
         return [_content_digest(folder / name) for name in chunk]
 
-    shown = {"unit": "image", "unit_scale": DIGEST_CHUNK, "disable": None, "leave": False}
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
-        digests = [*tqdm(pool.map(digests_of, chunks), "hashing", len(chunks), **shown)]
+        digests = pool.map(digests_of, chunks)
+        digests = [*Progress(digests, "hashing", len(chunks), "images", DIGEST_CHUNK)]
     own_digests = torch.tensor(list(itertools.chain.from_iterable(digests)), dtype=torch.int64)
     return torch.cat(process_group.all_gather(own_digests))
 
