@@ -1212,13 +1212,13 @@ def set_up(options, hardware, checkpoint=None):
     experiment_utils.set_seed(options.run.seed)
     if checkpoint:
         decoder, vocabulary = restore_decoder(options.run.model_path, options.as_dict(), checkpoint)
+        origin = f"those of {options.run.model_path}"
     else:
-        vocabulary = Vocabulary.build(texts, options.data.freq_threshold)
+        threshold = options.data.freq_threshold
+        vocabulary = Vocabulary.build(texts, threshold)
         decoder = new_decoder(options, encoder, vocabulary, features)
-    print(
-        f"vocabulary: {len(vocabulary)} words, each in {len(texts)} captions "
-        f"{options.data.freq_threshold} times or more"
-    )
+        origin = f"seen {threshold} times or more in {len(texts)} training captions"
+    print(f"vocabulary: {len(vocabulary) - len(vocabulary.SPECIALS)} words, {origin}")
     decoder.to(hardware.device)
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))

@@ -4,6 +4,7 @@ The program runs inside this process, because importing torch takes longer than 
 what needs a process of its own is in test_command_line.py.
 """
 
+import collections
 import contextlib
 import csv
 import functools
@@ -523,6 +524,21 @@ def test_the_vocabulary_comes_from_training_captions_alone():
     words = load(train(flags) / "best.pt")["vocabulary"]["words"]
     assert "okapi" in words and "zebra" not in words
     assert words[:4] == ["<PAD>", "<SOS>", "<EOS>", "<UNK>"]
+
+
+def test_the_vocabularys_origin_is_said(shop):
+    """A resumed run has the checkpoint's words, whatever captions it trains on."""
+    counts = collections.Counter()
+    for image in listed("train"):
+        for text in references()[image]:
+            counts.update(caption_batches.tokenize(text))
+    kept = sum(count >= 20 for count in counts.values())
+    assert 0 < kept < len(counts)
+    seen = "seen 20 times or more in 160 training captions\n"
+    assert f"vocabulary: {kept} words, {seen}" in succeed(TINY, "--freq_threshold 20")
+    path = shop / "lstm/best.pt"
+    resumed = succeed("--max_train_images 20 --epochs 1 --model_path", path)
+    assert f"vocabulary: {len(counts)} words, those of {path}\n" in resumed
 
 
 def test_validation_scores_go_by_image(monkeypatch):
