@@ -6,6 +6,7 @@ what needs a process of its own is in test_command_line.py.
 
 import collections
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -136,6 +137,7 @@ def workshop():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         skip_plots(patch)
+        share_encoders(patch)
         for decoder, flags in DECODERS.items():
             shutil.move(train(flags, "--epochs 4 --learning_rate 0.02"), path / decoder)
     return folder
@@ -147,6 +149,27 @@ def skip_plots(patch):
         patch.setattr(experiment_utils, name, lambda path, history: path.touch())
 
 
+BUILD_ENCODER = fic.Encoder.__init__
+BUILT = {}  # the attributes of encoders by their weights, name and geometry
+
+
+def share_encoders(patch):
+    """Building one takes half of a run here, and it is frozen: runs with the same weights share it."""
+
+    def build(encoder, name, state, source, *geometry):
+        try:
+            weights = ((part, hash(value.numpy().tobytes())) for part, value in state.items())
+            key = name, *geometry, *weights
+        except (AttributeError, TypeError):  # no weights, which is for the program to say
+            key = object()
+        if key not in BUILT:
+            BUILD_ENCODER(encoder, name, state, source, *geometry)
+            BUILT[key] = vars(encoder)
+        vars(encoder).update({part: copy.copy(value) for part, value in BUILT[key].items()})
+
+    patch.setattr(fic.Encoder, "__init__", build)
+
+
 def enter(folder, patch):
     """Make `folder` the working folder of a test, with the workshop's data and cache, and no plots."""
     shop = Path(workshop().name)
@@ -154,6 +177,7 @@ def enter(folder, patch):
     for name in ("data", "feature_cache"):
         (folder / name).symlink_to(shop / name)
     skip_plots(patch)
+    share_encoders(patch)
     return shop
 
 
