@@ -519,6 +519,30 @@ def test_a_temperature_near_0_is_greedy_and_leaves_log_prob_as_it_is(temperature
         assert sampled.log_prob == pytest.approx(best.log_prob)
 
 
+def test_the_nucleus_is_the_fewest_words_that_reach_top_p():
+    """Of four that are as likely as each other, exactly two reach 0.5."""
+    decoder = Markov({1: dict.fromkeys((2, 4, 5, 6), 0.25)})
+    options = {"algorithm": "sample", "max_length": 1, "top_p": 0.5, "num_captions": 200}
+    (samples,) = search(decoder, generator=torch.Generator().manual_seed(0), **options)
+    assert len({tuple(h.tokens) for h in samples}) == 2
+
+
+class Remembering(Markov):
+    """A decoder that hands out the tensor it keeps."""
+
+    def step(self, tokens, state):
+        """As Markov's, of its first token alone."""
+        return self.logits[1].view(1, 1, -1), state, None
+
+
+@pytest.mark.parametrize("algorithm", ["greedy", "sample"])
+def test_a_search_changes_no_tensor_of_the_decoder(algorithm):
+    decoder = Remembering({1: {2: 0.2, 3: 0.3, 4: 0.5}})
+    before = decoder.logits.clone()
+    search(decoder, algorithm=algorithm, min_length=2, max_length=5)
+    assert torch.equal(decoder.logits, before)
+
+
 # Ensembles
 
 
@@ -541,6 +565,13 @@ def test_an_ensemble_writes_with_the_mean_of_its_members_probabilities():
         assert one.tokens == other.tokens
         assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
         torch.testing.assert_close(one.attention, other.attention + 0.5)
+
+
+def test_an_ensembles_step_gives_log_probabilities():
+    ensemble = Ensemble([Toy(1, vocab_size=9, seed=1), Toy(1, vocab_size=9, seed=2)])
+    state = ensemble.start(torch.zeros(1, 1, dtype=torch.int64))
+    log_probs, _, _ = ensemble.step(torch.tensor([[VOCABULARY.sos]]), state)
+    assert log_probs.exp().sum().item() == pytest.approx(1)
 
 
 def test_members_without_attention_do_not_dim_the_ensembles():
