@@ -12,16 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repeated_linear import RepeatedLinear, summed_once
 
 
-def run(layer, start, steps=4, context=summed_once):
+def run(layer, start, steps=4, context=summed_once, bfloat16=False):
     """A loop of `steps` time steps: its outputs, and the gradients of the start and the layer."""
     layer.zero_grad()
     hidden = start.clone().requires_grad_()
     x, outputs = hidden, []
-    with context(layer):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), context(layer):
         for step in range(steps):
             x = layer(x[: len(x) - step]).tanh()  # captions longest first: fewer rows each step
             outputs.append(x)
-        sum((output.float() ** 2).sum() for output in outputs).backward()
+    sum((output.float() ** 2).sum() for output in outputs).backward()  # as in training, outside
     gradients = [hidden.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
     return [output.detach() for output in outputs], gradients
 
@@ -37,9 +37,8 @@ def test_values_and_gradients_are_those_of_a_plain_layer(bias, shape):
 def test_autocast_casts_as_in_a_plain_layer():
     torch.manual_seed(0)
     layer, start = RepeatedLinear(5, 5), torch.randn(8, 5)
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs, gradients = run(layer, start)
-        plain_outputs, plain_gradients = run(layer, start, context=nullcontext)
+    outputs, gradients = run(layer, start, bfloat16=True)
+    plain_outputs, plain_gradients = run(layer, start, context=nullcontext, bfloat16=True)
     assert all(output.dtype == torch.bfloat16 for output in outputs)
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
     torch.testing.assert_close(outputs, plain_outputs)
@@ -53,7 +52,7 @@ def test_without_gradients_and_after_an_error_the_layer_is_plain():
     with pytest.raises(ValueError, match="stop"), summed_once(layer):
         assert layer.uses == []
         raise ValueError("stop")
-    assert layer.uses is None
+    assert layer.uses is None and layer.shared is None  # its weight in another precision is let go
 
 
 class WeightProducts(TorchDispatchMode):
@@ -72,3 +71,14 @@ def test_the_weights_gradient_is_one_product_for_all_steps(context, products):
     with WeightProducts() as weight_products:
         run(RepeatedLinear(5, 5), torch.randn(9, 5), context=context)
     assert weight_products.count == products
+
+
+def test_a_second_backward_pass_adds_its_own_gradients_alone():
+    layer, x = RepeatedLinear(5, 5).double(), torch.randn(8, 5).double()
+    with summed_once(layer):
+        loss = layer(layer(x)).square().sum()
+        loss.backward(retain_graph=True)
+        first = [parameter.grad.clone() for parameter in layer.parameters()]
+        loss.backward()
+    for parameter, gradient in zip(layer.parameters(), first, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient)
