@@ -140,6 +140,19 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_the_file_and_then_its_new_name_are_brought_to_the_disk(tmp_path, monkeypatch):
+    """Or a power cut could leave an empty file, or the old name."""
+    path, flushed, fsync = tmp_path / "a.txt", [], os.fsync
+
+    def noted_fsync(descriptor):
+        flushed.append((os.fstat(descriptor).st_ino, path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    write_text(path, "new")
+    assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
 def test_an_output_folder_is_checked_without_being_made(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable_dir(tmp_path, "--cache_dir")
@@ -358,10 +371,12 @@ def test_a_want_of_memory_is_not_the_checkpoint_s_fault(tmp_path, monkeypatch, a
         load_checkpoint(tmp_path / "best.pt")
 
 
-def test_another_format_version_is_refused_by_its_number(tmp_path):
-    torch.save({"format_version": 1}, tmp_path / "old.pt")
-    assert refusal(tmp_path / "old.pt") == (
-        "checkpoint format version 1, expected 4 or 5: use the version of this program that wrote it"
+@pytest.mark.parametrize("version", [3, 6])
+def test_another_format_version_is_refused_by_its_number(tmp_path, version):
+    torch.save({"format_version": version}, tmp_path / "other.pt")
+    assert refusal(tmp_path / "other.pt") == (
+        f"checkpoint format version {version}, expected 4 or 5: "
+        "use the version of this program that wrote it"
     )
 
 
