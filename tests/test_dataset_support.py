@@ -825,4 +825,4 @@ def test_the_real_flickr8k_has_its_published_splits():
 
 
 if __name__ == "__main__":
-    raise SystemExit(pytest.main([__file__, "-v"]))
+    raise SystemExit(pytest.main([__file__, "-q"]))

@@ -1,9 +1,12 @@
 """The learning rate of every epoch and step, for each of the five schedulers, new and resumed.
 
-python tests/test_lr_scheduling.py     runs the same checks by hand and prints each schedule's rates
+python tests/test_lr_scheduling.py     prints each schedule's rates and runs the same checks
 """
 
+import contextlib
 import copy
+import functools
+import io
 import math
 import sys
 from pathlib import Path
@@ -95,6 +98,13 @@ def rates(run, stop=None):
     return found
 
 
+@functools.cache
+def straight_through(name, *more):
+    """Every step's rate of a run of 8 epochs that was never stopped, and the run."""
+    run = start(options(name, *more), Path())
+    return rates(run), run
+
+
 def per_epoch(found):
     """The rate of each epoch; it must not change within one."""
     epochs = [found[start : start + BATCHES] for start in range(0, len(found), BATCHES)]
@@ -150,10 +160,9 @@ def test_without_use_scheduler_the_rate_is_constant(tmp_path):
         ("reduce_lr_on_plateau", [RATE, RATE, RATE, RATE, RATE / 2, RATE / 2, RATE / 2, RATE / 2]),
     ],
 )
-def test_the_rate_of_every_epoch(tmp_path, name, expected):
-    found = per_epoch(rates(start(options(name), tmp_path)))
-    print(f"\n{name}: {' '.join(f'{rate:.6f}' for rate in found)}")
-    assert found == pytest.approx(expected, rel=1e-6)
+def test_the_rate_of_every_epoch(name, expected):
+    found, _ = straight_through(name)
+    assert per_epoch(found) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_plateau_watches_the_validation_loss_and_stops_at_min_lr(tmp_path):
@@ -169,7 +178,6 @@ def test_the_plateau_watches_the_validation_loss_and_stops_at_min_lr(tmp_path):
 @pytest.mark.parametrize("warmup", [0, 2, 7])
 def test_one_cycle_moves_with_every_batch_up_to_the_learning_rate(tmp_path, warmup):
     found = rates(start(options("one_cycle", "--warmup_epochs", str(warmup)), tmp_path))
-    print(f"\none_cycle, {warmup} warm-up epochs: {' '.join(f'{rate:.6f}' for rate in found)}")
     assert found == pytest.approx(one_cycle(8 * BATCHES, warmup * BATCHES), rel=1e-6)
     if warmup:
         assert max(found) == pytest.approx(RATE)
@@ -309,8 +317,7 @@ def test_a_state_of_another_precision_goes_on_in_float16_and_back(tmp_path, prec
     "done", [3 * BATCHES, 3 * BATCHES + 2]
 )  # after an epoch; in the middle of one
 def test_stopped_and_resumed_is_straight_through(tmp_path, name, done):
-    straight = start(options(name), tmp_path)
-    expected = rates(straight)
+    expected, straight = straight_through(name)
     stopped = start(options(name), tmp_path)
     before = rates(stopped, stop=done)
     resumed = resume(tmp_path, stopped)
@@ -322,7 +329,7 @@ def test_stopped_and_resumed_is_straight_through(tmp_path, name, done):
 
 @every_schedule
 def test_epochs_typed_on_resume_are_additional_and_the_schedule_goes_on(tmp_path, name, capsys):
-    expected = rates(start(options(name, epochs=8), tmp_path))
+    expected, _ = straight_through(name)
     run = start(options(name, epochs=8 if name == "one_cycle" else 4), tmp_path)
     before = rates(run, stop=4 * BATCHES)
     resumed = resume(tmp_path, run, "--epochs", "4")
@@ -389,7 +396,7 @@ def test_another_type_of_schedule_starts_fresh_and_says_so(tmp_path, name, old, 
 
 @every_schedule
 def test_the_same_type_typed_again_goes_on(tmp_path, name, capsys):
-    expected = rates(start(options(name), tmp_path))
+    expected, _ = straight_through(name)
     run = start(options(name), tmp_path)
     before = rates(run, stop=3 * BATCHES)
     typed = [] if name == "none" else ["--use_scheduler", "--scheduler_type", name]
@@ -400,7 +407,7 @@ def test_the_same_type_typed_again_goes_on(tmp_path, name, capsys):
 @every_schedule
 def test_a_learning_rate_typed_on_resume_scales_the_rest_of_the_schedule(tmp_path, name):
     free = ["--min_lr", "0"] if "--min_lr" in SCHEDULES[name] else []
-    expected = rates(start(options(name, *free), tmp_path))
+    expected, _ = straight_through(name, *free)
     run = start(options(name, *free), tmp_path)
     rates(run, stop=5 * BATCHES)
     found = rates(resume(tmp_path, run, "--learning_rate", str(RATE / 2)))
@@ -479,5 +486,16 @@ def test_a_plan_that_is_done_asks_for_epochs():
     assert resumed_plan("--epochs 1", 8)["epochs"] == 9
 
 
+def print_rates():
+    """A line for each schedule: the rate that each epoch begins at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "save", lambda run, name: None)
+        for name in SCHEDULES:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found, _ = straight_through(name)
+            print(f"{name:21}", *(f"{rate:.6f}" for rate in found[::BATCHES]))
+
+
 if __name__ == "__main__":
-    raise SystemExit(pytest.main([__file__, "-v", "-s"]))
+    print_rates()
+    raise SystemExit(pytest.main([__file__, "-q", *sys.argv[1:]]))
