@@ -183,6 +183,13 @@ def test_cider_is_ten_for_the_only_reference_and_zero_without_shared_words():
     assert scores["CIDEr"] == pytest.approx(5)
 
 
+def test_cider_penalises_a_caption_by_its_distance_in_bigrams():
+    """The toolkit takes the number of bigrams for the length, 0 for one word as for none."""
+    scores, _ = CaptionScorer({0: ["dog"], 1: ["two men"]}).score({0: "dog", 1: "men"})
+    per_gram = [1, 0, 0, 0], [2**-0.5 * math.exp(-1 / (2 * 6.0**2)), 0, 0, 0]
+    assert scores["CIDEr"] == pytest.approx(10 * (sum(per_gram[0]) + sum(per_gram[1])) / 4 / 2)
+
+
 def test_wer_is_edits_over_words_of_the_nearest_reference_summed_over_images():
     dogs, men = ["a dog runs", "a cat sits on the red grass"], ["two men", "two old men sit"]
     hypotheses = {0: "a dog walks fast", 1: "two old men"}
@@ -238,7 +245,7 @@ def test_scores_are_the_same_to_the_last_bit_in_every_process():
     hypotheses = {i: " ".join(captions[:2]) for i, captions in references.items()}  # much shared
     score = f"metrics_utils.CaptionScorer({references}).score({hypotheses})"
     command = [sys.executable, "-c", f"import metrics_utils; print({score})"]
-    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in "1234"]
+    environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in "12"]
     outputs = {subprocess.check_output(command, cwd=ROOT, env=env) for env in environments}
     assert len(outputs) == 1
 
@@ -312,13 +319,21 @@ def test_peak_in_box_by_hand():
         {"names": ["ball"], "box": [0.5, 0, 1, 0.5]},
         {"names": ["ball"], "box": [0.75, 0, 1, 1]},  # half of it lies in the other ball's box
     ]
-    result = peak_in_box([(["a", "dog", "and", "ball"], maps, boxes), (["sky"], maps[:1], boxes)])
+    result = peak_in_box([(["a", "puppy", "and", "ball"], maps, boxes), (["sky"], maps[:1], boxes)])
     assert result == {
         "peak_in_box": 1 / 2,
         "chance": pytest.approx(0.2475),
         "ratio": pytest.approx(0.5 / 0.2475),
         "nouns": 2,
     }
+
+
+@pytest.mark.parametrize(("box", "hit"), [([0, 0, 0.125, 1], 0), ([0.125, 0.25, 1, 1], 1)])
+def test_a_box_has_its_upper_left_edges_and_not_its_lower_right_ones(box, hit):
+    """So that of two boxes side by side one has the centre: here (1/8, 1/4)."""
+    attention = np.eye(1, 8).reshape(1, 2, 4)
+    result = peak_in_box([(["dog"], attention, [{"names": ["dog"], "box": box}])])
+    assert result["peak_in_box"] == hit
 
 
 BOX = {"names": ["dog", "dogs"], "box": [0, 0.25, 0.5, 1]}
