@@ -178,6 +178,7 @@ def test_run_summary_is_as_specified_and_ends_with_the_command(tmp_path):
         ("reduce_lr_on_plateau",
          {"scheduler_patience": 3, "scheduler_factor": 0.5, "min_lr": 1e-6},
          "  Patience: 3\n  Factor: 0.5\n  Min LR: 1e-06"),
+        ("cosine", {"min_lr": 1e-6, "scheduler_t_max": 20}, "  Min LR: 1e-06\n  T_max: 20"),
         ("exponential", {"scheduler_gamma": 0.1}, "  Gamma: 0.1"),
         ("one_cycle", {"warmup_epochs": 2}, "  Warmup Epochs: 2"),
     ],
@@ -213,6 +214,11 @@ def test_git_info_in_a_repository_with_a_change_and_outside_one(tmp_path, monkey
     assert git_info() == {"commit": git("rev-parse", "HEAD"), "branch": "trunk", "dirty": False}
     (tmp_path / "experiment_utils.py").write_text("2")
     assert git_info()["dirty"] is True
+    git("checkout", "-q", ".")
+    (tmp_path / "results.csv").write_text("3")
+    assert git_info()["dirty"] is False  # a file that git does not know is no change
+    git("checkout", "-q", "--detach")
+    assert git_info() == {"commit": git("rev-parse", "HEAD"), "branch": None, "dirty": False}
     monkeypatch.setenv("PATH", str(tmp_path))  # no git program
     assert git_info() == {"commit": None, "branch": None, "dirty": None}
 
@@ -246,14 +252,31 @@ def test_environment_says_what_the_numbers_depend_on():
     assert snapshot["python"] == ".".join(map(str, sys.version_info[:3]))
     assert snapshot["threads"] == torch.get_num_threads()
     assert snapshot["world_size"] == 1
-    assert len(snapshot["devices"]) >= torch.cuda.device_count()
     assert snapshot["cpu_count"] == os.cpu_count()
     assert snapshot["cpu_model"]
+
+
+def test_environment_names_every_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert environment()["devices"] == ["GPU 0", "GPU 1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert environment()["devices"] == ["mps"]
 
 
 # ------------------------------------------------------------------------------------------ history
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """They take most of an epoch's time; what they show is tested below."""
+    for name in ("plot_losses", "plot_learning_rate"):
+        monkeypatch.setattr(experiment_utils, name, lambda path, history: None)
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_curves_and_metrics_of_three_epochs(tmp_path):
     tracker = RunTracker(tmp_path, CONFIG, COMMAND)
     tracker.log_epoch(row(1, CIDEr=np.float32(0.25)))
@@ -273,6 +296,7 @@ def test_curves_and_metrics_of_three_epochs(tmp_path):
     }
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_metrics_csv_keeps_a_right_header_when_columns_come_and_go(tmp_path):
     """Rows appended under the first header would shift once a metric comes later."""
     tracker = RunTracker(tmp_path, CONFIG, COMMAND)
@@ -289,6 +313,7 @@ def test_metrics_csv_keeps_a_right_header_when_columns_come_and_go(tmp_path):
     assert table["WER"][1] == 0.75
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_resumed_run_goes_on_with_the_history_it_was_given(tmp_path):
     earlier = [row(1, CIDEr=0.25), row(2, CIDEr=0.5)]
     tracker = RunTracker(tmp_path, CONFIG, COMMAND, history=earlier)
@@ -298,6 +323,7 @@ def test_a_resumed_run_goes_on_with_the_history_it_was_given(tmp_path):
     assert len(earlier) == 2
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_history_of_numpy_scores_can_be_loaded_from_a_checkpoint(tmp_path):
     tracker = RunTracker(tmp_path, CONFIG, COMMAND)
     tracker.log_epoch(row(1, CIDEr=np.float64(0.25), count=np.int64(3)))
@@ -365,6 +391,39 @@ def test_plots_of_one_epoch_without_validation(tmp_path, rate):
     assert blue > 50
     assert orange == 0
     assert colours(tmp_path / "learning_rate.png")[0] > 50
+
+
+def test_a_dashed_line_marks_the_best_epoch(tmp_path):
+    def marked(best):
+        rows = [row(epoch, CIDEr=float(epoch == best)) for epoch in range(1, 16)]
+        plot_losses(tmp_path / "losses.png", rows)
+        with Image.open(tmp_path / "losses.png") as picture:
+            grey = np.abs(np.asarray(picture.convert("L")).astype(int) - 0x55) < 20
+        assert grey.sum(axis=0).max() > 200  # of 800 rows; a letter's edges have fewer
+        return grey.sum(axis=0).argmax()
+
+    early, middle, late = (marked(epoch) for epoch in (3, 8, 13))
+    assert early < middle < late and middle - early == pytest.approx(late - middle, abs=3)
+
+
+def test_rates_that_span_a_decade_are_drawn_on_a_logarithmic_axis(tmp_path):
+    """On which rates that fall by the same factor lie on a straight line."""
+
+    def heights(rates):
+        rows = [row(epoch, learning_rate=rate) for epoch, rate in enumerate(rates, start=1)]
+        experiment_utils.plot_learning_rate(tmp_path / "rates.png", rows)
+        with Image.open(tmp_path / "rates.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        ys, xs = np.nonzero(np.abs(pixels - (0, 114, 178)).sum(axis=-1) < 30)
+        curve = ys < 600  # the legend's sample of the line lies below the axes
+        xs, ys = xs[curve], ys[curve]
+        thirds = np.linspace(xs.min() + 10, xs.max() - 10, 3).astype(int)
+        return [ys[xs == x].mean() for x in thirds]
+
+    left, middle, right = heights([1e-2, 1e-3, 1e-4])
+    assert middle == pytest.approx((left + right) / 2, abs=5)
+    left, middle, right = heights([1e-2, 5e-3, 2.5e-3])
+    assert middle > (left + right) / 2 + 20
 
 
 def test_plots_need_neither_pyplot_nor_a_display(tmp_path, monkeypatch):
