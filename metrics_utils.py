@@ -450,7 +450,7 @@ def scores_table(scores):
     plain = ("caption_length", "vocabulary_used", "share_unique", "share_copied", "share_cut")
     lines += [f"  {name:17}{scores[name]:.4g}" for name in plain if scores.get(name) is not None]
     attention = scores.get("attention", {})
-    if attention.get("nouns"):
+    if attention.get("ratio") is not None:
         share, ratio = attention["peak_in_box"], attention["ratio"]
         lines.append(f"  attention peak in its noun's box: {share:.3f}, {ratio:.1f} times chance")
     return "\n".join(lines)

@@ -28,6 +28,7 @@ from metrics_utils import (  # noqa: E402
     metrics_from_sums,
     peak_in_box,
     read_boxes,
+    scores_table,
     tokenize,
 )
 
@@ -374,6 +375,29 @@ def test_foreign_boxes_are_one_line_that_names_the_file(tmp_path, content, messa
 def test_peak_in_box_without_nouns():
     result = peak_in_box([(["a"], np.ones((1, 2, 2)), [])])
     assert result == {"peak_in_box": None, "chance": None, "ratio": None, "nouns": 0}
+
+
+def test_a_box_without_area_has_no_ratio():
+    boxes = [{"names": ["dog"], "box": [0.5, 0.5, 0.5, 0.5]}]
+    result = peak_in_box([(["dog"], np.ones((1, 2, 2)), boxes)])
+    assert result == {"peak_in_box": 0, "chance": 0, "ratio": None, "nouns": 1}
+
+
+def test_the_console_s_table():
+    scores = dict(zip(METRIC_NAMES, (0.6, 0.4, 0.3, 0.2, None, 0.45, 0.5, 0.75), strict=True))
+    scores |= {"intervals": {"BLEU-4": [0.1, 0.25]}, "caption_length": 9.5, "share_copied": None}
+    attention = {"peak_in_box": 0.5, "chance": 0.25, "ratio": 2.0, "nouns": 4}
+    lines = scores_table(scores | {"attention": attention}).splitlines()
+    assert lines[4:6] == [
+        "  BLEU-4           0.2000  [0.1000, 0.2500]",
+        "  METEOR (nltk)    not computed",
+    ]
+    assert lines[9:] == [
+        "  caption_length   9.5",
+        "  attention peak in its noun's box: 0.500, 2.0 times chance",
+    ]
+    unmeasured = scores_table(scores | {"attention": attention | {"chance": 0, "ratio": None}})
+    assert unmeasured == scores_table(scores) == "\n".join(lines[:-1])
 
 
 # ------------------------------------------------------------------------------------------ command
