@@ -277,7 +277,7 @@ def test_intervals_have_the_width_of_the_standard_error():
 # ------------------------------------------------------------------------------------------- METEOR
 
 
-def test_meteor_is_nltks(monkeypatch):
+def test_meteor_is_nltks(monkeypatch, tmp_path, capsys):
     import nltk
 
     shared = str(ROOT.parent / "shared" / "nltk_data")
@@ -292,6 +292,9 @@ def test_meteor_is_nltks(monkeypatch):
     assert scores["METEOR"] == pytest.approx((per_image[0]["METEOR"] + per_image[1]["METEOR"]) / 2)
     assert "METEOR" in scores["intervals"]
     assert scorer.score({0: "a dog", 1: "a car"})[0]["METEOR"] is None
+    run_command(tmp_path, REFERENCES, HYPOTHESES)
+    command = json.loads(capsys.readouterr().out)
+    assert command["METEOR"] == pytest.approx(1 - 0.5 * (1 / 5) ** 3)
 
 
 def test_meteor_without_wordnet_is_none_with_one_line(monkeypatch, capsys):
