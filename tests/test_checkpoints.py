@@ -9,6 +9,8 @@ import math
 import os
 import pickle
 import random
+import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 
 import checkpoints
 from checkpoints import (
+    check_free_space,
     check_writable_dir,
     checkpoint_errors,
     load_checkpoint,
@@ -498,6 +501,31 @@ def test_a_checkpoint_named_from_within_its_folders_knows_them_too(tmp_path, mon
     (tmp_path / RUN).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / RUN)
     assert runs_folder("best.pt") == tmp_path
+
+
+def test_where_the_best_is_meant_no_other_is_taken(tmp_path):
+    """A run stopped in its first epoch: its last.pt was never the best."""
+    touch(tmp_path / f"lstm_{STAMP}" / "last.pt")
+    with pytest.raises(FileNotFoundError, match=r"existing ones are .*last\.pt$"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_of_many_checkpoints_nearby_the_five_newest_are_named(tmp_path):
+    for second in range(10, 17):
+        touch(tmp_path / f"lstm_20241201_1430{second}" / "best.pt")
+    with pytest.raises(FileNotFoundError) as caught:
+        resolve_checkpoint(tmp_path / "model_epoch_3.pt")
+    named = re.findall(r"1430(\d\d)/best\.pt", str(caught.value))
+    assert named == ["16", "15", "14", "13", "12"] and str(caught.value).endswith(", ...")
+
+
+def test_free_space_may_be_used_up_to_the_last_byte(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=2_000_000_000))
+    check_free_space(tmp_path / "new", 2_000_000_000, "the files", "make room")
+    message = r"^the files need 2\.00 GB, 2\.00 GB are free; make room$"
+    with pytest.raises(ValueError, match=message):
+        check_free_space(tmp_path / "new", 2_000_000_001, "the files", "make room")
 
 
 def test_prune_keeps_the_last_epochs_and_every_other_file(tmp_path):
