@@ -55,20 +55,22 @@ def test_without_gradients_and_after_an_error_the_layer_is_plain():
     assert layer.uses is None and layer.shared is None  # its weight in another precision is let go
 
 
-class WeightProducts(TorchDispatchMode):
-    """Counts matrix products of the weight's size, (5, 5)."""
+class OfWeightSize(TorchDispatchMode):
+    """Counts what an operation makes of the weight's size, (5, 5)."""
 
-    count = 0
+    def __init__(self, operation):
+        super().__init__()
+        self.operation, self.count = operation, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
-        self.count += function is torch.ops.aten.mm.default and result.shape == (5, 5)
+        self.count += function is self.operation and result.shape == (5, 5)
         return result
 
 
 @pytest.mark.parametrize(("context", "products"), [(summed_once, 1), (nullcontext, 4)])
 def test_the_weights_gradient_is_one_product_for_all_steps(context, products):
-    with WeightProducts() as weight_products:
+    with OfWeightSize(torch.ops.aten.mm.default) as weight_products:
         run(RepeatedLinear(5, 5), torch.randn(9, 5), context=context)
     assert weight_products.count == products
 
@@ -82,3 +84,10 @@ def test_a_second_backward_pass_adds_its_own_gradients_alone():
         loss.backward()
     for parameter, gradient in zip(layer.parameters(), first, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * gradient)
+
+
+def test_no_zeros_stand_for_gradients_that_no_use_gives():
+    """Autograd made a zero weight and a zero bias for every layer at every training step."""
+    with OfWeightSize(torch.ops.aten.zeros.default) as zeros:
+        run(RepeatedLinear(5, 5), torch.randn(9, 5))
+    assert zeros.count == 0
