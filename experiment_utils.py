@@ -367,7 +367,7 @@ def epoch_summary(row, epochs, scheduler, is_best, example):
         f"  Validation captions: BLEU-4 {row['BLEU-4']:.4f}, CIDEr {row['CIDEr']:.4f}, "
         f"{row['share_unique']:.0%} unique, {row['share_cut']:.0%} cut at --max_length\n"
         f"  Model checkpoint saved (best: {is_best})\n"
-        f"  Epoch time: {seconds:.1f} s{left}\n"
+        f"  Time: {seconds:.1f} s{left}\n"
         f"  First validation image {image}: {caption}"
     )
 

@@ -468,7 +468,7 @@ def test_each_epoch_says_how_long_it_took_and_shows_the_same_caption(shop):
     out = succeed(TINY, DECODERS["lstm"], "--epochs 3")
     folder, name = run_dir(out), listed("dev")[0]
     ends = re.findall(
-        rf"\(best: \w+\)\n  Epoch time: (\d+\.\d) s(, about 00:\d\d left)?\n"
+        rf"\(best: \w+\)\n  Time: (\d+\.\d) s(, about 00:\d\d left)?\n"
         rf"  First validation image {name}: (.*)\n",
         out,
     )
