@@ -7,7 +7,6 @@ them with the CPU's tensors fails, as it does on a GPU; copies to and fro are no
 import contextlib
 import copy
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -27,12 +26,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 AWAY = torch.device("meta")
 VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
 WORDS, CHANNELS, CELLS = 15, 6, 9
-FETCHES = (
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::is_nonzero",
-    "aten::item",
-)  # they read values
+# They read values, or make a result whose size depends on values: on CUDA the program waits for either.
+FETCHES = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2",
+    "unique_consecutive", "unique_dim", "bincount", "multinomial",
+}  # fmt: skip
 
 
 class Away(torch.Tensor):
@@ -84,7 +82,7 @@ class Device(TorchDispatchMode):
             raise RuntimeError(f"{name} mixes devices")
         if tensors and not away:
             self.sent.append(name)
-        if target == "cpu" or name.removesuffix(".default") in FETCHES:
+        if target == "cpu" or fetches(name, args, kwargs):
             self.fetched.append(name)
         held = tree_map_only(
             Away, lambda tensor: tensor.held, (args, kwargs | ({"device": "cpu"} if target else {}))
@@ -101,6 +99,17 @@ class Device(TorchDispatchMode):
             lambda tensor: tensor if isinstance(tensor, Away) else Away(tensor),
             result,
         )
+
+
+def fetches(name, args, kwargs):
+    """Whether this operation on a GPU's tensors makes the program wait for them."""
+    operation = name.removeprefix("aten::").partition(".")[0]
+    if operation in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        indices = [index for index in args[1] if index is not None]
+        return any(index.dtype in (torch.bool, torch.uint8) for index in indices)  # a mask
+    if operation == "repeat_interleave":
+        return kwargs.get("output_size") is None
+    return operation in FETCHES
 
 
 def moved(module):
@@ -236,9 +245,40 @@ def test_devices_that_mix_are_noticed(device):
     assert len(device.fetched) == 2
 
 
-def test_what_goes_to_cuda_is_pinned_and_not_waited_for():
-    tensor, device = mock.Mock(device=torch.device("cpu")), torch.device("cuda")
-    assert runtime.to_device(tensor, device) is tensor.pin_memory().to.return_value
-    tensor.pin_memory().to.assert_called_once_with(device, non_blocking=True)
-    there = mock.Mock(device=device)
-    assert runtime.to_device(there, device) is there.to.return_value and not there.pin_memory.called
+def write_at(values, index, new):
+    values[index] = new
+
+
+@pytest.mark.parametrize(
+    ("waits", "operation"),
+    [
+        (1, lambda values, mask, _: values[mask]),
+        (1, lambda values, mask, _: write_at(values, mask, values[:2].clone())),
+        (1, lambda values, mask, _: values.masked_select(mask)),
+        (1, lambda values, *_: values.unique()),
+        (1, lambda values, *_: values.unique_consecutive()),
+        (1, lambda values, *_: values.unique(dim=0)),
+        (1, lambda values, _, counts: values.repeat_interleave(counts)),
+        (1, lambda _values, mask, _: mask.nonzero()),
+        (1, lambda _values, mask, _: torch.where(mask)),
+        (1, lambda _values, _, counts: counts.bincount()),
+        (1, lambda values, *_: values.multinomial(1)),
+        (1, lambda values, *_: torch.equal(values, values)),
+        (1, lambda values, *_: float(values[0])),
+        (0, lambda values, _, counts: values[counts]),
+        (0, lambda values, _, counts: write_at(values, counts, values + 1)),
+        (0, lambda values, mask, _: write_at(values, mask, 0.0)),
+        (0, lambda values, _, counts: values.repeat_interleave(counts, output_size=3)),
+        (0, lambda values, *_: values.repeat_interleave(2)),
+        (0, lambda values, mask, _: torch.where(mask, values, 0.0)),
+    ],
+)
+def test_what_a_gpu_waits_for_is_noticed(waits, operation, device):
+    """By a mask, masked_select, unique, repeat_interleave: sizes that only the values tell."""
+    with device:
+        operation(
+            Away(torch.tensor([1.0, 2.0, 2.0])),
+            Away(torch.tensor([True, False, True])),
+            Away(torch.tensor([0, 2, 1])),
+        )
+    assert len(device.fetched) == waits
