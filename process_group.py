@@ -37,17 +37,22 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
+def local_ranks():
+    """This process's number among those that torchrun started on this machine, and theirs."""
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+
 @contextlib.contextmanager
 def joined(device):
     """Make the processes that torchrun started one group while the block runs.
 
-    All but rank 0 are silent on stdout, and `cuda` without a number means this process's own GPU.
+    All but rank 0 are silent on stdout. `device` is this process's own.
     """
     if world_size() == 1:
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     with lost_peers():
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE

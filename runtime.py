@@ -61,15 +61,18 @@ def resolve_hardware(device, precision):
 def resolve_device(name):
     """--device -> torch.device; auto takes CUDA, then MPS, then the CPU.
 
+    Under torchrun CUDA is this process's own GPU, and no other is touched.
     Raises: ValueError when this machine lacks the device.
     """
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        return own_device(torch.device(best))
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("another kind of device")
+        device = own_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -77,6 +80,30 @@ def resolve_device(name):
             f"--device {name}: not to be had here ({reason}): give auto, cpu, cuda, cuda:N or mps"
         ) from error
     return device
+
+
+def own_device(device):
+    """The device, or under torchrun, where it is CUDA, this process's GPU. Raises: as `own_gpu`."""
+    if device.type != "cuda" or process_group.world_size() == 1:
+        return device
+    return own_gpu(device, *process_group.local_ranks(), torch.cuda.device_count())
+
+
+def own_gpu(device, local_rank, local_world_size, num_gpus):
+    """The GPU of one of the `local_world_size` processes on this machine.
+
+    Raises: ValueError when there are fewer GPUs than processes, or `device` names one.
+    """
+    if device.index is not None:
+        raise ValueError(
+            f"--device {device}: torchrun gives each process a GPU of its own: give --device cuda"
+        )
+    if local_world_size > num_gpus:
+        raise ValueError(
+            f"--device cuda: torchrun started {local_world_size} processes here, more than the "
+            f"number of GPUs, {num_gpus}: give a smaller --nproc_per_node, or --device cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def to_device(tensor, device):

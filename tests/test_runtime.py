@@ -49,6 +49,48 @@ def test_a_device_that_is_not_there_is_refused_by_name(name):
     assert "\n" not in str(error.value)
 
 
+def test_under_torchrun_cuda_is_the_gpu_of_the_process():
+    cuda = torch.device("cuda")
+    assert [runtime.own_gpu(cuda, rank, 3, 4) for rank in range(3)] == [
+        torch.device("cuda", rank) for rank in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus", "message"),
+    [
+        ("cuda:1", 8, "--device cuda:1: torchrun gives each process a GPU of its own"),
+        (
+            "cuda",
+            1,
+            "--device cuda: torchrun started 2 processes here, more than the number of GPUs, 1: ",
+        ),
+        (
+            "cuda",
+            0,
+            "--device cuda: torchrun started 2 processes here, more than the number of GPUs, 0: ",
+        ),
+    ],
+)
+def test_under_torchrun_a_gpu_that_cannot_be_given_is_refused(name, num_gpus, message):
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        runtime.own_gpu(torch.device(name), 0, 2, num_gpus)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["cuda", "auto"])
+def test_under_torchrun_no_other_gpu_is_touched(monkeypatch, name):
+    """Every process once made its first tensor on GPU 0, where it took memory for nothing."""
+    touched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", lambda _size, device: touched.append(str(device)))
+    for variable, value in (("WORLD_SIZE", "4"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(variable, value)  # the second of two machines with two GPUs, say
+    assert resolve_device(name) == torch.device("cuda:1")
+    assert touched == (["cuda:1"] if name == "cuda" else [])
+
+
 @pytest.mark.parametrize(
     ("device", "hardware", "expected"),
     [
