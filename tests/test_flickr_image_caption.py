@@ -581,6 +581,11 @@ def test_the_penalty_of_captions_worked_by_hand():
     # the first caption's cells receive 1.5 and 0.5, so 0.25 each; the second's 0.2 and 0.8
     expected = (0.25 + 0.25 + 0.64 + 0.04) / 4
     assert float(doubly_stochastic_penalty(alphas, batch)) == pytest.approx(expected)
+    watched = alphas.clone().requires_grad_()
+    doubly_stochastic_penalty(watched, batch).backward()
+    # -2 (1 - received), over two cells and two captions
+    expected_gradient = torch.tensor([[0.25, -0.25], [-0.4, -0.1], [0.25, -0.25]])
+    torch.testing.assert_close(watched.grad, expected_gradient)
     share = batch._replace(num_captions=10)  # of a batch of ten captions
     assert float(doubly_stochastic_penalty(alphas, share)) == pytest.approx(expected * 2 / 10)
 
