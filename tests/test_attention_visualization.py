@@ -111,6 +111,32 @@ def test_different_words_give_different_panels_and_equal_maps_equal_ones(tmp_pat
     assert not panel.any()  # the photograph has no overlay
 
 
+def test_what_the_advanced_picture_shows_of_each_word():
+    """Two words over 2 x 3 cells; the axes before matplotlib draws them."""
+    maps = np.array([[[0, 0, 0.8], [0.2, 0, 0]], [[0.5, 0.25, 0], [0, 0, 0.25]]])
+    words = ["a", "dog"]
+    figure = viz._figure(np.asarray(photograph()), words, maps, -2.5, advanced=True)
+    assert [text.get_text() for text in figure.texts] == ["a dog", "log_prob -2.50 nats"]
+    whole, legend, *panels, strip = figure.axes
+    assert (whole.images[0].get_array() == np.asarray(photograph())).all()
+    labels = legend.child_axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["0", "0.2", "0.8"]  # a quarter is half way
+    assert [panel.get_title() for panel in panels] == ["a", "", "dog", ""]
+    for number, peak in enumerate([(2.5 / 3, 0.5 / 2), (0.5 / 3, 0.5 / 2)]):
+        overlaid, raw = panels[2 * number : 2 * number + 2]
+        cells = viz.COLORS(np.sqrt(maps[number] / 0.8))[..., :3]
+        np.testing.assert_allclose(raw.images[0].get_array(), cells)
+        mixed = overlay(np.asarray(photograph()), maps[number], 0.8)
+        np.testing.assert_allclose(overlaid.images[0].get_array(), mixed)
+        for axes in (overlaid, raw):  # a ring of two colours
+            assert [line.get_xydata() for line in axes.lines] == [
+                pytest.approx(np.array([peak]))
+            ] * 2
+    bars = [bar.get_height() for bar in strip.patches]
+    assert bars == pytest.approx([0.8 * np.log2(1 / 0.8) + 0.2 * np.log2(5), 1.5])
+    assert strip.lines[0].get_ydata()[0] == pytest.approx(np.log2(6))
+
+
 def test_files_and_their_round_trip(tmp_path):
     maps = np.random.default_rng(3).dirichlet(np.ones(12), size=2).reshape(2, 3, 4)
     written = save_attention_viz(

@@ -467,7 +467,8 @@ def test_five_images_are_overfitted(kind):
     assert all(best.finished for (best,) in hypotheses)
 
 
-def test_a_training_step_is_one_of_torchs_optimizer_on_the_clipped_gradient():
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+def test_a_training_step_is_one_of_torchs_optimizer_on_the_clipped_gradient(loss_scale):
     """Written out plainly: tail, loss, gradient, clipping, AdamW."""
     options = run_options("--decoder", "attention", "--grad_clip", "0.01", "--label_smoothing", "0.1",
                           "--weight_decay", "0.2", "--alpha_c", "0.7", "--learning_rate", "0.03")  # fmt: skip
@@ -479,6 +480,8 @@ def test_a_training_step_is_one_of_torchs_optimizer_on_the_clipped_gradient():
         torch.optim.AdamW(reference.param_groups(0.2), 0.03),
     )
     run.captioner.encoder.tail = lambda features: 2 * features
+    if loss_scale:  # as of float16: the gradient is clipped without it
+        run.state.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
     for _ in range(2):
         nats = program.train_step(run, features, batch)
 
@@ -522,7 +525,7 @@ def test_the_shares_of_several_processes_are_together_one_batch(kind, world_size
         for batch in shares_of(captions, world_size, monkeypatch):
             run = make_run(copy.deepcopy(decoder), options)
             nats = program.train_step(run, features[batch.image_rows], batch)
-            total += float(nats) if batch.weight else 0.0
+            total += float(nats)
             for name, parameter in run.model.named_parameters():
                 means[name] = means[name] + parameter.grad / world_size
         return total, means

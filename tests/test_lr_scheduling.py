@@ -235,7 +235,8 @@ def test_each_epoch_says_its_rate_and_schedule(tmp_path, capsys, name, line):
             5,
             ["--scheduler_gamma 0.1", "3 epochs", "0.001"],
         ),
-        ("exponential", ["--scheduler_gamma", "0.9"], 5, []),
+        ("exponential", ["--scheduler_gamma", "0.5"], 5, ["--scheduler_gamma 0.5", "0.12"]),
+        ("exponential", ["--scheduler_gamma", "0.51"], 5, []),
         ("step", ["--scheduler_gamma", "0.1"], 20, []),
         ("none", [], 30, []),
     ],
@@ -310,6 +311,16 @@ def test_a_state_of_another_precision_goes_on_in_float16_and_back(tmp_path, prec
     assert [state.scaler.is_enabled() for state in states] == [False, True, False, True]
     assert states[-1].scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
     assert states[-1].loop == run.state.loop
+
+
+def test_the_loss_scale_of_float16_goes_on(tmp_path):
+    settled = options("none")
+    run, half = start(settled, tmp_path), Hardware(torch.device("cpu"), "float16")
+    states = [program.TrainState(run.model, settled, half, dict(run.state.plan), "theirs") for _ in range(2)]
+    scale = {"scale": 128.0, "_growth_tracker": 5}
+    states[0].scaler.load_state_dict(states[0].scaler.state_dict() | scale)
+    states[1].load_state_dict(states[0].state_dict())
+    assert states[1].scaler.state_dict().items() >= scale.items()
 
 
 @every_schedule
