@@ -323,11 +323,12 @@ def new_run(kind, hardware, *typed):
     torch.manual_seed(0)
     decoder = program.build_decoder(options.as_dict(), CHANNELS, VOCABULARY).to(hardware.device)
     encoder = SimpleNamespace(tail=torch.nn.Identity())
+    plan = program.make_plan(options, SimpleNamespace(num_batches=1))
     return SimpleNamespace(
         options=options,
         captioner=program.Captioner(encoder, decoder, None, hardware),
         objective=program.CrossEntropyObjective(options.training),
-        state=program.TrainState(decoder, options, hardware, program.make_plan(options, 1)),
+        state=program.TrainState(decoder, options, hardware, plan, order="any"),
         model=decoder,
     )
 

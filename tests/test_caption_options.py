@@ -506,6 +506,8 @@ def is_usable(option, value):
 def bounds(option):
     """low, high, whether low itself is excluded, and whether only whole numbers are meant."""
     names = inspect.getclosurevars(option.kind).nonlocals
+    if "low" not in names:  # auto, or a number
+        names = inspect.getclosurevars(names["kind"]).nonlocals
     return names["low"], names["high"], names["above"], names["kind"] is int
 
 

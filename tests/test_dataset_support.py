@@ -618,7 +618,10 @@ def test_a_checkpoint_finds_its_splits_in_its_dataset_under_base_names(tmp_path,
         assert dataset.foreign is None
         ours = {split: [prefix + name for name in known[split]] for split in SPLITS_20}
         assert dataset.split_names() == ours
-        assert any("from the checkpoint; 1 images in no split" in note for note in dataset.notes)
+        assert any(
+            "from the checkpoint; 1 images that its run did not use" in note
+            for note in dataset.notes
+        )
 
 
 @pytest.mark.parametrize(("digests", "told_by"), [(True, "content"), (False, "base name")])

@@ -551,7 +551,8 @@ def test_the_program_trains_tests_and_draws_from_shards_as_from_files():
     assert len(_named(cache)) == 40  # the test split too
     with pytest.MonkeyPatch.context() as patch:
         no_streaming(patch)
-        succeed("--mode test --precision float32 --model_path", from_shards / "best.pt")
+        flags = "--mode test --precision float32 --cache_dir own_cache --model_path"
+        succeed(flags, from_shards / "best.pt")
     refused = program(TINY, shards, "--no_feature_cache")
     assert (
         refused.status == 2 and refused.err.count("\n") == 1 and "--no_feature_cache" in refused.err

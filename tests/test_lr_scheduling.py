@@ -316,7 +316,10 @@ def test_a_state_of_another_precision_goes_on_in_float16_and_back(tmp_path, prec
 def test_the_loss_scale_of_float16_goes_on(tmp_path):
     settled = options("none")
     run, half = start(settled, tmp_path), Hardware(torch.device("cpu"), "float16")
-    states = [program.TrainState(run.model, settled, half, dict(run.state.plan), "theirs") for _ in range(2)]
+    states = [
+        program.TrainState(run.model, settled, half, dict(run.state.plan), "theirs")
+        for _ in range(2)
+    ]
     scale = {"scale": 128.0, "_growth_tracker": 5}
     states[0].scaler.load_state_dict(states[0].scaler.state_dict() | scale)
     states[1].load_state_dict(states[0].state_dict())
