@@ -200,7 +200,7 @@ RUN = {
     "seed": Option(SEED, 0, "fixes weights, batches, dropout and samples"),
     "num_workers": Option(COUNT, 16,
         "processes that decode images, at most one per available core, in caption mode for more than 100; "
-        "where the encoder computes on few cores itself, 0 is quickest"),
+        "0: threads of the program itself; where the encoder computes on few cores itself, 0 is quickest"),
 }  # fmt: skip
 DATA = {
     "dataset_type": Option(("flickr8k", "flickr30k", "sample", "custom"), "flickr30k",

@@ -522,15 +522,14 @@ class Captioner:
         """The hypotheses of each image, best first.
 
         Args:
-            images: (N, 3, S, S) uint8 RGB, S = encoder.image_size; or a list of files.
+            images: (N, 3, S, S) uint8 RGB, S = encoder.image_size; or a list of Paths.
             decoding: named tuple of `generate`'s options, such as `options.decoding`.
             seed: of --algorithm sample.
         Raises: ValueError naming the first file that is not a readable image.
         """
         if not isinstance(images, torch.Tensor):
-            size = self.encoder.image_size
-            pixels = [torch.from_numpy(image_loading.load_image(path, size)) for path in images]
-            images = torch.stack(pixels).permute(0, 3, 1, 2)
+            every = [range(len(images))]
+            (images,) = image_loading.load_batches(images, self.encoder.image_size, every)
         with torch.inference_mode():
             features = self.encoder(images)
         return list(self.caption_features([features], decoding, seed))

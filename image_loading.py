@@ -380,6 +380,18 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, position: int):
         return position, _pixels_or_reason(self.paths[position], self.size)
 
+    def __getitems__(self, positions: Sequence[int]) -> list:
+        """A batch's items in their order: by threads, unless this is one of several processes.
+
+        Pillow decodes and resizes without Python's lock.
+        """
+        if torch.utils.data.get_worker_info():
+            return [self[position] for position in positions]
+        # `catch_warnings` is not safe in threads: this one outlives those of `open_image`
+        with warnings.catch_warnings(), ThreadPoolExecutor(available_cpus()) as pool:
+            warnings.simplefilter("ignore")
+            return list(pool.map(self.__getitem__, positions))
+
 
 class ShardImages(torch.utils.data.IterableDataset):
     """The items of `ImageFiles`, in the order of the shards; (None, reason) for a broken shard.

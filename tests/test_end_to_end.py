@@ -1377,6 +1377,30 @@ def test_caption_mode_takes_folders_and_goes_on_past_what_is_no_image(shop):
     )
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_pictures_than_are_decoded_together_are_captioned_in_their_order(shop, workers):
+    """A picture that is none, in the second chunk, shifts nothing."""
+    Path("none.jpg").write_text("no picture")
+    folders = ["data/sample/Images"] * 3
+    flags = f"--mode caption --algorithm greedy --num_workers {workers} --model_path"
+    once = succeed(flags, shop / "lstm/best.pt", "--images", folders[0])
+    assert once.count("\n") == 40 < fic.DECODE_CHUNK < 120
+    images = [*folders[:2], "data/sample/Images", "none.jpg", folders[2]]
+    outcome = program(flags, shop / "lstm/best.pt", "--images", *images)
+    assert outcome.status == 1 and outcome.out == 4 * once
+    assert outcome.err.count("\n") == 1 and "none.jpg: not a readable image" in outcome.err
+
+
+def test_attention_pictures_are_numbered_on_from_chunk_to_chunk(shop, monkeypatch):
+    monkeypatch.setattr(fic, "DECODE_CHUNK", 2)
+    images = [f"data/sample/Images/{name}" for name in listed("test")[:3]]
+    Path("none.jpg").write_text("no picture")
+    flags = "--mode caption --num_workers 0 --save_attention_viz --output_dir out --model_path"
+    program(flags, shop / "attention/best.pt", "--images", images[0], "none.jpg", *images[1:])
+    numbered = {path.name for path in Path("out").glob("attention_viz_sample_*.png")}
+    assert numbered == {f"attention_viz_sample_{number}.png" for number in (1, 2, 3)}
+
+
 def test_file_names_of_any_bytes_are_captioned(shop):
     """Linux takes any bytes for a name; a stdout in UTF-8, as a terminal's is, must take them too."""
     name = os.fsdecode(b"caf\xe9.jpg")

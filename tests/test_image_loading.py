@@ -8,6 +8,7 @@ import sys
 import tarfile
 import threading
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,24 @@ def test_load_batches_keeps_order_and_leaves_the_random_state_alone(tmp_path, nu
     assert pixels[0].shape == (2, 3, 4, 4)
     assert pixels[0].dtype == torch.uint8
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_pictures_of_a_batch_are_decoded_at_the_same_time_in_their_order(tmp_path, monkeypatch):
+    paths, meeting = [*grey_images(tmp_path, 6), tmp_path / "none.png"], threading.Barrier(2)
+    original = image_loading.load_image
+
+    def load_image(path, size, content=None):
+        if path in paths[:2]:
+            meeting.wait(timeout=60)  # fails unless two threads are in here
+        return original(path, size, content)
+
+    monkeypatch.setattr(image_loading, "available_cpus", lambda: 3)
+    monkeypatch.setattr(image_loading, "load_image", load_image)
+    filters = [*warnings.filters]
+    ((positions, pixels, reasons),) = image_loading.decode_images(paths, 4, 7, num_workers=0)
+    assert positions == pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert reasons == {6: "not a readable image (there is no such file)"}
+    assert warnings.filters == filters  # as Python's own, which threads share, was
 
 
 def test_unreadable_images_are_found_without_a_cache(tmp_path):
