@@ -45,7 +45,7 @@ MAX_CAPTION_CHARACTERS = 2_000  # spaCy takes quadratic time for a run of quotes
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, but no file can hold it
 TOKEN_LINE = re.compile(r"[^\t]+#\d+\t")
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
-PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|tiff?|webp)\b", re.IGNORECASE)
+PICTURE_NAME = re.compile(r"\.(jpe?g|png|gif|bmp|tiff?|webp|ppm|avif|hei[cf])\b", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------------------- dataset

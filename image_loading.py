@@ -16,10 +16,13 @@ import importlib
 import io
 import itertools
 import json
+import math
+import operator
 import os
 import re
 import signal
 import struct
+import sys
 import tarfile
 import warnings
 import zlib
@@ -30,6 +33,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+import pillow_heif
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
@@ -39,18 +43,26 @@ from progress import Progress
 from runtime import available_cpus
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-PICTURE_SUFFIXES |= {".ppm"}
+PICTURE_SUFFIXES |= {".ppm", ".heic", ".heif"}
+# pictures of formats that are not read: cameras' raw files, drawings, editors' own
+OTHER_SUFFIXES = {".svg", ".eps", ".ai", ".psd", ".xcf", ".jxl", ".jp2", ".ico", ".tga", ".exr"}
+OTHER_SUFFIXES |= {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef"}
 # Pillow opens other formats too, some by starting a program (EPS: Ghostscript)
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "HEIF")
 MAX_IMAGE_BYTES = 2**28  # of a shard's member; bytes beyond it are not read
 
 DIGEST_BYTES = 2**14  # of either end of a file
 DIGEST_CHUNK, DIGEST_THREADS = 256, 8  # files at a time; each thread mostly waits for the disk
 
+pillow_heif.register_heif_opener()
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit; ours is what decoding takes, see `_check_memory`
+MAX_DECODING_BYTES = 3 * 2**28  # of a picture
+DECODER_BYTES = {"TIFF": 8, "HEIF": 9, "AVIF": 10, "WEBP": 16}  # a pixel, measured
+DRAWN_PIXELS = 1024  # longest side of a picture that is to be drawn
+
 # what damaged files raise, beside OSError
 DAMAGE = (EOFError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError, zlib.error)
 IMAGE_ERRORS = (OSError, *DAMAGE, TypeError, SyntaxError, struct.error)
-IMAGE_ERRORS += (Image.DecompressionBombError, Image.DecompressionBombWarning)
 SHARD_ERRORS = (OSError, *DAMAGE, tarfile.TarError, ImportError)  # hf: needs another package
 
 SHARD_NAME = re.compile(r"\.(tar|tar\.gz|tgz)}*$", re.IGNORECASE)  # or a pattern: "{a.tar,b.tar}"
@@ -256,19 +268,23 @@ def open_image(
     Args:
         content: the file's bytes, where `path` is only a name.
         size: allows a JPEG to come at a half, a quarter or an eighth of its size, where both sides
-            keep twice `size` pixels: that takes a fraction of the time.
-    Raises: ValueError naming the file when it is not a readable image.
+            keep twice `size` pixels: that takes a fraction of the time and memory.
+    Raises: ValueError naming the file when it is not a readable image, or decoding it would take
+        more than MAX_DECODING_BYTES.
     """
     path = Path(path) if content is None else path
     try:
         file = _regular_file(path) if content is None else io.BytesIO(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=IMAGE_FORMATS) as image:
+                original = image.size
                 if size:
                     image.draft(None, (2 * size, 2 * size))
-                return _to_rgb(ImageOps.exif_transpose(image))
+                _check_memory(image, original)
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return _to_rgb(image)
     except UnidentifiedImageError:
         formats = ", ".join(IMAGE_FORMATS)
         raise ValueError(f"{path}: not a readable image (none of {formats})") from None
@@ -282,6 +298,42 @@ def _regular_file(path: Path) -> Path:
     return path
 
 
+def _check_memory(image: Image.Image, original: tuple[int, int]):
+    """Refuse a picture that takes too much memory to decode at `image.size`.
+
+    original: its size as it is stored. Raises: ValueError with size, limit and remedy.
+    """
+    needed = math.prod(image.size) * _bytes_per_pixel(image)
+    if image.format in ("JPEG", "MPO") and _has_several_scans(image):
+        _, across, down, _ = zip(*image.layer, strict=True)  # how finely components are sampled
+        samples = sum(map(operator.mul, across, down)) / (max(across) * max(down))  # a pixel
+        needed += math.prod(original) * samples * 2  # all coefficients, 2 bytes each
+    if needed > MAX_DECODING_BYTES:
+        raise ValueError(
+            f"decoding its {original[0]} x {original[1]} pixels takes {needed / 1e6:,.0f} MB, more "
+            f"than {MAX_DECODING_BYTES / 1e6:,.0f}: scale it down"
+        )
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
+    """What decoding and `_to_rgb` hold at once, at most."""
+    stored = 1 if image.mode in ("1", "L", "P") else 4
+    decoder = DECODER_BYTES.get(image.format, stored)
+    if image.mode == "RGB":
+        return decoder
+    return decoder + (12 if image.has_transparency_data or image.mode.startswith("I") else 4)
+
+
+def _has_several_scans(jpeg: Image.Image) -> bool:
+    """Whether libjpeg must hold all coefficients until the last scan has refined or added some."""
+    if "progressive" in jpeg.info:
+        return True
+    # Pillow has read the first scan's header; of a Multi-Picture file (MPO) we do not know
+    length = 6 + 2 * jpeg.layers  # if all components are in it
+    jpeg.fp.seek(max(0, jpeg.fp.tell() - length))
+    return jpeg.fp.read(3) != struct.pack(">HB", length, jpeg.layers)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
@@ -290,18 +342,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_images(paths: Sequence[Path] | Sequence[ShardImage]) -> Iterator[Image.Image]:
-    """`open_image` of each in turn.
+    """Each in turn, to be drawn: as `open_image`, but no side is longer than DRAWN_PIXELS.
 
     ShardImages must come from the same shards, which are read once, before the first image.
     """
+    contents = {}
     if _in_shards(paths):
         contents = dict(read(paths[0].shards.urls, [path.name for path in paths]))
-        return (open_image(path, contents.get(path.name, b"")) for path in paths)
-    return map(open_image, paths)
+    for path in paths:
+        content = contents.get(path.name, b"") if _in_shards(paths) else None
+        image = open_image(path, content, DRAWN_PIXELS)
+        image.thumbnail((DRAWN_PIXELS, DRAWN_PIXELS))
+        yield image
 
 
 def load_image(
@@ -320,13 +376,22 @@ def load_image(
 def pictures_in(path: Path) -> list[Path]:
     """A file as it is; of a folder its pictures in the order of their names.
 
+    Says on stderr how many it holds of formats that are not read.
     Raises: FileNotFoundError, and ValueError when a folder has no pictures.
     """
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"--images {path}: no such file or folder")
         return [path]
-    pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = sorted(path.iterdir())
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    others = [file.name for file in files if file.suffix.lower() in OTHER_SUFFIXES]
+    if others:
+        named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        print(
+            f"--images {path}: left out {len(others)} of formats that are not read: {named}",
+            file=sys.stderr,
+        )
     if not pictures:
         suffixes = " ".join(sorted(PICTURE_SUFFIXES))
         raise ValueError(f"--images {path}: no pictures in this folder ({suffixes})")

@@ -58,8 +58,7 @@ def unreadable_files(folder: Path) -> dict[str, Path]:
         "text.jpg": b"not an image",
         "empty.jpg": b"",
         "truncated.jpg": whole.getvalue()[: len(whole.getvalue()) // 2],
-        "bomb_warning.png": png_bomb(11_000),
-        "bomb_error.png": png_bomb(30_000),
+        "bomb.png": png_bomb(30_000),
         "program.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nquit\n",
     }
     for name, content in contents.items():

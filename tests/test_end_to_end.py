@@ -1377,6 +1377,23 @@ def test_caption_mode_takes_folders_and_goes_on_past_what_is_no_image(shop):
     )
 
 
+def test_a_folder_of_a_phone_is_captioned_and_what_cannot_be_read_is_counted(shop):
+    Path("album").mkdir()
+    with Image.open(f"data/sample/Images/{listed('test')[0]}") as picture:
+        picture.save("album/IMG_1.HEIC", quality=95)
+    with Image.open("album/IMG_1.HEIC") as heic:
+        heic.save("album/img_2.png")
+    for name in ("a.CR2", "b.svg", "c.psd", "d.nef", "notes.txt", "data.json"):
+        Path("album", name).write_text("")
+    outcome = program("--mode caption --model_path", shop / "lstm/best.pt", "--images album")
+    heic, png = (line.split("\t") for line in outcome.out.splitlines())
+    assert outcome.status == 0 and [heic[0], png[0]] == ["album/IMG_1.HEIC", "album/img_2.png"]
+    assert heic[1] == png[1]
+    assert outcome.err == (
+        "--images album: left out 4 of formats that are not read: a.CR2, b.svg, c.psd, ...\n"
+    )
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_pictures_than_are_decoded_together_are_captioned_in_their_order(shop, workers):
     """A picture that is none, in the second chunk, shifts nothing."""
@@ -1399,6 +1416,20 @@ def test_attention_pictures_are_numbered_on_from_chunk_to_chunk(shop, monkeypatc
     program(flags, shop / "attention/best.pt", "--images", images[0], "none.jpg", *images[1:])
     numbered = {path.name for path in Path("out").glob("attention_viz_sample_*.png")}
     assert numbered == {f"attention_viz_sample_{number}.png" for number in (1, 2, 3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"progressive": True, "subsampling": 0}], ids=str
+)
+def test_a_phones_largest_photograph_is_captioned(shop, options):
+    with Image.open(f"data/sample/Images/{listed('test')[0]}") as picture:
+        picture.resize((12000, 9000), Image.Resampling.BILINEAR).save("large.jpg", **options)
+    (line,) = succeed(
+        "--mode caption --model_path", shop / "lstm/best.pt", "--images large.jpg"
+    ).splitlines()
+    path, text = line.split("\t")
+    assert path == "large.jpg" and text
 
 
 def test_file_names_of_any_bytes_are_captioned(shop):

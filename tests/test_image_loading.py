@@ -4,6 +4,7 @@ import gzip
 import http.server
 import io
 import os
+import subprocess
 import sys
 import tarfile
 import threading
@@ -70,7 +71,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jpg", "a.png", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm", "a.avif"]
+    "name", ["a.jpg", "a.png", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm", "a.avif", "a.heic"]
 )
 def test_every_format_is_read(tmp_path, name):
     pixels = load_image(save_image(tmp_path / name, quarters()), 16).astype(int)
@@ -111,8 +112,7 @@ def test_an_unreadable_image_is_one_line_that_names_it(tmp_path):
     expected = {
         "text.jpg": "none of JPEG",
         "truncated.jpg": "truncated",
-        "bomb_warning.png": "bomb",
-        "bomb_error.png": "bomb",
+        "bomb.png": "decoding its 30000 x 30000 pixels takes 3,600 MB, more than 805: scale it down",
         "program.eps": "none of JPEG",
         "folder.jpg": "it is a folder",
         "missing.jpg": "there is no such file",
@@ -125,6 +125,94 @@ def test_an_unreadable_image_is_one_line_that_names_it(tmp_path):
         assert message.startswith(f"{path}: not a readable image ("), message
         assert expected.get(name, "") in message
         assert "\n" not in message
+
+
+def jpeg_in_three_scans(side):
+    """A baseline JPEG of a grey picture, whose three components come one after the other."""
+    content = io.BytesIO()
+    Image.new("L", (side, side), 80).save(content, "JPEG")
+    grey = content.getvalue()
+    frame, scan = grey.index(b"\xff\xc0"), grey.index(b"\xff\xda")
+    sides = grey[frame + 5 : frame + 9]
+    components = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    colours = b"\xff\xc0\0\x11\x08" + sides + b"\x03" + components
+    length = 2 + int.from_bytes(grey[frame + 2 : frame + 4])
+    head, end = grey[:frame] + colours + grey[frame + length : scan], b"\xff\xd9"
+    start, data = grey[scan : scan + 5], grey[scan + 6 : -2]
+    return head + b"".join(start + bytes([number]) + data for number in (1, 2, 3)) + end
+
+
+def test_a_jpeg_in_several_scans_is_counted_with_its_coefficients(tmp_path, monkeypatch):
+    """libjpeg holds two bytes of every sample at full size, however small the picture comes."""
+    contents = {"three scans": jpeg_in_three_scans(800)}
+    for name, options in (("one scan", {}), ("progressive", {"progressive": True})):
+        content = io.BytesIO()
+        Image.new("RGB", (800, 800), "red").save(content, "JPEG", subsampling=0, **options)
+        contents[name] = content.getvalue()
+    expected = Image.new("YCbCr", (1, 1), (80, 80, 80)).convert("RGB").getpixel((0, 0))
+    found = open_image("three scans", contents["three scans"], 50).getpixel((9, 9))
+    assert np.abs(np.subtract(found, expected)).max() < 3
+    small, coefficients = 4 * 100**2, 2 * 3 * 800**2
+    for name, needed in (
+        ("one scan", small),
+        ("progressive", small + coefficients),
+        ("three scans", small + coefficients),
+    ):
+        monkeypatch.setattr(image_loading, "MAX_DECODING_BYTES", needed)
+        assert open_image(name, contents[name], 50).size == (100, 100)
+        monkeypatch.setattr(image_loading, "MAX_DECODING_BYTES", needed - 1)
+        with pytest.raises(ValueError, match=f"^{name}: .*800 x 800 pixels .*scale it down"):
+            open_image(name, contents[name], 50)
+
+
+PEAKS = """
+import re, sys, image_loading
+image_loading.open_image("warm.png")
+for name in sys.argv[1:]:
+    image_loading.MAX_DECODING_BYTES = 0
+    try:
+        image_loading.open_image(name, size=64)
+    except ValueError as error:
+        promised = float(re.search("takes ([0-9,]+) MB", str(error))[1].replace(",", ""))
+    image_loading.MAX_DECODING_BYTES = 10**12
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    memory = lambda key: int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+    before = memory("VmRSS")
+    image_loading.open_image(name, size=64)
+    print(name, promised, (memory("VmHWM") - before) * 1024 / 1e6)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
+def test_decoding_takes_no_more_memory_than_is_counted(tmp_path):
+    """Measured in a process of its own, with 6 million pixels, in MB."""
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    colours = colours.resize((3000, 2000), Image.Resampling.BILINEAR)
+    alpha = colours.convert("RGBA")
+    alpha.putalpha(100)
+    grey = colours.convert("L")
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256)
+    files = {
+        "a.jpg": (colours, {}), "progressive.jpg": (colours, {"progressive": True}),
+        "all.jpg": (colours, {"progressive": True, "subsampling": 0}),
+        "cmyk.jpg": (colours.convert("CMYK"), {}), "a.png": (colours, {"compress_level": 1}),
+        "alpha.png": (alpha, {"compress_level": 1}), "grey.png": (grey, {"compress_level": 1}),
+        "sixteen.png": (sixteen, {"compress_level": 1}), "a.gif": (colours.quantize(16), {}),
+        "a.tif": (colours, {"compression": "tiff_lzw"}), "a.webp": (colours, {"method": 0}),
+        "alpha.webp": (alpha, {"method": 0}), "a.heic": (colours, {}), "alpha.heic": (alpha, {}),
+        "a.avif": (colours, {"speed": 10}),
+    }  # fmt: skip
+    for name, (image, options) in files.items():
+        save_image(tmp_path / name, image, **options)
+    save_image(tmp_path / "warm.png", quarters())
+    environment = os.environ | {"PYTHONPATH": str(Path(image_loading.__file__).parent)}
+    command = [sys.executable, "-c", PEAKS, *files]
+    lines = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True).splitlines()
+    assert len(lines) == len(files)
+    for line in lines:
+        name, promised, measured = line.split()
+        assert float(measured) < 1.1 * float(promised) + 4, line
 
 
 @UNIX
@@ -202,6 +290,16 @@ def test_pictures_of_a_batch_are_decoded_at_the_same_time_in_their_order(tmp_pat
     assert warnings.filters == filters  # as Python's own, which threads share, was
 
 
+def test_pictures_to_draw_are_no_larger_than_a_drawing_needs(tmp_path):
+    large = save_image(tmp_path / "a.jpg", quarters().resize((5000, 2500)))
+    tall = save_image(tmp_path / "b.png", quarters().resize((20, 2048)))
+    small = save_image(tmp_path / "c.png", quarters())
+    drawn = list(image_loading.open_images([large, tall, small]))
+    assert [image.size for image in drawn] == [(1024, 512), (10, 1024), (16, 16)]
+    assert drawn[0].getpixel((10, 10))[0] > 200
+    assert np.array_equal(drawn[2], quarters())
+
+
 def test_unreadable_images_are_found_without_a_cache(tmp_path):
     paths = [*grey_images(tmp_path, 2), tmp_path / "none.png"]
     assert find_unreadable(paths) == {paths[2]: "not a readable image (there is no such file)"}
@@ -275,7 +373,11 @@ def test_folders_patterns_urls_and_pipes_of_shards_are_recognised(tmp_path):
     assert shards_at("https://a.org/x-{00..02}.tar").urls[2] == "https://a.org/x-02.tar"
     assert shards_at("pipe:cat a.tar").urls == ("pipe:cat a.tar",)
     assert shards_at("pipe:" + "x" * 5000).size == 0
-    for name in ("dog.jpg", "folder/"):  # what beside tar files makes an ordinary image folder
+    for name in (
+        "dog.jpg",
+        "dog.HEIC",
+        "folder/",
+    ):  # what beside tar files makes an ordinary image folder
         folder = tmp_path / name.strip("/.jpg")
         write_shard(folder / "a.tar", {})
         (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
@@ -366,7 +468,7 @@ def test_missing_and_broken_members_are_returned_and_remembered(tmp_path, monkey
             strange: "no shard holds it by this name",
             "link.jpg": "no shard holds it by this name",
             "text.jpg": "not a readable image (none of JP",
-            "bomb.png": "not a readable image (Image size",
+            "bomb.png": "not a readable image (decoding i",
         }
         assert torch.equal(features[[0, 5]], _expected([0, 1]))
         no_streaming(monkeypatch)
