@@ -5,30 +5,38 @@
     python benchmark.py --device cuda train_lstm train_attention
     python benchmark.py --images data/flickr8k/Images --encoder mobilenet_v2 --chart benchmark.png
     python benchmark.py --scale 1000 8000 31000 123000   # what training costs; 16 GB of disk
+    python benchmark.py --device cuda --epochs 15        # whole runs of Flickr8k's shape; 2 GB of disk
 
 encode           images per second into a fresh feature cache
-                 against float32, one image at a time, no cache
+                 against float32, one image at a time, no cache; and the network's speed by batch
 train_lstm       captions per second of a training step
                  against float32, 32 captions, no image shared, and the vocabulary and the features
-                 projected at every step
-train_attention  the same; 7 x 7 x 1280 features, all widths 512
+                 projected at every step; and the share of the device's peak in matrix products
+train_attention  the same, and against the structure that tutorials have; 7 x 7 x 2048 features, all
+                 other widths 512
 beam_search      images per second, beam 5
                  against float32, one image at a time, the same way
 metrics          captions per second, references counted once
                  against counting the references at every scoring
 
-Ours and the plain way alternate (A B A B ...). `ratio` is the median over the rounds, `spread` its
-range; both ways run the same model on the same batches, and the plain ways' results are tested to
-equal ours (tests/test_benchmark.py).
+The ways alternate (A B A B ...). `ratio` is the median over the rounds, `spread` its range. Ours and
+the plain way run the same model on the same batches, and the plain ways' results are tested to
+equal ours (tests/test_benchmark.py). The tutorials' way has a model of its own: what people train
+who follow one.
 
 --scale starts the program's own training, a fresh process each, on generated datasets: five
 captions an image, a feature cache that is filled. Start-up lasts from the process's start to the
 end of its first step; private memory is the most that no file backs (RssAnon), mapped memory what
 the system keeps of the cache's file for it.
+
+--epochs times the program's own command from a filled cache of generated features, a process for
+each decoder: imports, training, validation with beam search, checkpoints and plots.
 """
 
 import argparse
 import contextlib
+import csv
+import functools
 import io
 import itertools
 import json
@@ -43,10 +51,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-CHANNELS, CELLS, WIDTH = 1280, 49, 512  # MobileNetV2's grid
+CHANNELS, CELLS, WIDTH = 2048, 49, 512  # ResNet50's grid
 VOCABULARY = 2539  # Flickr8k's
 SHARED, PLAIN = 128, 32  # captions per step: ours, the textbook's
-SCALED = ("lstm", "attention")  # decoders of --scale: one reads means, the other grids
+KINDS = ("lstm", "attention")  # decoders of --scale and --epochs: one reads means, one grids
+SCALE_CHANNELS = 1280  # MobileNetV2's
+ENCODING_BATCHES = (8, 16, 32, 64, 128)
 BEAM = {"beam_size": 5, "min_length": 9, "max_length": 25}  # as long as Flickr8k's captions are
 
 
@@ -187,6 +197,79 @@ def plain_extend(hypothesis, log_probs, layers, row, beam_size):
     ]
 
 
+# ---------------------------------------------------------------------------- what tutorials have
+
+
+def tutorial_decoder():
+    """The layers of Xu et al. 2015 as tutorials build them: one LSTM cell, context of full width."""
+    from torch import nn
+
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(VOCABULARY, WIDTH),
+            "project_features": nn.Linear(CHANNELS, WIDTH),
+            "project_hidden": nn.Linear(WIDTH, WIDTH),
+            "score": nn.Linear(WIDTH, 1),
+            "gate": nn.Linear(WIDTH, CHANNELS),
+            "init_hidden": nn.Linear(CHANNELS, WIDTH),
+            "init_cell": nn.Linear(CHANNELS, WIDTH),
+            "cell": nn.LSTMCell(WIDTH + CHANNELS, WIDTH),
+            "dropout": nn.Dropout(0.5),
+            "head": nn.Linear(WIDTH, VOCABULARY),
+        }
+    )
+
+
+def tutorial_context(decoder, features, hidden):
+    """features (B, P, F), hidden (B, H) -> gated context (B, F), alphas (B, P)."""
+    keys = decoder["project_features"](features)  # anew at every step
+    energy = (keys + decoder["project_hidden"](hidden).unsqueeze(1)).relu()
+    alphas = decoder["score"](energy).squeeze(2).softmax(1)
+    context = (features * alphas.unsqueeze(2)).sum(1)
+    return decoder["gate"](hidden).sigmoid() * context, alphas
+
+
+def tutorial_logits(decoder, features, captions, lengths):
+    """Teacher forcing of captions (B, T), longest first; captions that have ended leave the batch.
+
+    features (B, P, F), lengths a list -> padded logits (B, T, V), alphas (B, T, P).
+    """
+    import torch
+
+    mean, words = features.mean(1), decoder["embed"](captions)
+    hidden, cell = decoder["init_hidden"](mean), decoder["init_cell"](mean)
+    logits = features.new_zeros(*captions.shape, VOCABULARY)
+    alphas = features.new_zeros(*captions.shape, features.size(1))
+    for step in range(lengths[0]):
+        live = sum(length > step for length in lengths)
+        context, attended = tutorial_context(decoder, features[:live], hidden[:live])
+        inputs = torch.cat([words[:live, step], context], 1)
+        hidden, cell = decoder["cell"](inputs, (hidden[:live], cell[:live]))
+        logits[:live, step] = decoder["head"](decoder["dropout"](hidden))
+        alphas[:live, step] = attended
+    return logits, alphas
+
+
+def tutorial_step(decoder, optimizer, features, batch):
+    """One update from a Padded batch, each caption with a copy of its features. Returns its loss ()."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.utils.rnn import pack_padded_sequence
+
+    lengths, order = batch.lengths.sort(descending=True)
+    captions, features = batch.captions[order], features[batch.image_index[order]]
+    lengths = lengths.tolist()
+    logits, alphas = tutorial_logits(decoder, features, captions[:, : lengths[0]], lengths)
+    logits = pack_padded_sequence(logits, lengths, batch_first=True).data
+    targets = pack_padded_sequence(captions[:, 1:], lengths, batch_first=True).data
+    loss = F.cross_entropy(logits, targets) + (1 - alphas.sum(1)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_value_(decoder.parameters(), 5.0)
+    optimizer.step()
+    return loss.detach()
+
+
 # ------------------------------------------------------------------------------------------ in turn
 
 
@@ -207,19 +290,28 @@ def wait_for_gpu():
         torch.cuda.synchronize()
 
 
-def compare(ours, plain, rounds, unit, amounts):
-    """Time both in turn, after one call of each that does not count.
+def compare(rounds, unit, ours, plain, **others):
+    """Time all ways in turn, after one call of each that does not count.
 
-    `amounts`: units of work per call, of ours and of the plain way.
+    A way is (function, units of work per call). `others` are reported below their names.
     """
-    ours(), plain()
-    pairs = [(amounts[0] / seconds(ours), amounts[1] / seconds(plain)) for _ in range(rounds)]
-    ratios = sorted(fast / slow for fast, slow in pairs)
+    ways = {"ours": ours, "plain": plain, **others}
+    for function, _ in ways.values():
+        function()
+    speeds = [
+        {name: amount / seconds(function) for name, (function, amount) in ways.items()}
+        for _ in range(rounds)
+    ]
+    result = {"ours": statistics.median(each["ours"] for each in speeds), "unit": unit}
+    return result | against("plain", speeds) | {name: against(name, speeds) for name in others}
+
+
+def against(name, speeds):
+    """How many times as fast as this way ours is."""
+    ratios = sorted(each["ours"] / each[name] for each in speeds)
     return {
         "ratio": statistics.median(ratios),
-        "ours": statistics.median(fast for fast, _ in pairs),
-        "plain": statistics.median(slow for _, slow in pairs),
-        "unit": unit,
+        name: statistics.median(each[name] for each in speeds),
         "spread": [ratios[0], ratios[-1]],
     }
 
@@ -234,13 +326,25 @@ def encode(args):
         encoder, textbook = open_encoders(args)
         few = paths[: max(1, len(paths) // 4)]
         result = compare(
-            lambda: fill_fresh_cache(encoder, paths, args),
-            lambda: plain_encoding(textbook, few),
             args.rounds,
             "images per second",
-            (len(paths), len(few)),
+            (lambda: fill_fresh_cache(encoder, paths, args), len(paths)),
+            (lambda: plain_encoding(textbook, few), len(few)),
         )
-    return result | {"precision": args.hardware.precision}
+    batches = [batch for batch in ENCODING_BATCHES if batch <= args.number]
+    rates = {batch: encoding_rate(encoder, batch, args.rounds) for batch in batches}
+    return result | {"precision": args.hardware.precision, "by_batch": rates}
+
+
+def encoding_rate(encoder, batch, rounds):
+    """Images per second of the network and the copy to its device, so many images at a time."""
+    import torch
+
+    images = torch.randint(
+        0, 256, (batch, 3, encoder.image_size, encoder.image_size), dtype=torch.uint8
+    )
+    with torch.inference_mode():
+        return per_second(batch, lambda: encoder(images), rounds)
 
 
 def draw_pictures(folder, number):
@@ -335,9 +439,11 @@ def new_run(kind, hardware, *typed):
 
 def train(kind, args):
     """One training step, dropout on."""
+    import torch
+
     import flickr_image_caption as program
 
-    device = args.hardware.device
+    device, precision = args.hardware.device, args.hardware.precision
     ours = new_run(kind, args.hardware)
     plain = new_run(kind, args.hardware._replace(precision="float32"))
     for run in (ours, plain):
@@ -345,14 +451,52 @@ def train(kind, args):
     (features, shared), (few_features, few) = generated(SHARED), generated(PLAIN)
     features, few_features = features.to(device), few_features.to(device)
     shared, few = packed(shared), Padded(*(tensor.to(device) for tensor in few))
+    others = {}
+    if kind == "attention":
+        tutorial = tutorial_decoder().to(device)
+        optimizer = torch.optim.Adam(tutorial.parameters(), lr=4e-4)
+        step = functools.partial(tutorial_step, tutorial, optimizer, few_features, few)
+        others["tutorial"] = step, PLAIN
     result = compare(
-        lambda: program.train_step(ours, features, shared),
-        lambda: plain_step(plain, few_features, few),
         args.rounds * 3,
         "captions per second",
-        (SHARED, PLAIN),
+        (lambda: program.train_step(ours, features, shared), SHARED),
+        (lambda: plain_step(plain, few_features, few), PLAIN),
+        **others,
     )
-    return result | {"precision": args.hardware.precision}
+    gflop, peak = step_gflop(kind), matrix_rate(device, precision)
+    return result | {
+        "precision": precision,
+        "gflop_per_step": gflop,
+        "peak_gflop_per_second": peak,
+        "share_of_peak": gflop * result["ours"] / SHARED / peak,
+    }
+
+
+def step_gflop(kind):
+    """What a training step multiplies and adds, counted on the CPU: fused layers hide it on CUDA."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import flickr_image_caption as program
+    from runtime import Hardware
+
+    run = new_run(kind, Hardware(torch.device("cpu"), "float32"))
+    run.captioner.decoder.train()
+    features, captions = generated(SHARED)
+    with FlopCounterMode(display=False) as counter:
+        program.train_step(run, features, packed(captions))
+    return counter.get_total_flops() / 1e9
+
+
+def matrix_rate(device, precision):
+    """GFLOP/s of one large matrix product. In float32 on CUDA that is TF32, as in training."""
+    import torch
+
+    side = 8192 if device.type == "cuda" else 2048
+    dtype = getattr(torch, precision)
+    left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+    return per_second(2 * side**3 / 1e9, lambda: left @ right)
 
 
 def searcher(hardware):
@@ -394,8 +538,8 @@ def beam_search(args):
     def plain():
         return [plain_beam_search(decoder, image, vocabulary, **BEAM)[0] for image in few]
 
-    amounts = len(features), len(few)
-    result = compare(ours, plain, args.rounds, "images per second", amounts)
+    ways = (ours, len(features)), (plain, len(few))
+    result = compare(args.rounds, "images per second", *ways)
     differing = sum(one != other for one, other in zip(ours(), plain(), strict=False)) / len(few)
     return result | {"precision": args.hardware.precision, "differing": differing}
 
@@ -417,28 +561,24 @@ def metrics(args):
     captions = {image: f"{texts[0]} word0" for image, texts in references.items()}
     scorer = metrics_utils.CaptionScorer(references)
     return compare(
-        lambda: scorer.score(captions),
-        lambda: metrics_utils.CaptionScorer(references).score(captions),
         args.rounds,
         "captions per second",
-        (args.search, args.search),
+        (lambda: scorer.score(captions), args.search),
+        (lambda: metrics_utils.CaptionScorer(references).score(captions), args.search),
     )
 
 
-def ceilings(device):
+def ceilings(hardware):
     """What this machine can do at best, medians of nine.
 
-    Matrix products and memory of the device, JPEG decoding of a core.
+    Matrix products and memory of the device, JPEG decoding of a core. A precision that the program
+    would not take by itself is left out: bfloat16 is 50 times slower where it is emulated.
     """
     import torch
 
-    report, side = {}, 2048
-    for precision in ("float32", "bfloat16"):
-        dtype = getattr(torch, precision)
-        left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
-        report[f"{precision} matrix product, GFLOP/s"] = per_second(
-            2 * side**3 / 1e9, lambda a=left, b=right: a @ b
-        )
+    device, report = hardware.device, {}
+    for precision in dict.fromkeys(["float32", hardware.precision]):
+        report[f"{precision} matrix product, GFLOP/s"] = matrix_rate(device, precision)
     source = torch.rand(64 * 2**20, device=device)
     target = torch.empty_like(source)
     report["memory copy, GB/s read and written"] = per_second(
@@ -448,10 +588,10 @@ def ceilings(device):
     return report
 
 
-def per_second(work, function):
+def per_second(work, function, rounds=9):
     """Units of work per second; `work` is what one call does."""
     function()
-    return work / statistics.median(seconds(function) for _ in range(9))
+    return work / statistics.median(seconds(function) for _ in range(rounds))
 
 
 def jpeg_rate():
@@ -478,22 +618,22 @@ STAGES = {
 }
 
 
-# -------------------------------------------------------------------------------------------- scale
+# ------------------------------------------------------------------------------- whole training runs
 
 
-def scale_options(folder, kind):
+def run_options(folder, kind, encoder="mobilenet_v2", device="cpu"):
     """The command line of a training run on the generated dataset in a folder."""
     return [
         "--dataset_type", "custom",
         "--image_dir", f"{folder}/Images",
         "--captions_file", f"{folder}/captions.csv",
         "--cache_dir", f"{folder}/{kind}",
-        "--encoder", "mobilenet_v2",
+        "--encoder", encoder,
         "--encoder_weights", "random",
         "--decoder", kind,
         "--num_layers", "1",
         "--hidden_size", str(WIDTH),
-        "--device", "cpu",
+        "--device", device,
         "--freq_threshold", "1",  # as many words for all sizes
     ]  # fmt: skip
 
@@ -518,15 +658,15 @@ def write_captions(folder, images):
                 file.write(f"{name},{caption} .\n")
 
 
-def fill_cache(folder, kind):
-    """Leave the feature cache that a run with this decoder would leave; returns bytes on disk."""
+def fill_cache(folder, typed):
+    """Leave the feature cache that a run with these options would leave; returns bytes on disk."""
     import torch
 
     import feature_cache
 
-    reads_grid, file = make_empty_cache(folder, kind)
+    reads_grid, channels, file = make_empty_cache(typed)
     cells, dtype = (CELLS, torch.float16) if reads_grid else (1, torch.float32)
-    block = torch.rand(512, cells, CHANNELS, generator=torch.Generator().manual_seed(0))
+    block = torch.rand(512, cells, channels, generator=torch.Generator().manual_seed(0))
     block = block.to(dtype)
     stamps = list(feature_cache._stamps(sorted((folder / "Images").iterdir()))[0].values())
     with feature_cache._Store(feature_cache.FeatureFile(file, block[0].shape, dtype)) as store:
@@ -537,8 +677,8 @@ def fill_cache(folder, kind):
     return file.stat().st_size
 
 
-def make_empty_cache(folder, kind):
-    """Whether this decoder reads grids, and the file of its cache, which holds no image yet."""
+def make_empty_cache(typed):
+    """Whether the decoder reads grids, its features' channels, and the file of its empty cache."""
     import torch
 
     import caption_options
@@ -546,11 +686,12 @@ def make_empty_cache(folder, kind):
     import flickr_image_caption as program
     import runtime
 
-    options = caption_options.parse_args(scale_options(folder, kind))
+    options = caption_options.parse_args(typed)
     hardware = runtime.resolve_hardware(options.run.device, options.run.precision)
-    reads_grid = program.DECODERS[kind].reads_grid
+    reads_grid = program.DECODERS[options.model.decoder].reads_grid
+    encoder = program.open_encoder(options, hardware)
     feature_cache.FeatureSource(
-        program.open_encoder(options, hardware),
+        encoder,
         [],
         pooled=not reads_grid,
         cache_dir=options.features.cache_dir,
@@ -559,7 +700,7 @@ def make_empty_cache(folder, kind):
         device=hardware.device,
     )
     (file,) = Path(options.features.cache_dir).glob("*/features.*")
-    return reads_grid, file
+    return reads_grid, encoder.channels, file
 
 
 def start_and_step(typed, warm_up, steps, started):
@@ -655,14 +796,15 @@ def scale(args):
 
     Raises: OSError if the disk is too small.
     """
-    check_disk(max(args.scale), args.scale_dir or tempfile.gettempdir())
+    check_disk("--scale", max(args.scale), SCALE_CHANNELS, args.scale_dir)
     report = {}
     for images in args.scale:
         with tempfile.TemporaryDirectory(dir=args.scale_dir) as folder:
             write_captions(Path(folder), images)
-            for kind in SCALED:
-                size = fill_cache(Path(folder), kind)
-                costs = measure(scale_options(folder, kind), *args.scale_steps)
+            for kind in KINDS:
+                typed = run_options(folder, kind)
+                size = fill_cache(Path(folder), typed)
+                costs = measure(typed, *args.scale_steps)
                 costs["cache_gb"] = size / 1e9
                 report.setdefault(str(images), {})[kind] = costs
                 if not args.json:
@@ -670,15 +812,16 @@ def scale(args):
     return report
 
 
-def check_disk(images, folder):
-    """Say what the largest dataset takes. Raises: OSError where that is not free."""
-    features = (CELLS + 1) * CHANNELS * 2  # bytes of a grid, and of a mean
+def check_disk(flag, images, channels, folder):
+    """Say what a dataset takes in a folder, or the temporary one. Raises: OSError if not free."""
+    folder = folder or tempfile.gettempdir()
+    features = (CELLS + 2) * channels * 2  # bytes of a grid, and of a mean in float32
     needed = images * (features + 1200)  # and captions, index lines, image files
     free = shutil.disk_usage(folder).free
     line = f"{images:,} images need {needed / 1e9:.2f} GB in {folder}"
     if needed > free:
         raise OSError(
-            f"--scale: {line}, {free / 1e9:.2f} GB are free: give --scale_dir or fewer images"
+            f"{flag}: {line}, {free / 1e9:.2f} GB are free: give --scale_dir or fewer images"
         )
     print(f"{line}; {free / 1e9:.2f} GB are free", file=sys.stderr)
 
@@ -698,47 +841,151 @@ def print_costs(images, kind, costs):
     )
 
 
+def epochs(args):
+    """{decoder: what a run of --epochs takes} on a generated dataset of Flickr8k's shape.
+
+    Three quarters of the images are for training, an eighth for validation.
+    Raises: OSError if the disk is too small.
+    """
+    images, report = args.train_images * 4 // 3, {}
+    check_disk("--epochs", images, CHANNELS, args.scale_dir)
+    with tempfile.TemporaryDirectory(dir=args.scale_dir) as folder:
+        write_captions(Path(folder), images)
+        write_split_lists(Path(folder), args.train_images)
+        for kind in KINDS:
+            typed = run_options(folder, kind, "resnet50", args.device)
+            fill_cache(Path(folder), typed)
+            report[kind] = time_run(folder, kind, [*typed, "--epochs", str(args.epochs)])
+            if not args.json:
+                print_run(kind, report[kind])
+    return report
+
+
+def write_split_lists(folder, train_images):
+    """Name the images of each split as Flickr8k's lists do."""
+    names = sorted(path.name for path in (folder / "Images").iterdir())
+    val = train_images + (len(names) - train_images) // 2
+    splits = {"train": names[:train_images], "dev": names[train_images:val], "test": names[val:]}
+    for split, chosen in splits.items():
+        (folder / f"{split}Images.txt").write_text("\n".join(chosen))
+
+
+def time_run(folder, kind, typed):
+    """Run the program's training in a process of its own. Raises: RuntimeError with its messages."""
+    program = Path(__file__).with_name("flickr_image_caption.py")
+    models = Path(folder, "models", kind)
+    files = ["--model_save_dir", str(models), "--keep_checkpoints", "1", "--num_workers", "0"]
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(program), *typed, *files], capture_output=True, text=True, check=False
+    )
+    elapsed_seconds = time.perf_counter() - started
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    (table,) = models.glob("**/metrics.csv")
+    with table.open() as file:
+        each = [float(row["epoch_time_seconds"]) for row in csv.DictReader(file)]
+    return {
+        "seconds": elapsed_seconds,
+        "epochs": len(each),
+        "epoch_seconds": statistics.median(each),
+        "outside_epochs_seconds": elapsed_seconds - sum(each),
+    }
+
+
+def print_run(kind, costs):
+    """One line of --epochs."""
+    print(
+        f"{costs['epochs']} epochs {kind:10} {costs['seconds']:.1f} s: an epoch with its validation "
+        f"{costs['epoch_seconds']:.2f} s, start-up and files "
+        f"{costs['outside_epochs_seconds']:.1f} s in all",
+        flush=True,
+    )
+
+
 # --------------------------------------------------------------------------------------- the report
 
 
+PLAIN_COLOUR, TUTORIAL_COLOUR = "#3b6ea5", "#d58a3b"
+
+
 def draw_chart(report, path):
-    """One bar per stage: how many times the plain way's speed ours is."""
+    """A bar per stage and baseline: how many times its speed ours is."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import patches, pyplot
 
-    names = [name for name in STAGES if name in report][::-1]
-    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
-    for row, name in enumerate(names):
-        stage = report[name]
-        low, high = ([abs(stage["ratio"] - end)] for end in stage["spread"])
-        bar = {"color": "#3b6ea5", "height": 0.6, "ecolor": "#555555"}
-        axes.barh(row, stage["ratio"], xerr=[low, high], **bar)
-        text = f" {stage['ratio']:.1f}x   {stage['ours']:,.0f} {stage['unit']}"
-        axes.annotate(text, (stage["spread"][1], row), va="center", fontsize=9)
+    bars = chart_bars(report)[::-1]
+    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.4 * len(bars)), layout="constrained")
+    for row, (_, figures, text, colour) in enumerate(bars):
+        low, high = ([abs(figures["ratio"] - end)] for end in figures["spread"])
+        bar = {"color": colour, "height": 0.6, "ecolor": "#555555"}
+        axes.barh(row, figures["ratio"], xerr=[low, high], **bar)
+        axes.annotate(text, (figures["spread"][1], row), va="center", fontsize=9)
     axes.axvline(1, color="#555555", linewidth=0.8)
     axes.set(
-        yticks=range(len(names)),
-        yticklabels=[name.replace("_", " ") for name in names],
-        xlabel="times the speed of the plain way, both timed in turn",
-        xlim=(0, 1.7 * max(report[name]["spread"][1] for name in names)),
+        yticks=range(len(bars)),
+        yticklabels=[label for label, *_ in bars],
+        xlabel="times the speed of the other way, timed in turn",
+        xlim=(0, 1.7 * max(figures["spread"][1] for _, figures, *_ in bars)),
     )
+    colours = {"plain way": PLAIN_COLOUR, "structure of tutorials": TUTORIAL_COLOUR}
+    handles = [patches.Patch(color=colour, label=label) for label, colour in colours.items()]
+    axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160)
 
 
+def chart_bars(report):
+    """(label, figures, text, colour) of each bar, the first stage first."""
+    bars = []
+    for name in [name for name in STAGES if name in report]:
+        stage = report[name]
+        text = f" {stage['ratio']:.1f}x   {stage['ours']:,.0f} {stage['unit']}"
+        bars.append((name.replace("_", " "), stage, text, PLAIN_COLOUR))
+        if "tutorial" in stage:
+            tutorial = stage["tutorial"]
+            bars.append(("", tutorial, f" {tutorial['ratio']:.1f}x", TUTORIAL_COLOUR))
+    return bars
+
+
 def print_stage(name, figures):
-    """A stage's line, and another where precision changes captions."""
+    """A stage's line, and one for whatever else it measured."""
     low, high = figures["spread"]
     print(
         f"{name:16} {figures['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  {figures['ours']:9,.1f} "
         f"against {figures['plain']:,.1f} {figures['unit']}",
+        *other_figures(figures),
+        sep=f"\n{'':17}",
         flush=True,
     )
+
+
+def other_figures(figures):
+    """Lines for what only some stages measure."""
+    lines, precision = [], figures.get("precision")
+    if "tutorial" in figures:
+        tutorial = figures["tutorial"]
+        low, high = tutorial["spread"]
+        lines.append(
+            f"{tutorial['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  against "
+            f"{tutorial['tutorial']:,.1f} of the structure that tutorials have"
+        )
+    if "share_of_peak" in figures:
+        lines.append(
+            f"{figures['share_of_peak']:6.0%} of the peak in {precision}, "
+            f"{figures['peak_gflop_per_second']:,.0f} GFLOP/s; "
+            f"{figures['gflop_per_step']:,.1f} GFLOP a step"
+        )
+    if figures.get("by_batch"):
+        rates = figures["by_batch"]
+        each = ", ".join(f"{batch}: {rate:,.0f}" for batch, rate in rates.items())
+        lines.append(f"the network by images at a time: {each}; best {max(rates, key=rates.get)}")
     if "differing" in figures:
-        share = f"{figures['differing']:6.0%} of captions in {figures['precision']}"
-        print(f"{'':16} {share} differ from the plain way's", flush=True)
+        share = f"{figures['differing']:6.0%} of captions in {precision}"
+        lines.append(f"{share} differ from the plain way's")
+    return lines
 
 
 def build_parser():
@@ -761,6 +1008,9 @@ def build_parser():
     sizes = "also, or only, datasets of these sizes"
     add("--scale", type=int, nargs="+", metavar="IMAGES", help=sizes)
     add("--scale_dir", metavar="FOLDER", help="where they are generated (the temporary folder)")
+    add("--epochs", type=int, metavar="N", help="also, or only, whole runs of N epochs")
+    images = "training images of --epochs, five captions each (%(default)s)"
+    add("--train_images", type=int, default=6000, metavar="N", help=images)
     return parser
 
 
@@ -775,6 +1025,8 @@ def parse_args(argv=None):
         parser.error(f"--scale {min(args.scale)}: expected at least 10 images")
     if args.scale and args.device != "cpu":
         parser.error(f"--scale measures training on the CPU: leave --device {args.device} out")
+    if args.epochs is not None and (args.epochs < 1 or args.train_images < 10):
+        parser.error("--epochs takes at least 1 epoch and 10 --train_images")
     args.number = args.number or (64 if args.quick else 256)
     args.rounds = args.rounds or (3 if args.quick else 5)
     args.scale_steps = (1, 4) if args.quick else (5, 40)  # that warm up, that count
@@ -797,18 +1049,19 @@ def main(argv=None):
 
     import experiment_utils
 
-    report = {}
-    if args.scale:
+    report, whole_runs = {}, {"scale": scale, "epochs": epochs}
+    for name in [name for name in whole_runs if getattr(args, name)]:
         try:
-            report["scale"] = scale(args)
+            report[name] = whole_runs[name](args)
         except OSError as error:
             build_parser().error(str(error))
-    for stage in args.stages or ([] if args.scale else STAGES):
+    stages = args.stages or ([] if report else STAGES)
+    for stage in stages:
         report[stage] = STAGES[stage](args)
         if not args.json:
             print_stage(stage, report[stage])
-    if args.stages or not args.scale:
-        report["ceilings"] = ceilings(args.hardware.device)
+    if stages:
+        report["ceilings"] = ceilings(args.hardware)
     report |= {
         "encoder": args.encoder,
         "threads": torch.get_num_threads(),

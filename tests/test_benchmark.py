@@ -1,6 +1,7 @@
 """benchmark.py: its plain ways give what the program's fast ways give, and its report has the promised form."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -77,6 +78,38 @@ def check_updates(ours, plain):
         torch.testing.assert_close(fast[clear], slow[clear], atol=1e-6, rtol=0, msg=name)
 
 
+def test_the_tutorials_captions_are_padded_without_effect():
+    """Alone and among longer ones a caption has the same logits and attention."""
+    torch.manual_seed(0)
+    decoder = benchmark.tutorial_decoder().eval()
+    features, padded = benchmark.generated(10)
+    lengths, order = padded.lengths.sort(descending=True)
+    captions, features = padded.captions[order, :-1], features[padded.image_index[order]]
+    with torch.no_grad():
+        logits, alphas = benchmark.tutorial_logits(decoder, features, captions, lengths.tolist())
+        for row in (0, 5, 9):
+            length, this = int(lengths[row]), slice(row, row + 1)
+            alone = benchmark.tutorial_logits(
+                decoder, features[this], captions[this, :length], [length]
+            )
+            torch.testing.assert_close(logits[this, :length], alone[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alphas[this, :length], alone[1], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alphas[row, :length].sum(1), torch.ones(length))
+            assert not logits[row, length:].any() and not alphas[row, length:].any()
+
+
+def test_the_tutorials_step_learns():
+    torch.manual_seed(0)
+    decoder = benchmark.tutorial_decoder()
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-3)
+    features, padded = benchmark.generated(5)
+    losses = [
+        float(benchmark.tutorial_step(decoder, optimizer, features, padded)) for _ in range(5)
+    ]
+    assert losses[0] == pytest.approx(math.log(benchmark.VOCABULARY) + 0.6, abs=0.7)
+    assert losses[-1] < losses[0] - 0.5
+
+
 @torch.inference_mode()
 def test_beam_search_finds_the_textbooks_captions():
     decoder, vocabulary = benchmark.searcher(FLOAT32)
@@ -122,6 +155,10 @@ def test_the_report_is_one_json_object_and_a_chart(tmp_path):
         assert set(report[stage]) >= {"ratio", "ours", "plain", "unit", "spread"}
         assert report[stage]["spread"][0] <= report[stage]["ratio"] <= report[stage]["spread"][1]
     assert {"threads", "commit", "environment"} <= set(report)
+    precisions = {"float32", report["encode"]["precision"]}
+    measured = {name.split()[0] for name in report["ceilings"] if "matrix product" in name}
+    assert measured == precisions
+    assert list(report["encode"]["by_batch"]) == ["8"] and report["encode"]["by_batch"]["8"] > 0
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -132,10 +169,44 @@ def test_the_share_of_captions_that_differ_is_counted(monkeypatch):
     assert benchmark.beam_search(args)["differing"] == 1
 
 
+def test_a_training_step_is_compared_with_both_baselines_and_with_the_peak(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SHARED", 10)
+    monkeypatch.setattr(benchmark, "PLAIN", 5)
+    stage = benchmark.train("attention", SimpleNamespace(rounds=1, hardware=FLOAT32))
+    tutorial = stage["tutorial"]
+    assert tutorial["spread"][0] <= tutorial["ratio"] <= tutorial["spread"][1]
+    assert tutorial["tutorial"] > 0 and stage["plain"] > 0
+    seconds = benchmark.SHARED / stage["ours"]
+    assert stage["share_of_peak"] == pytest.approx(
+        stage["gflop_per_step"] / seconds / stage["peak_gflop_per_second"]
+    )
+    benchmark.print_stage("train_attention", stage)
+    assert "of the structure that tutorials have" in capsys.readouterr().out
+    bars = benchmark.chart_bars({"train_attention": stage})
+    assert [label for label, *_ in bars] == ["train attention", ""]
+    assert [figures["ratio"] for _, figures, *_ in bars] == [stage["ratio"], tutorial["ratio"]]
+
+
+def test_the_operations_of_a_training_step_are_those_worked_by_hand():
+    """A multiply-add counts 2. A layer costs thrice its forward pass; twice where its input needs no gradient."""
+    features, captions = benchmark.generated(benchmark.SHARED)
+    images, tokens = len(features), int(captions.lengths.sum())
+    cells, width = images * benchmark.CELLS, benchmark.WIDTH
+    keys_and_values = 2 * 2 * 2 * cells * benchmark.CHANNELS * width
+    first_state = 2 * 2 * 2 * images * benchmark.CHANNELS * width
+    words, vocabulary = width * 4 * width, width * benchmark.VOCABULARY
+    query_and_gate, cell, deep_output = 2 * width * width, 2 * width * 4 * width, 2 * width * width
+    per_token = words + vocabulary + query_and_gate + cell + deep_output
+    attended = 2 * benchmark.CELLS * width  # scores and contexts
+    expected = keys_and_values + first_state + 6 * tokens * (per_token + attended)
+    assert benchmark.step_gflop("attention") == pytest.approx(expected / 1e9, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "typed, message",
     [
         (["coffee"], "no stage coffee"),
+        (["--epochs", "0"], "--epochs takes at least 1 epoch"),
         (["--scale", "9"], "--scale 9: expected at least 10 images"),
         (["--scale", "30", "--device", "cuda"], "leave --device cuda out"),
     ],
@@ -163,7 +234,7 @@ def check_scale(found):
 def test_scale_measures_the_programs_training_in_a_process_of_its_own(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(benchmark, "SCALED", ("attention",))
+    monkeypatch.setattr(benchmark, "KINDS", ("attention",))
     benchmark.main(["--scale", "30", "--quick", "--json", "--scale_dir", str(tmp_path)])
     out, err = capsys.readouterr()
     report = json.loads(out)
@@ -179,9 +250,33 @@ def test_scale_trains_on_means_where_the_decoder_reads_means(tmp_path, capsys, m
     for module, name in ((feature_cache, "cached_features"), (program, "train_step")):
         monkeypatch.setattr(module, name, getattr(module, name))  # start_and_step replaces them
     benchmark.write_captions(tmp_path, 30)
-    assert benchmark.fill_cache(tmp_path, "lstm") == 30 * 1280 * 4
-    benchmark.start_and_step(benchmark.scale_options(tmp_path, "lstm"), 1, 4, time.time())
+    typed = benchmark.run_options(tmp_path, "lstm")
+    assert benchmark.fill_cache(tmp_path, typed) == 30 * 1280 * 4
+    benchmark.start_and_step(typed, 1, 4, time.time())
     check_scale(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.slow
+def test_whole_runs_are_timed_on_flickr8ks_shape(tmp_path, capsys, monkeypatch):
+    """Of 24 training images, 4 to validate on and 4 others; the files are empty, so none is encoded."""
+    monkeypatch.setattr(benchmark, "KINDS", ("attention",))
+    lists = []
+    write = benchmark.write_split_lists
+
+    def noted(folder, train_images):
+        write(folder, train_images)
+        lists.extend(len(path.read_text().split()) for path in sorted(folder.glob("*Images.txt")))
+
+    monkeypatch.setattr(benchmark, "write_split_lists", noted)
+    words = ["--epochs", "2", "--train_images", "24", "--json", "--scale_dir", str(tmp_path)]
+    benchmark.main(words)
+    report = json.loads(capsys.readouterr().out)
+    run = report["epochs"]["attention"]
+    assert run["epochs"] == 2 and lists == [4, 4, 24]  # dev, test, train
+    assert run["seconds"] == pytest.approx(
+        2 * run["epoch_seconds"] + run["outside_epochs_seconds"], rel=0.01
+    )
+    assert not {"ceilings", *benchmark.STAGES} & report.keys() and list(tmp_path.iterdir()) == []
 
 
 def test_scale_refuses_what_the_disk_does_not_hold(tmp_path, capsys):
