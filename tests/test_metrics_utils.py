@@ -4,6 +4,7 @@ pycocoevalcap's own tokenizer needs Java: its scorers get captions that are alre
 """
 
 import json
+import math
 import os
 import random
 import re
