@@ -1157,7 +1157,7 @@ def validation_scores(run, received):
     scores = None
     if process_group.rank() == 0:
         captions, scores, _ = score_captions(captioner, run.scorer, table.image, best)
-        run.example = table.image[0], captions[table.image[0]]
+        run.example = printable(table.image[0]), captions[table.image[0]]
         del scores["METEOR"]
     return process_group.broadcast(scores)
 
