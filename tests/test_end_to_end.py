@@ -116,6 +116,11 @@ def succeed(*flags):
     return outcome.out
 
 
+def warnings_in(outcome):
+    """The lines on stderr but for the one about METEOR, which machines without WordNet have."""
+    return [line for line in outcome.err.splitlines() if not line.startswith("METEOR is not")]
+
+
 def run_dir(outcome):
     """The directory that a training run said it writes to."""
     out = outcome if isinstance(outcome, str) else outcome.out
@@ -1290,7 +1295,7 @@ def test_test_mode_scores_nothing_that_was_trained_on(shop):
     flags = "--mode test --algorithm greedy --image_dir data/sample --captions_file named.txt"
     captions_named("named.txt", {name: f"Images/{name}" for name in everything})
     whole = program(flags, "--output_dir whole --model_path", best)
-    assert whole.status == 0 and whole.err == "", whole.err
+    assert whole.status == 0 and warnings_in(whole) == []
     scores = read_json("whole/test_metrics.json")
     assert scores["images"] == 4 and scores["foreign_dataset"] is None
     assert 0 <= scores["share_copied"] <= 1
@@ -1299,7 +1304,7 @@ def test_test_mode_scores_nothing_that_was_trained_on(shop):
         "named.txt", {name: f"Images/{name}" for name in everything if name != held_out[0]}
     )
     foreign = program(flags, "--output_dir part --model_path", best)
-    assert foreign.status == 0 and foreign.err.count("\n") == 1
+    assert foreign.status == 0 and len(warnings_in(foreign)) == 1
     assert "36 images left out that the checkpoint was trained or validated on" in foreign.err
     assert "compared by content" in foreign.err
     rows, scores = read_json("part/test_captions.json"), read_json("part/test_metrics.json")
@@ -1556,11 +1561,11 @@ def test_foreign_boxes_are_named_before_decoding_and_the_test_goes_on(content, s
     Path("data_copy/boxes.json").write_text(content)
     flags += " --mode test --algorithm greedy --output_dir found --model_path"
     outcome = program(flags, shop / "attention/best.pt")
-    assert outcome.status == 0 and outcome.err.count("\n") == 1
-    assert outcome.err.startswith("warning: data_copy/boxes.json: ")
+    (warning,) = warnings_in(outcome)
+    assert outcome.status == 0 and warning.startswith("warning: data_copy/boxes.json: ")
     scores = read_json("found/test_metrics.json")
     assert scores["images"] == 4 and "attention" not in scores
-    assert program(flags, shop / "lstm/best.pt").err == ""
+    assert warnings_in(program(flags, shop / "lstm/best.pt")) == []
 
 
 @pytest.mark.slow
