@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 
 import process_group
 from progress import Progress
-from runtime import available_cpus
+from runtime import available_cpus, printable
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 PICTURE_SUFFIXES |= {".ppm", ".heic", ".heif"}
@@ -387,7 +387,7 @@ def pictures_in(path: Path) -> list[Path]:
     pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     others = [file.name for file in files if file.suffix.lower() in OTHER_SUFFIXES]
     if others:
-        named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        named = printable(", ".join(others[:3])) + (", ..." if len(others) > 3 else "")
         print(
             f"--images {path}: left out {len(others)} of formats that are not read: {named}",
             file=sys.stderr,
@@ -410,9 +410,10 @@ def content_digests(folder: Path, names: Sequence[str]) -> torch.Tensor:
     def digests_of(chunk):
         return [_content_digest(folder / name) for name in chunk]
 
+    bar = {"each": DIGEST_CHUNK, "disable": process_group.rank() > 0}
     with ThreadPoolExecutor(DIGEST_THREADS) as pool:
         digests = pool.map(digests_of, chunks)
-        digests = [*Progress(digests, "hashing", len(chunks), "images", DIGEST_CHUNK)]
+        digests = [*Progress(digests, "hashing", len(chunks), "images", **bar)]
     own_digests = torch.tensor(list(itertools.chain.from_iterable(digests)), dtype=torch.int64)
     return torch.cat(process_group.all_gather(own_digests))
 

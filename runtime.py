@@ -146,7 +146,7 @@ def set_threads(threads, device, typed):
     """
     most, told = available_cpus(), "OMP_NUM_THREADS" in os.environ
     if threads != "auto" and (typed or not told):
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads if typed else min(threads, most))  # a checkpoint's
         return None
     if device.type != "cpu" or most == 1 or told:
         torch.set_num_threads(min(most, torch.get_num_threads()))

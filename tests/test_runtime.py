@@ -258,6 +258,9 @@ def test_threads_that_are_typed_or_in_the_environment_are_taken(one_thread, monk
     )
     monkeypatch.setattr(runtime, "available_cpus", lambda: 1)
     assert set_threads("auto", CPU, typed=False) is None and torch.get_num_threads() == 1
+    assert (
+        set_threads(3, CPU, typed=False) is None and torch.get_num_threads() == 1
+    )  # smaller machine
 
 
 # ------------------------------------------------------------------------------------------ signals
