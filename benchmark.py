@@ -49,7 +49,6 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 CHANNELS, CELLS, WIDTH = 2048, 49, 512  # ResNet50's grid
 VOCABULARY = 2539  # Flickr8k's
@@ -58,216 +57,6 @@ KINDS = ("lstm", "attention")  # decoders of --scale and --epochs: one reads mea
 SCALE_CHANNELS = 1280  # MobileNetV2's
 ENCODING_BATCHES = (8, 16, 32, 64, 128)
 BEAM = {"beam_size": 5, "min_length": 9, "max_length": 25}  # as long as Flickr8k's captions are
-
-
-# ----------------------------------------------------------------------------------- the plain ways
-
-
-def plain_encoding(encoder, paths):
-    """One image at a time through torchvision's own layers, float32 -> [(1, F, h, w)].
-
-    Pictures are decoded in the same process.
-    """
-    import torch
-
-    import image_loading
-
-    features = []
-    with torch.inference_mode():
-        for path in paths:
-            image = torch.from_numpy(image_loading.load_image(path, encoder.image_size))
-            image = image.to(encoder.mean.device).permute(2, 0, 1).unsqueeze(0)
-            image = (image / 255 - encoder.mean) / encoder.std
-            features.append(encoder.trunk(image.contiguous()))
-    return features
-
-
-class Padded(NamedTuple):
-    """B captions as textbooks keep them."""
-
-    captions: object  # (B, T + 1) int64: <SOS>, words, <EOS>, then whatever: lengths tell
-    lengths: object  # (B,) int64: words and <EOS>
-    image_index: object  # (B,) int64: whose caption it is
-
-
-def plain_logits(decoder, features, captions):
-    """Teacher forcing word by word.
-
-    features (B, P, F), captions (B, T) -> logits (B, T, V), alphas (B, T, P) or None.
-    """
-    import torch
-
-    logits, alphas, layers = [], [], None
-    for tokens in captions.unbind(1):
-        per_image, first = decoder.start(features)  # the features are projected anew for every word
-        state = per_image, layers or first
-        step_logits, (_, layers), step_alphas = decoder.step(tokens.unsqueeze(1), state)
-        logits.append(step_logits.squeeze(1))
-        alphas.append(step_alphas)
-    return torch.stack(logits, 1), None if alphas[0] is None else torch.cat(alphas, 1)
-
-
-def plain_loss(logits, alphas, batch, training):
-    """As `CrossEntropyObjective`: padded logits (B, T, V), alphas (B, T, P) or None -> loss ()."""
-    import torch
-    import torch.nn.functional as F
-
-    steps = torch.arange(logits.size(1), device=logits.device)
-    is_token = steps < batch.lengths.unsqueeze(1)  # (B, T)
-    targets = batch.captions[:, 1:][is_token]
-    loss = F.cross_entropy(logits[is_token], targets, label_smoothing=training.label_smoothing)
-    if alphas is None:
-        return loss
-    received = (alphas * is_token.unsqueeze(-1)).sum(1)  # (B, P): of each cell, over a caption
-    return loss + training.alpha_c * (1 - received).square().mean()
-
-
-def plain_step(run, features, batch):
-    """One update, as textbooks write `flickr_image_caption.train_step`. Returns its loss ()."""
-    import torch
-
-    decoder, optimizer, training = run.captioner.decoder, run.state.optimizer, run.options.training
-    features = features[batch.image_index]  # (B, P, F)
-    logits, alphas = plain_logits(decoder, features, batch.captions[:, :-1])
-    loss = plain_loss(logits, alphas, batch, training)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(decoder.parameters(), training.grad_clip)
-    optimizer.step()
-    return loss.detach()
-
-
-class PlainHypothesis(NamedTuple):
-    """A caption begun: `layers` is the decoder's state after its last token but one."""
-
-    log_prob: float
-    tokens: list[int]  # <SOS> first
-    layers: tuple | None  # per layer, hidden and cell (1, 1, H) each
-
-
-def plain_beam_search(decoder, features, vocabulary, beam_size, min_length, max_length):
-    """The best caption of one image (P, F), its features copied for every hypothesis.
-
-    Returns: tokens, log_prob.
-    """
-    import torch
-
-    def has_ended(hypothesis):
-        return hypothesis.tokens[-1] == vocabulary.eos
-
-    beam = [PlainHypothesis(0.0, [vocabulary.sos], None)]  # best first
-    with torch.inference_mode():
-        for step in range(1, max_length + 1):
-            if has_ended(beam[0]):
-                break
-            live = [hypothesis for hypothesis in beam if not has_ended(hypothesis)]
-            log_probs, layers = plain_next_words(decoder, features, live)
-            log_probs[:, [vocabulary.pad, vocabulary.sos, vocabulary.unk]] = -torch.inf
-            if step <= min_length:
-                log_probs[:, vocabulary.eos] = -torch.inf
-            candidates = [hypothesis for hypothesis in beam if has_ended(hypothesis)]
-            for row, hypothesis in enumerate(live):
-                candidates += plain_extend(hypothesis, log_probs[row], layers, row, beam_size)
-            beam = sorted(candidates, key=lambda each: each.log_prob, reverse=True)[:beam_size]
-    best = max(filter(has_ended, beam), key=lambda each: each.log_prob, default=beam[0])
-    return best.tokens[1 : len(best.tokens) - has_ended(best)], best.log_prob
-
-
-def plain_next_words(decoder, features, live):
-    """Log-probabilities (K, V) of what follows each hypothesis, and the layers that wrote them."""
-    import torch
-
-    per_image, layers = decoder.start(features.expand(len(live), -1, -1))
-    if live[0].layers is not None:
-        each_layer = zip(*(hypothesis.layers for hypothesis in live), strict=True)
-        layers = tuple(tuple(map(torch.cat, zip(*layer, strict=True))) for layer in each_layer)
-    tokens = [[hypothesis.tokens[-1]] for hypothesis in live]
-    tokens = torch.tensor(tokens, device=features.device)
-    logits, (_, layers), _ = decoder.step(tokens, (per_image, layers))
-    return logits.squeeze(1).log_softmax(-1), layers
-
-
-def plain_extend(hypothesis, log_probs, layers, row, beam_size):
-    """A hypothesis with each of its best next words; `row` of `layers` is its own."""
-    layers = tuple(tuple(part[row : row + 1] for part in layer) for layer in layers)
-    best = zip(*log_probs.topk(beam_size), strict=True)
-    return [
-        PlainHypothesis(hypothesis.log_prob + float(value), [*hypothesis.tokens, int(word)], layers)
-        for value, word in best
-    ]
-
-
-# ---------------------------------------------------------------------------- what tutorials have
-
-
-def tutorial_decoder():
-    """The layers of Xu et al. 2015 as tutorials build them: one LSTM cell, context of full width."""
-    from torch import nn
-
-    return nn.ModuleDict(
-        {
-            "embed": nn.Embedding(VOCABULARY, WIDTH),
-            "project_features": nn.Linear(CHANNELS, WIDTH),
-            "project_hidden": nn.Linear(WIDTH, WIDTH),
-            "score": nn.Linear(WIDTH, 1),
-            "gate": nn.Linear(WIDTH, CHANNELS),
-            "init_hidden": nn.Linear(CHANNELS, WIDTH),
-            "init_cell": nn.Linear(CHANNELS, WIDTH),
-            "cell": nn.LSTMCell(WIDTH + CHANNELS, WIDTH),
-            "dropout": nn.Dropout(0.5),
-            "head": nn.Linear(WIDTH, VOCABULARY),
-        }
-    )
-
-
-def tutorial_context(decoder, features, hidden):
-    """features (B, P, F), hidden (B, H) -> gated context (B, F), alphas (B, P)."""
-    keys = decoder["project_features"](features)  # anew at every step
-    energy = (keys + decoder["project_hidden"](hidden).unsqueeze(1)).relu()
-    alphas = decoder["score"](energy).squeeze(2).softmax(1)
-    context = (features * alphas.unsqueeze(2)).sum(1)
-    return decoder["gate"](hidden).sigmoid() * context, alphas
-
-
-def tutorial_logits(decoder, features, captions, lengths):
-    """Teacher forcing of captions (B, T), longest first; captions that have ended leave the batch.
-
-    features (B, P, F), lengths a list -> padded logits (B, T, V), alphas (B, T, P).
-    """
-    import torch
-
-    mean, words = features.mean(1), decoder["embed"](captions)
-    hidden, cell = decoder["init_hidden"](mean), decoder["init_cell"](mean)
-    logits = features.new_zeros(*captions.shape, VOCABULARY)
-    alphas = features.new_zeros(*captions.shape, features.size(1))
-    for step in range(lengths[0]):
-        live = sum(length > step for length in lengths)
-        context, attended = tutorial_context(decoder, features[:live], hidden[:live])
-        inputs = torch.cat([words[:live, step], context], 1)
-        hidden, cell = decoder["cell"](inputs, (hidden[:live], cell[:live]))
-        logits[:live, step] = decoder["head"](decoder["dropout"](hidden))
-        alphas[:live, step] = attended
-    return logits, alphas
-
-
-def tutorial_step(decoder, optimizer, features, batch):
-    """One update from a Padded batch, each caption with a copy of its features. Returns its loss ()."""
-    import torch
-    import torch.nn.functional as F
-    from torch.nn.utils.rnn import pack_padded_sequence
-
-    lengths, order = batch.lengths.sort(descending=True)
-    captions, features = batch.captions[order], features[batch.image_index[order]]
-    lengths = lengths.tolist()
-    logits, alphas = tutorial_logits(decoder, features, captions[:, : lengths[0]], lengths)
-    logits = pack_padded_sequence(logits, lengths, batch_first=True).data
-    targets = pack_padded_sequence(captions[:, 1:], lengths, batch_first=True).data
-    loss = F.cross_entropy(logits, targets) + (1 - alphas.sum(1)).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_value_(decoder.parameters(), 5.0)
-    optimizer.step()
-    return loss.detach()
 
 
 # ------------------------------------------------------------------------------------------ in turn
@@ -318,6 +107,7 @@ def against(name, speeds):
 
 def encode(args):
     """Pictures into an empty cache, reading, decoding and writing counted."""
+    import baselines
     import image_loading
 
     with tempfile.TemporaryDirectory() as folder:
@@ -329,7 +119,7 @@ def encode(args):
             args.rounds,
             "images per second",
             (lambda: fill_fresh_cache(encoder, paths, args), len(paths)),
-            (lambda: plain_encoding(textbook, few), len(few)),
+            (lambda: baselines.plain_encoding(textbook, few), len(few)),
         )
     batches = [batch for batch in ENCODING_BATCHES if batch <= args.number]
     rates = {batch: encoding_rate(encoder, batch, args.rounds) for batch in batches}
@@ -391,6 +181,7 @@ def generated(captions, seed=0):
     """
     import torch
 
+    import baselines
     from caption_batches import Vocabulary
 
     generator = torch.Generator().manual_seed(seed)
@@ -400,7 +191,7 @@ def generated(captions, seed=0):
     tokens = torch.randint(4, VOCABULARY, (captions, int(lengths.max()) + 1), generator=generator)
     tokens[:, 0] = Vocabulary.sos
     tokens[torch.arange(captions), lengths] = Vocabulary.eos
-    return features, Padded(tokens, lengths, image_index)
+    return features, baselines.Padded(tokens, lengths, image_index)
 
 
 def packed(padded):
@@ -441,6 +232,7 @@ def train(kind, args):
     """One training step, dropout on."""
     import torch
 
+    import baselines
     import flickr_image_caption as program
 
     device, precision = args.hardware.device, args.hardware.precision
@@ -450,18 +242,18 @@ def train(kind, args):
         run.captioner.decoder.train()
     (features, shared), (few_features, few) = generated(SHARED), generated(PLAIN)
     features, few_features = features.to(device), few_features.to(device)
-    shared, few = packed(shared), Padded(*(tensor.to(device) for tensor in few))
+    shared, few = packed(shared), baselines.Padded(*(tensor.to(device) for tensor in few))
     others = {}
     if kind == "attention":
-        tutorial = tutorial_decoder().to(device)
+        tutorial = baselines.tutorial_decoder(CHANNELS, WIDTH, VOCABULARY).to(device)
         optimizer = torch.optim.Adam(tutorial.parameters(), lr=4e-4)
-        step = functools.partial(tutorial_step, tutorial, optimizer, few_features, few)
+        step = functools.partial(baselines.tutorial_step, tutorial, optimizer, few_features, few)
         others["tutorial"] = step, PLAIN
     result = compare(
         args.rounds * 3,
         "captions per second",
         (lambda: program.train_step(ours, features, shared), SHARED),
-        (lambda: plain_step(plain, few_features, few), PLAIN),
+        (lambda: baselines.plain_step(plain, few_features, few), PLAIN),
         **others,
     )
     gflop, peak = step_gflop(kind), matrix_rate(device, precision)
@@ -520,6 +312,7 @@ def beam_search(args):
     """Features to captions, beam 5."""
     import torch
 
+    import baselines
     import caption_decoding
     import flickr_image_caption as program
 
@@ -536,7 +329,7 @@ def beam_search(args):
         return [best.tokens for (best,) in hypotheses]
 
     def plain():
-        return [plain_beam_search(decoder, image, vocabulary, **BEAM)[0] for image in few]
+        return [baselines.plain_beam_search(decoder, image, vocabulary, **BEAM)[0] for image in few]
 
     ways = (ours, len(features)), (plain, len(few))
     result = compare(args.rounds, "images per second", *ways)

@@ -23,7 +23,7 @@ import zipfile
 from pathlib import Path
 
 FORMAT_VERSION = 5  # raised when older programs could not read what a newer one writes
-READABLE_VERSIONS = (4, 5)  # 4 counted the position inside an epoch in batches
+READABLE_VERSIONS = (4, 5)  # see `_from_version_4`
 # The keys of every checkpoint and their types; `object` is any plain value, None included.
 CHECKPOINT_KEYS = {
     "config": dict, "vocabulary": dict, "model": dict, "optimizer": object, "scheduler": object,
@@ -209,7 +209,7 @@ def load_checkpoint(path):
     _check_contents(path, state)
     _check_parts(path, state)
     _check_tensors(path, state)
-    return state
+    return _from_version_4(path, state) if state["format_version"] == 4 else state
 
 
 def _check_archive(path):
@@ -260,6 +260,21 @@ def _check_parts(path, state):
     for key, is_right in fits.items():
         if not is_right:
             raise unusable(path, f"its {key!r} is damaged")
+
+
+def _from_version_4(path, state):
+    """The state as this version has it: 4 counted the position inside an epoch in batches.
+
+    What 4 did not know is None, the best epoch's loss infinite.
+    """
+    try:
+        captions = state["data_position"]["batch"] * state["config"]["batch_size"]
+        position = state["data_position"] | {"captions": captions, "order": None}
+        plan = state["plan"] | {"batches": None}
+        early_stopping = state["early_stopping"] | {"best_loss": math.inf}
+    except (TypeError, LookupError) as error:
+        raise unusable(path, "what it holds of its run is damaged") from error
+    return state | {"data_position": position, "plan": plan, "early_stopping": early_stopping}
 
 
 def _holds_tensors(value):

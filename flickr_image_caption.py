@@ -52,6 +52,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import lr_scheduler
 
 import caption_data
+import caption_splits
 import checkpoints
 import experiment_utils
 import image_loading
@@ -606,7 +607,7 @@ def open_member(options, checkpoint, path):
     """
     member = checkpoints.load_checkpoint(path)
     config = inherit(options._replace(typed=frozenset({"mode"})), path, member["config"]).as_dict()
-    expected, actual = in_common(checkpoint), in_common(member)
+    expected, actual = in_common(options.run.model_path, checkpoint), in_common(path, member)
     differing = [name for name in expected if expected[name] != actual[name]]
     if differing:
         raise ValueError(
@@ -616,13 +617,13 @@ def open_member(options, checkpoint, path):
     return restore_decoder(path, config, member)[0]
 
 
-def in_common(checkpoint):
+def in_common(path, checkpoint):
     """What the members of an ensemble must have in common."""
-    encoder, splits = checkpoint["encoder"], caption_data.checked_splits(checkpoint["splits"])
+    encoder, splits = checkpoint["encoder"], caption_splits.stored_splits(path, checkpoint)
     return {
         "encoder": [encoder["weights_sha256"], encoder["channels"]],
         "image size": [encoder["image_size"], encoder.get("coarse_size")],
-        "split": caption_data.splits_sha256(splits),
+        "split": caption_splits.splits_sha256(splits),
         "vocabulary": checkpoint["vocabulary"],
     }
 
@@ -782,18 +783,13 @@ class TrainState:
         Raises: ValueError inside an epoch whose captions come in another order now.
         """
         best, position = state["best_score"], state["data_position"]
-        if "captions" not in position:  # format version 4
-            position = position | {
-                "captions": position["batch"] * state["config"]["batch_size"],
-                "order": self.order,
-            }
         self.loop |= {"epoch": state["epoch"], "step": state["step"]}
         self.loop["best_score"] = best if best is None else float(best)
         early = state["early_stopping"]
-        self.loop["best_loss"] = float(early.get("best_loss", math.inf))  # not in version 4
+        self.loop["best_loss"] = float(early["best_loss"])
         self.loop["epochs_without_improvement"] = int(early["epochs_without_improvement"])
         self.loop |= {name: type(zero)(position[name]) for name, zero in EPOCH_START.items()}
-        if self.loop["captions"] and position["order"] != self.order:
+        if self.loop["captions"] and position["order"] not in (self.order, None):
             raise ValueError(
                 "--resume goes on inside an epoch, but --seed, --max_train_images or the data give "
                 "its captions another order: give what the run was begun with, or resume from a "
@@ -825,8 +821,8 @@ class TrainState:
     def epoch_finished(self, row):
         """After validation: the other schedules' rate moves. Returns whether this is the best epoch.
 
-        That is the one of highest CIDEr, and of those that share it the one of lowest loss, which
-        counts as no improvement.
+        That is the one of highest CIDEr, and of those that share it the one of lowest loss. Early
+        stopping counts CIDEr alone.
         """
         schedule, loop = self.plan["schedule"], self.loop
         if schedule == "reduce_lr_on_plateau":
@@ -839,9 +835,8 @@ class TrainState:
         is_best = improved or (score == best and row["val_loss"] < loop["best_loss"])
         if is_best:
             loop |= {"best_score": score, "best_loss": row["val_loss"]}
-        loop["epochs_without_improvement"] = (
-            0 if improved else loop["epochs_without_improvement"] + 1
-        )
+        stale = loop["epochs_without_improvement"] + 1
+        loop["epochs_without_improvement"] = 0 if improved else stale
         return is_best
 
 
@@ -867,7 +862,7 @@ def make_plan(options, batches, checkpoint=None):
         steps = epochs * num_batches
         return {"epochs": epochs, "batches": num_batches, "steps": steps, "schedule": schedule}
     plan, epoch = dict(checkpoint["plan"]), checkpoint["epoch"]
-    num_batches_before = plan.get("batches", num_batches)  # format version 4 had none
+    num_batches_before = plan["batches"] or num_batches
     if "epochs" in options.typed:
         plan["epochs"] = epoch + options.training.epochs  # additional ones
     if schedule != plan["schedule"] and not {"use_scheduler", "scheduler_type"} & options.typed:
@@ -883,7 +878,7 @@ def make_plan(options, batches, checkpoint=None):
         plan["steps"] = round(plan["steps"] * num_batches / num_batches_before)
     elif schedule not in (None, plan["schedule"]):
         whole_epochs = plan["epochs"] - epoch - 1
-        this_epoch = batches.num_left(checkpoint["data_position"].get("captions", 0))
+        this_epoch = batches.num_left(checkpoint["data_position"]["captions"])
         plan["steps"] = this_epoch + whole_epochs * num_batches
     return plan | {"batches": num_batches, "schedule": schedule}
 
@@ -1325,17 +1320,17 @@ def find_best(run):
     path = Path(run.options.run.model_path).with_name("best.pt")
     try:
         best = checkpoints.load_checkpoint(path)
-        splits = stored_splits(path, best)
+        splits = caption_splits.stored_splits(path, best)
     except (FileNotFoundError, ValueError) as error:
         fault = str(error)
     else:
         if best["epoch"] > run.state.loop["epoch"]:
-            fault = "that one is of a later epoch"
-        elif caption_data.splits_sha256(splits) != caption_data.splits_sha256(run.splits):
-            fault = "that one was validated on other images"
+            fault = f"{path} is of a later epoch"
+        elif caption_splits.splits_sha256(splits) != caption_splits.splits_sha256(run.splits):
+            fault = f"{path} was validated on other images"
         else:
             return path
-    print(f"the best.pt beside {run.options.run.model_path} does not go on: {printable(fault)}")
+    print(f"the best epoch is chosen anew, without the best.pt of before: {printable(fault)}")
     return None
 
 
@@ -1356,7 +1351,7 @@ def save(run, name):
     """
     captioner, splits = run.captioner, run.splits
     if name != "best.pt" and (run.folder / "best.pt").is_file():
-        splits = {"sha256": caption_data.splits_sha256(splits)}
+        splits = {"sha256": caption_splits.splits_sha256(splits)}
     weights = captioner.encoder.trunk.state_dict() if name == "best.pt" else None
     checkpoint = {
         "config": run.config,
@@ -1592,30 +1587,12 @@ def open_checkpoint(options):
     if process_group.rank() == 0:
         for note in path_notes(options, checkpoint["config"]):
             print(printable(note))
-    splits = stored_splits(path, checkpoint)
+    splits = caption_splits.stored_splits(path, checkpoint)
     if options.run.mode != "caption":
-        splits = named_splits(path, splits)
+        splits = caption_splits.named_splits(path, splits)
     members = tuple(str(find_checkpoint(options, member)) for member in options.output.ensemble)
     options = options._replace(output=options.output._replace(ensemble=members))
     return options, checkpoint | {"splits": splits}
-
-
-def stored_splits(path, checkpoint):
-    """The splits that a checkpoint holds: their names or only their hash. Raises: ValueError."""
-    try:
-        return caption_data.checked_splits(checkpoint["splits"])
-    except ValueError as error:
-        raise checkpoints.unusable(path, error) from error
-
-
-def named_splits(path, splits):
-    """A checkpoint's splits; a hash alone stands for those of the best.pt beside it, if they agree."""
-    best = Path(path).with_name("best.pt")
-    if "sha256" in splits and best.is_file():
-        named = stored_splits(best, checkpoints.load_checkpoint(best))
-        if caption_data.splits_sha256(named) == splits["sha256"]:
-            return named
-    return splits
 
 
 def find_checkpoint(options, path):

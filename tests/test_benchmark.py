@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import baselines
 import benchmark
 import caption_decoding
 import download_datasets
@@ -55,7 +56,7 @@ def test_the_training_step_is_the_textbooks(kind):
     with torch.no_grad():
         logits, alphas = decoders[0](features, batch)
         all_features, words = features[padded.image_index], padded.captions[:, :-1]
-        plain_logits, plain_alphas = benchmark.plain_logits(decoders[1], all_features, words)
+        plain_logits, plain_alphas = baselines.plain_logits(decoders[1], all_features, words)
         torch.testing.assert_close(logits, plain_logits[rows, steps], atol=1e-5, rtol=0)
         if kind == "attention":
             torch.testing.assert_close(alphas, plain_alphas[rows, steps], atol=1e-5, rtol=0)
@@ -63,7 +64,7 @@ def test_the_training_step_is_the_textbooks(kind):
     nats = program.train_step(fast, features, batch) / batch.num_tokens
     plain_nats = F.cross_entropy(plain_logits[rows, steps], batch.targets)
     assert float(nats) == pytest.approx(float(plain_nats), abs=1e-5)
-    plain_loss = benchmark.plain_step(plain, features, padded)
+    plain_loss = baselines.plain_step(plain, features, padded)
     assert float(loss) == pytest.approx(float(plain_loss), abs=1e-5)
     check_updates(*decoders)
 
@@ -81,15 +82,17 @@ def check_updates(ours, plain):
 def test_the_tutorials_captions_are_padded_without_effect():
     """Alone and among longer ones a caption has the same logits and attention."""
     torch.manual_seed(0)
-    decoder = benchmark.tutorial_decoder().eval()
+    decoder = baselines.tutorial_decoder(
+        benchmark.CHANNELS, benchmark.WIDTH, benchmark.VOCABULARY
+    ).eval()
     features, padded = benchmark.generated(10)
     lengths, order = padded.lengths.sort(descending=True)
     captions, features = padded.captions[order, :-1], features[padded.image_index[order]]
     with torch.no_grad():
-        logits, alphas = benchmark.tutorial_logits(decoder, features, captions, lengths.tolist())
+        logits, alphas = baselines.tutorial_logits(decoder, features, captions, lengths.tolist())
         for row in (0, 5, 9):
             length, this = int(lengths[row]), slice(row, row + 1)
-            alone = benchmark.tutorial_logits(
+            alone = baselines.tutorial_logits(
                 decoder, features[this], captions[this, :length], [length]
             )
             torch.testing.assert_close(logits[this, :length], alone[0], atol=1e-5, rtol=1e-4)
@@ -100,11 +103,11 @@ def test_the_tutorials_captions_are_padded_without_effect():
 
 def test_the_tutorials_step_learns():
     torch.manual_seed(0)
-    decoder = benchmark.tutorial_decoder()
+    decoder = baselines.tutorial_decoder(benchmark.CHANNELS, benchmark.WIDTH, benchmark.VOCABULARY)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=4e-3)
     features, padded = benchmark.generated(5)
     losses = [
-        float(benchmark.tutorial_step(decoder, optimizer, features, padded)) for _ in range(5)
+        float(baselines.tutorial_step(decoder, optimizer, features, padded)) for _ in range(5)
     ]
     assert losses[0] == pytest.approx(math.log(benchmark.VOCABULARY) + 0.6, abs=0.7)
     assert losses[-1] < losses[0] - 0.5
@@ -118,7 +121,7 @@ def test_beam_search_finds_the_textbooks_captions():
     hypotheses = caption_decoding.generate(decoder, features, vocabulary, **benchmark.BEAM)
     texts = set()
     for image, (best,) in zip(features, hypotheses, strict=True):
-        tokens, log_prob = benchmark.plain_beam_search(decoder, image, vocabulary, **benchmark.BEAM)
+        tokens, log_prob = baselines.plain_beam_search(decoder, image, vocabulary, **benchmark.BEAM)
         assert best.log_prob == pytest.approx(log_prob, abs=1e-3)
         assert best.tokens == tokens
         texts.add(tuple(tokens))
@@ -130,7 +133,7 @@ def test_the_cache_holds_the_textbooks_features(tmp_path):
     paths = image_loading.pictures_in(images)
     weights = download_datasets.load_encoder_weights("mobilenet_v2", "random", 0)
     encoder = program.Encoder("mobilenet_v2", weights, "random")
-    plain = torch.cat(benchmark.plain_encoding(encoder, paths)).flatten(2).transpose(1, 2)
+    plain = torch.cat(baselines.plain_encoding(encoder, paths)).flatten(2).transpose(1, 2)
     source = feature_cache.FeatureSource(
         encoder,
         paths,
@@ -165,7 +168,7 @@ def test_the_report_is_one_json_object_and_a_chart(tmp_path):
 def test_the_share_of_captions_that_differ_is_counted(monkeypatch):
     args = SimpleNamespace(search=100, rounds=1, hardware=FLOAT32)
     assert benchmark.beam_search(args)["differing"] == 0
-    monkeypatch.setattr(benchmark, "plain_beam_search", lambda *_args, **_options: ([], 0.0))
+    monkeypatch.setattr(baselines, "plain_beam_search", lambda *_args, **_options: ([], 0.0))
     assert benchmark.beam_search(args)["differing"] == 1
 
 

@@ -16,7 +16,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the run without pytest
 
 from caption_batches import CaptionBatches, Vocabulary
-from caption_data import checked_splits, load_dataset, read_captions, splits_sha256
+from caption_data import load_dataset, read_captions
+from caption_splits import checked_splits, splits_sha256
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickr8k"
 

@@ -35,8 +35,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import attention_visualization
 import caption_batches
-import caption_data
 import caption_options
+import caption_splits
 import checkpoints
 import download_datasets
 import experiment_utils
@@ -622,7 +622,7 @@ def test_a_checkpoint_is_plain_and_holds_every_hyperparameter(name, shop):
             "test": 4,
         }
     else:  # a million names would be as large as the model
-        assert state["splits"] == {"sha256": caption_data.splits_sha256(splits)}
+        assert state["splits"] == {"sha256": caption_splits.splits_sha256(splits)}
     assert {type(value).__module__ for value in leaves(state)} <= {"builtins", "torch"}
 
 
@@ -952,10 +952,7 @@ def test_a_damaged_best_beside_the_checkpoint_is_named_and_passed_over(shop):
     shutil.copytree(shop / "lstm", "damaged")
     Path("damaged/best.pt").write_bytes(b"PK damaged")
     out = succeed("--model_path damaged/model_epoch_4.pt --epochs 1")
-    assert (
-        "the best.pt beside damaged/model_epoch_4.pt does not go on: damaged/best.pt: not a usable"
-        in out
-    )
+    assert "without the best.pt of before: damaged/best.pt: not a usable" in out
     assert load(run_dir(out) / "best.pt")["epoch"] == 5
 
 
@@ -1259,7 +1256,7 @@ def test_names_of_splits_come_from_the_best_pt_beside_a_checkpoint(shop):
     Path("run/best.pt").rename("best.pt")
     path = Path("run/model_epoch_4.pt")
     state = load(path)  # of the best epoch, which has the names; any other has their hash
-    state["splits"] = {"sha256": caption_data.splits_sha256(state["splits"])}
+    state["splits"] = {"sha256": caption_splits.splits_sha256(state["splits"])}
     torch.save(state, path)
     out = succeed(flags, path)
     assert "splits: from sample.trainImages.txt" in out  # which agree with the hash
@@ -1276,7 +1273,7 @@ def test_names_of_splits_come_from_the_best_pt_beside_a_checkpoint(shop):
 
 def test_a_best_of_other_validation_images_is_not_the_best_so_far(shop):
     out = succeed("--epochs 1 --max_val_images 3 --model_path", shop / "lstm/model_epoch_4.pt")
-    assert "does not go on: that one was validated on other images" in out
+    assert "best.pt was validated on other images" in out
     best = load(run_dir(out) / "best.pt")
     assert best["epoch"] == 5 and len(best["splits"]["val"]) == 3
 
