@@ -194,8 +194,8 @@ RUN = {
         "auto: bfloat16 where the hardware computes it, float16 on older GPUs, else float32",
         stored=(TRAIN,)),
     "threads": Option(auto_or(THREADS), "auto",
-        "threads that compute on the CPU; auto: OMP_NUM_THREADS where it is set, else 1 or one per "
-        "core, unless a short probe finds one faster; on resume the checkpoint's", "auto|N",
+        "threads that compute on the CPU; auto: OMP_NUM_THREADS where it is set, else one per core, "
+        "or a single one where a short probe finds it clearly faster; on resume the checkpoint's", "auto|N",
         stored=(TRAIN,)),
     "seed": Option(SEED, 0, "fixes weights, batches, dropout and samples"),
     "num_workers": Option(COUNT, 16,

@@ -799,6 +799,9 @@ def test_a_checkpoint_of_format_version_4_goes_on(shop):
     out = succeed("--model_path old.pt")
     assert f"epoch 2, {3 * BATCH_SIZE} of {CAPTIONS} captions seen" in out
     assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["2"]
+    planned = "--epochs 2 --use_scheduler --scheduler_type one_cycle"
+    anew = load(run_dir(succeed("--model_path old.pt", planned)) / "model_epoch_3.pt")
+    assert anew["plan"]["steps"] == 1 + STEPS  # what is left of epoch 2, and epoch 3
 
 
 def test_each_schedule_changes_the_rate_as_documented(monkeypatch):
