@@ -461,7 +461,7 @@ def fill_cache(folder, typed):
     cells, dtype = (CELLS, torch.float16) if reads_grid else (1, torch.float32)
     block = torch.rand(512, cells, channels, generator=torch.Generator().manual_seed(0))
     block = block.to(dtype)
-    stamps = list(feature_cache._stamps(sorted((folder / "Images").iterdir()))[0].values())
+    stamps, _ = feature_cache._stamps(sorted((folder / "Images").iterdir()))
     with feature_cache._Store(feature_cache.FeatureFile(file, block[0].shape, dtype)) as store:
         for start in range(0, len(stamps), 256):
             chunk = stamps[start : start + 256]

@@ -12,12 +12,14 @@ Axes: n images, P = h * w grid cells, F feature channels, S pixels a side.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
 import os
 import re
 import sqlite3
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +33,7 @@ import torch
 import image_loading
 import process_group
 from checkpoints import check_free_space, replace_file
-from image_loading import ShardImage
+from image_loading import ImagePaths, ShardImage
 from progress import Progress
 from runtime import to_device
 
@@ -97,7 +99,7 @@ class FeatureSource:
         else:
             self.features, self.unreadable = self._cached(paths, cache_dir, dtype)
         if self.unreadable:
-            paths = [path for path in paths if path not in self.unreadable]
+            paths = image_loading.all_but(paths, self.unreadable)
         self.paths = paths
         if mirrored and cache_dir is not None:
             self.mirrored, _ = self._cached(self.paths, cache_dir, dtype, mirrored=True)
@@ -276,19 +278,26 @@ def _fill(
     bar, or None.
     """
     stamps, unreadable = _stamps(paths)
-    todo = _to_encode(store, stamps)
+    rows, known_faults = store.find(stamps)
+    unreadable |= known_faults
+    lacking = [place for place in np.flatnonzero(rows < 0).tolist() if place not in unreadable]
+    todo = {stamps[place]: paths[place] for place in lacking}
+    in_shards = bool(paths) and isinstance(paths[0], ShardImage)
+    if todo and in_shards:
+        todo |= _others_in_shards(store, paths[0].shards)
     _check_room(store.file, len(todo))
     with Progress(None, title, len(todo), "images", disable=not (title and todo)) as bar:
-        if grids:
+        if grids and todo:
             _take_means(store, todo, grids, bar)
         own = encoded(process_group.broadcast(list(todo.values())))
         faults = _store_batches(store, list(todo), _received(own), bar)
-    if paths and isinstance(paths[0], ShardImage):
+    if in_shards:
         store.remember_faults(faults)
-    faults |= store.faults
-    unreadable |= {path: faults[stamp] for path, stamp in stamps.items() if stamp in faults}
-    rows = np.array([store.row_of.get(stamps.get(path), -1) for path in paths], np.int64)
-    return rows, unreadable
+    for place in lacking:
+        rows[place] = store.added.get(stamps[place], -1)
+        if rows[place] < 0:
+            unreadable[place] = faults[stamps[place]]
+    return rows, {paths[place]: unreadable[place] for place in sorted(unreadable)}
 
 
 def _assist(encoded: Callable[[list], Iterator[Batch]]) -> tuple[np.ndarray, dict[Path, str]]:
@@ -299,14 +308,13 @@ def _assist(encoded: Callable[[list], Iterator[Batch]]) -> tuple[np.ndarray, dic
     return process_group.broadcast(None)
 
 
-def _to_encode(store: "_Store", stamps: dict) -> dict[Stamp, Path | ShardImage]:
-    """{stamp: path} of what the store lacks; of shards all images, as one pass brings them all."""
-    todo = store.lacking(stamps)
-    first = next(iter(todo.values()), None)
-    if isinstance(first, ShardImage):
-        others, _ = _stamps([first.shards / name for name in first.shards.names])
-        todo |= store.lacking(others)
-    return todo
+def _others_in_shards(store: "_Store", shards) -> dict[Stamp, ShardImage]:
+    """{stamp: image} of all that the store lacks: one pass over the shards brings them all."""
+    images = [shards / name for name in shards.names]
+    stamps, _ = _stamps(images)
+    rows, faults = store.find(stamps)
+    lacking = [place for place in np.flatnonzero(rows < 0).tolist() if place not in faults]
+    return {stamps[place]: images[place] for place in lacking}
 
 
 def _check_room(file: FeatureFile, images: int):
@@ -318,7 +326,7 @@ def _check_room(file: FeatureFile, images: int):
 
 def _take_means(store: "_Store", todo: dict[Stamp, Path], grids: FeatureFile, bar: Progress):
     """Append the means of those grids that another cache holds already; they leave `todo`."""
-    row_of = _rows_next_door(grids)
+    row_of = _rows_next_door(grids, todo)
     known = sorted(todo.keys() & row_of.keys(), key=row_of.get)  # in the order of the disk
     features = Features(grids, np.array([row_of[stamp] for stamp in known], np.int64))
     for start in range(0, len(known), 256):
@@ -394,24 +402,33 @@ def _name(dtype: torch.dtype) -> str:
 
 def _stamps(
     paths: Sequence[Path] | Sequence[ShardImage],
-) -> tuple[dict[Path, Stamp], dict[Path, str]]:
-    """{path: stamp}, and {path: reason} of files that have none."""
-    stamps, missing = {}, {}
-    for path in paths:
+) -> tuple[list[Stamp | None], dict[int, str]]:
+    """The stamp of each, and {position: reason} of files that have none."""
+    images = paths
+    if isinstance(paths, ImagePaths) and isinstance(paths.folder, Path):
+        images = (f"{paths.folder}/{name}" for name in paths.names)  # no Path for each
+    stamps, missing, real_folder = [], {}, functools.cache(os.path.realpath)
+    for position, image in enumerate(images):
         try:
-            stamps[path] = _stamp(path)
+            stamps.append(_stamp(image, real_folder))
         except OSError as error:
-            missing[path] = error.strerror
+            stamps.append(None)
+            missing[position] = error.strerror
     return stamps, missing
 
 
-def _stamp(path: Path | ShardImage) -> Stamp:
-    """Raises: OSError where there is no such file."""
-    if isinstance(path, ShardImage):
-        name, size, modified = path.stamp()
+def _stamp(image: str | Path | ShardImage, real_folder: Callable) -> Stamp:
+    """`real_folder`: os.path.realpath that remembers. Raises: OSError where there is no such file."""
+    if isinstance(image, ShardImage):
+        name, size, modified = image.stamp()
     else:
-        status = path.stat()
-        name, size, modified = str(path.resolve()), status.st_size, status.st_mtime_ns
+        status = os.lstat(image)
+        folder, name = os.path.split(image)
+        if stat.S_ISLNK(status.st_mode):
+            name, status = os.path.realpath(image), os.stat(image)  # noqa: PTH116 - text is faster
+        else:
+            name = f"{real_folder(folder)}/{name}"
+        size, modified = status.st_size, status.st_mtime_ns
     # names that are not UTF-8 and numbers of 64 bits: SQLite takes neither as text and integer
     return name.encode("utf-8", "surrogatepass"), size, modified % 2**63
 
@@ -464,33 +481,33 @@ def _locked(folder: Path):
 class _Store:
     """A cache folder opened for appending: rows reach the disk first, then the index names them.
 
-    `row_of`: {stamp: row}; `faults`: {stamp: reason} of images that their shards did not bring.
+    `added`: {stamp: row} of what came since.
     """
 
     def __init__(self, file: FeatureFile):
         self.file, self.index = file, file.path.with_name(INDEX)
         self.data = file.path.open("ab", buffering=0)
         stored = self.data.seek(0, os.SEEK_END) // file.row_bytes
-        self.row_of, self.faults = _read_or_restart_index(self.index, stored)
-        self.rows = max(self.row_of.values(), default=-1) + 1
+        self.rows = _open_or_restart_index(self.index, stored)
         self.data.truncate(self.rows * file.row_bytes)  # a killed run's rows that no index names
         self.data.seek(0, os.SEEK_END)
-        self.pending, self.committed_at = {}, time.monotonic()
+        self.added, self.pending, self.committed_at = {}, {}, time.monotonic()
 
-    def lacking(self, stamps: dict[Path, Stamp]) -> dict[Stamp, Path]:
-        """{stamp: path}, one path per file, of those neither stored nor known not to come."""
-        return {
-            stamp: path
-            for path, stamp in stamps.items()
-            if stamp not in self.row_of and stamp not in self.faults
-        }
+    def find(self, stamps: list[Stamp | None]) -> tuple[np.ndarray, dict[int, str]]:
+        """The row of each, -1 where there is none, and {position: reason} of what shards lacked."""
+        with _transaction(self.index) as index:
+            rows = np.fromiter(_look_up(index, "row", "images", stamps, -1), np.int64, len(stamps))
+            if not index.execute("SELECT 1 FROM faults LIMIT 1").fetchone():
+                return rows, {}
+            reasons = enumerate(_look_up(index, "reason", "faults", stamps, None))
+            return rows, {position: reason for position, reason in reasons if reason is not None}
 
     def append(self, stamps: list[Stamp], features: np.ndarray):
         """Add features (n, P, F) for these files."""
         if self.data.write(features) != features.nbytes:  # a short write: the disk is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.data.name)
         added = {stamp: row for row, stamp in enumerate(stamps, start=self.rows)}
-        self.row_of |= added
+        self.added |= added
         self.pending |= added
         self.rows += len(stamps)
         if time.monotonic() - self.committed_at > COMMIT_SECONDS:
@@ -536,13 +553,23 @@ def _transaction(file: Path):
         yield index
 
 
-def _read_or_restart_index(file: Path, stored: int) -> tuple[dict[Stamp, int], dict[Stamp, str]]:
-    """As `_read_index`. A damaged one is replaced by an empty one, because a cache can be refilled.
+def _look_up(
+    index: sqlite3.Connection, column: str, table: str, stamps: Iterable[Stamp | None], default
+) -> Iterator:
+    """What a table says of each stamp: nothing else of it is read, as it may know other datasets."""
+    query = f"SELECT {column} FROM {table} WHERE path = ? AND size = ? AND modified = ?"
+    for stamp in stamps:
+        found = index.execute(query, stamp).fetchone() if stamp else None
+        yield found[0] if found else default
+
+
+def _open_or_restart_index(file: Path, stored: int) -> int:
+    """As `_open_index`. A damaged one is replaced by an empty one, because a cache can be refilled.
 
     Raises: OSError when the disk or another program's lock is at fault.
     """
     try:
-        return _read_index(file, stored)
+        return _open_index(file, stored)
     except DAMAGE as error:
         reason = " ".join(str(error).split())
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_DAMAGE:
@@ -550,35 +577,35 @@ def _read_or_restart_index(file: Path, stored: int) -> tuple[dict[Stamp, int], d
         print(f"{file}: damaged ({reason}): images are encoded again", file=sys.stderr, flush=True)
         for damaged in file.parent.glob(f"{file.name}*"):  # its journal, too
             damaged.unlink()
-        return _read_index(file, stored)
+        return _open_index(file, stored)
 
 
-def _read_index(file: Path, stored: int) -> tuple[dict[Stamp, int], dict[Stamp, str]]:
-    """{stamp: row} and {stamp: reason}; made if needed, rid of rows that the data lacks."""
+def _open_index(file: Path, stored: int) -> int:
+    """How many rows it names; made if needed, rid of rows that the data lacks."""
     with _transaction(file) as index:
         index.executescript(TABLES)
-        row_of = _read_rows(index, stored)
+        _check(index)
         index.execute("DELETE FROM images WHERE row NOT BETWEEN 0 AND ?", (stored - 1,))
-        faults = index.execute("SELECT path, size, modified, reason FROM faults")
-        return row_of, {tuple(stamp): reason for *stamp, reason in faults}
+        (last,) = index.execute("SELECT max(row) FROM images").fetchone()
+        return 0 if last is None else last + 1
 
 
-def _rows_next_door(file: FeatureFile) -> dict[Stamp, int]:
-    """{stamp: row} of another cache, which another run may be filling; none if it is unusable."""
+def _rows_next_door(file: FeatureFile, stamps: Iterable[Stamp]) -> dict[Stamp, int]:
+    """{stamp: row} of those in another cache, which another run may be filling; none if it is unusable."""
     address = f"{file.path.with_name(INDEX).absolute().as_uri()}?mode=ro"
     with contextlib.suppress(*DAMAGE, FileNotFoundError):
         stored = file.path.stat().st_size // file.row_bytes
         with contextlib.closing(sqlite3.connect(address, uri=True)) as index:
-            return _read_rows(index, stored)
+            _check(index)
+            rows = zip(stamps, _look_up(index, "row", "images", stamps, -1), strict=True)
+            return {stamp: row for stamp, row in rows if 0 <= row < stored}
     return {}
 
 
-def _read_rows(index: sqlite3.Connection, stored: int) -> dict[Stamp, int]:
-    """{stamp: row} of the rows below `stored`. Raises: one of DAMAGE."""
+def _check(index: sqlite3.Connection):
+    """Raises: one of DAMAGE where it is damaged, or no index of ours."""
     (verdict,) = index.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
         raise sqlite3.DatabaseError(verdict)
-    named = index.execute(
-        "SELECT path, size, modified, row FROM images WHERE row BETWEEN 0 AND ?", (stored - 1,)
-    )
-    return {tuple(stamp): row for *stamp, row in named}
+    index.execute("SELECT path, size, modified, row FROM images LIMIT 0")
+    index.execute("SELECT path, size, modified, reason FROM faults").fetchall()  # they are few

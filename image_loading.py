@@ -26,7 +26,7 @@ import sys
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -125,6 +125,14 @@ class ImagePaths(Sequence):
         if isinstance(index, slice):
             return ImagePaths(self.folder, self.names[index])
         return self.folder / self.names[index]
+
+
+def all_but(paths: Sequence, left_out: Container) -> Sequence:
+    """The others, in their order."""
+    if isinstance(paths, ImagePaths):
+        names = [name for name in paths.names if paths.folder / name not in left_out]
+        return ImagePaths(paths.folder, names)
+    return [path for path in paths if path not in left_out]
 
 
 def find_shards(source: str | Path, picture_name: re.Pattern) -> Shards | None:

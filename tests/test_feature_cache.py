@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import feature_cache
 from feature_cache import FeatureSource, cached_features
+from image_loading import ImagePaths
 
 
 class FakeEncoder:
@@ -254,6 +255,52 @@ def test_names_and_times_that_sqlite_has_no_type_for(tmp_path):
         encoder = FakeEncoder()
         features, _ = _cached(paths, encoder, cache)
         assert encoder.images == seen and torch.equal(features[range(3)], _expected(range(3)))
+
+
+def test_names_in_folders_and_links_mean_the_files_they_lead_to(tmp_path):
+    """Names below a folder are stamped as text; a path made of them is another spelling, no other picture."""
+    paths, encoder = grey_images(tmp_path / "i", 3), FakeEncoder()
+    _cached(paths, encoder, tmp_path / "cache")
+    (tmp_path / "other").symlink_to(tmp_path / "i")
+    (tmp_path / "i" / "link.png").symlink_to(paths[2])
+    names = [paths[1].name, "link.png", f"../other/{paths[0].name}"]
+    images = ImagePaths(tmp_path / "other", names)
+    features, unreadable = _cached(
+        images, FakeEncoder(break_after=0, error=AssertionError), tmp_path / "cache"
+    )
+    assert torch.equal(features[range(3)], _expected([1, 2, 0]))
+    assert unreadable == {}
+
+
+def test_a_missing_name_below_a_folder_is_returned_by_its_path(tmp_path):
+    paths = grey_images(tmp_path / "i", 2)
+    images = ImagePaths(tmp_path / "i", [paths[1].name, "none.png"])
+    assert _cached(images, FakeEncoder(), tmp_path / "cache")[1] == {
+        tmp_path / "i" / "none.png": "No such file or directory"
+    }
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_other_datasets_entries_in_the_index_are_not_read(tmp_path, pooled):
+    """30,000 of them took 9 MB in a process that asks for three of its own."""
+    paths, cache = grey_images(tmp_path / "i", 3), tmp_path / "cache"
+    _cached(paths, FakeEncoder(), cache)
+    folder, strangers = _folder(cache), 30_000
+    with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as index, index:
+        entries = (
+            (f"/strange/{row:030}.png".encode(), row, row, row) for row in range(3, strangers)
+        )
+        index.executemany("INSERT INTO images VALUES (?, ?, ?, ?)", entries)
+    with (folder / "features.f16").open("ab") as file:
+        file.truncate(strangers * 24)  # 2 x 2 cells of 3 channels in float16
+    tracemalloc.start()
+    features, _ = _cached(
+        paths, FakeEncoder(break_after=0, error=AssertionError), cache, pooled=pooled
+    )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6
+    assert len(features) == 3
 
 
 def test_unreadable_images_are_returned(tmp_path):
@@ -655,3 +702,13 @@ def test_a_source_leaves_out_unreadable_images(tmp_path, cached, mirror):
     coins = None if mirror is None else torch.tensor(mirror)
     (features,) = source.stream([torch.tensor([2, 0])], coins)
     assert torch.equal(features, _expected([102 if mirror else 2, 0]).float())
+
+
+def test_a_source_of_names_in_a_folder_stays_one(tmp_path):
+    """A million names with a bad picture among them do not become a million paths."""
+    first, last = grey_images(tmp_path / "i", 2)
+    images = ImagePaths(tmp_path / "i", [first.name, "none.png", last.name])
+    source = _source(images, tmp_path / "cache")
+    assert isinstance(source.paths, ImagePaths)
+    assert list(source.paths) == [first, last]
+    assert list(source.unreadable) == [tmp_path / "i" / "none.png"]
