@@ -359,17 +359,26 @@ class LSTMDecoder(Decoder):
         index = torch.cat([batch.caption_index[:num_captions], batch.caption_index])
         sizes = torch.cat([batch.batch_sizes[:1], batch.batch_sizes])
         inputs = PackedSequence(self.locked_dropout(inputs, index, num_captions), sizes)
-        hidden = self.lstm(inputs)[0].data[
-            num_captions:
-        ]  # (tokens, H); the image's output is no word
+        hidden = self.run_lstm(inputs)[0].data[num_captions:]  # the image's output is no word
         skipped = self.image_skip(self.dropout(image)).index_select(0, batch.caption_index)
         hidden = self.locked_dropout(hidden + skipped, batch.caption_index, num_captions)
         return self.head(hidden), None
 
+    def run_lstm(self, inputs, state=None):
+        """What `lstm` returns, computed as the rest is.
+
+        But for CUDA under bfloat16: torch's autocast has cuDNN's LSTM compute in float16 there, where
+        small gradients vanish because nothing scales them. It computes in TF32 instead.
+        """
+        if not (inputs.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16):
+            return self.lstm(inputs, state)
+        with torch.autocast("cuda", enabled=False):
+            return self.lstm(inputs.float(), state)
+
     def start(self, features):
         """features (N, P, F) -> state after the image, one hypothesis per image."""
         image = self.embed_image(features).unsqueeze(1)  # (N, 1, E)
-        _, layers = self.lstm(image)
+        _, layers = self.run_lstm(image)
         layers = tuple(part.transpose(0, 1).unsqueeze(1) for part in layers)  # (N, 1, L, H) each
         return self.image_skip(image), layers
 
@@ -378,7 +387,7 @@ class LSTMDecoder(Decoder):
         skipped, layers = state
         hidden, cell = (part.flatten(0, 1).transpose(0, 1).contiguous() for part in layers)
         words = self.embed(tokens).flatten(0, 1).unsqueeze(1)  # (N K, 1, E)
-        output, layers = self.lstm(words, (hidden, cell))
+        output, layers = self.run_lstm(words, (hidden, cell))
         layers = tuple(part.transpose(0, 1).unflatten(0, tokens.shape) for part in layers)
         return self.head(output.view(*tokens.shape, -1) + skipped), (skipped, layers), None
 

@@ -136,6 +136,21 @@ def test_a_training_step_is_the_cpus_in_float32(kind, precision, device):
 
 @on_each_device
 @of_each_kind
+def test_small_gradients_survive_in_bfloat16(kind, device):
+    """Nothing scales them there; what computes in float16 under that name loses them."""
+    gradients = []
+    for weight in (1.0, 2.0**-24):
+        run = new_run(kind, hardware(device, "bfloat16"), "--grad_clip", "0", "--drop_prob", "0")
+        batch, features = some_captions()
+        features = features[batch.image_rows].to(run.captioner.hardware.device)
+        fic.train_step(run, features, batch._replace(weight=weight))
+        gradients.append([parameter.grad / weight for parameter in run.model.parameters()])
+    for whole, small in zip(*gradients, strict=True):
+        assert (small - whole).norm() <= 0.02 * whole.norm()
+
+
+@on_each_device
+@of_each_kind
 def test_a_float16_step_that_overflows_changes_nothing_and_halves_the_scale(kind, device):
     run = new_run(kind, hardware(device, "float16"))
     run.state.scaler = torch.amp.GradScaler(device, init_scale=2.0**32)
