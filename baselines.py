@@ -42,7 +42,8 @@ class Padded(NamedTuple):
 def plain_logits(decoder, features, captions):
     """Teacher forcing word by word.
 
-    features (B, P, F), captions (B, T) -> logits (B, T, V), alphas (B, T, P) or None.
+    features (B, P, F), captions (B, T) -> logits (B, T, V), alphas (B, T, P) or None where the
+    decoder's own forward gives none.
     """
     logits, alphas, layers = [], [], None
     for tokens in captions.unbind(1):
@@ -51,7 +52,8 @@ def plain_logits(decoder, features, captions):
         step_logits, (_, layers), step_alphas = decoder.step(tokens.unsqueeze(1), state)
         logits.append(step_logits.squeeze(1))
         alphas.append(step_alphas)
-    return torch.stack(logits, 1), None if alphas[0] is None else torch.cat(alphas, 1)
+    penalised = alphas[0] is not None and not decoder.beside_cells
+    return torch.stack(logits, 1), torch.cat(alphas, 1) if penalised else None
 
 
 def plain_loss(logits, alphas, batch, training):

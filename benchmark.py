@@ -13,7 +13,8 @@ train_lstm       captions per second of a training step
                  against float32, 32 captions, no image shared, and the vocabulary and the features
                  projected at every step; and the share of the device's peak in matrix products
 train_attention  the same, and against the structure that tutorials have; 7 x 7 x 2048 features, all
-                 other widths 512
+                 other widths 512; --attention additive
+train_adaptive   the same with --attention adaptive
 beam_search      images per second, beam 5
                  against float32, one image at a time, the same way
 metrics          captions per second, references counted once
@@ -205,6 +206,13 @@ def packed(padded):
     return next(batches.epoch(0, shuffle=False))
 
 
+DECODERS = {  # what is typed for each that is timed
+    "lstm": ("--decoder", "lstm"),
+    "attention": ("--decoder", "attention"),
+    "adaptive": ("--decoder", "attention", "--attention", "adaptive"),
+}
+
+
 def new_run(kind, hardware, *typed):
     """What a training step needs, untrained: always the same weights. `typed`: more options."""
     import torch
@@ -213,7 +221,7 @@ def new_run(kind, hardware, *typed):
     import flickr_image_caption as program
 
     # embedding and attention are 512 by default
-    sizes = ["--decoder", kind, "--num_layers", "1", "--hidden_size", str(WIDTH)]
+    sizes = [*DECODERS[kind], "--num_layers", "1", "--hidden_size", str(WIDTH)]
     options = caption_options.parse_args([*sizes, *typed])
     torch.manual_seed(0)
     decoder = program.build_decoder(options.as_dict(), CHANNELS, VOCABULARY).to(hardware.device)
@@ -244,7 +252,7 @@ def train(kind, args):
     features, few_features = features.to(device), few_features.to(device)
     shared, few = packed(shared), baselines.Padded(*(tensor.to(device) for tensor in few))
     others = {}
-    if kind == "attention":
+    if kind != "lstm":
         tutorial = baselines.tutorial_decoder(CHANNELS, WIDTH, VOCABULARY).to(device)
         optimizer = torch.optim.Adam(tutorial.parameters(), lr=4e-4)
         step = functools.partial(baselines.tutorial_step, tutorial, optimizer, few_features, few)
@@ -406,6 +414,7 @@ STAGES = {
     "encode": encode,
     "train_lstm": lambda args: train("lstm", args),
     "train_attention": lambda args: train("attention", args),
+    "train_adaptive": lambda args: train("adaptive", args),
     "beam_search": beam_search,
     "metrics": metrics,
 }
@@ -481,7 +490,7 @@ def make_empty_cache(typed):
 
     options = caption_options.parse_args(typed)
     hardware = runtime.resolve_hardware(options.run.device, options.run.precision)
-    reads_grid = program.DECODERS[options.model.decoder].reads_grid
+    reads_grid = program.decoder_class(options.as_dict()).reads_grid
     encoder = program.open_encoder(options, hardware)
     feature_cache.FeatureSource(
         encoder,

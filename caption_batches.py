@@ -129,6 +129,10 @@ class Batch(NamedTuple):
     caption_index: torch.Tensor  # (tokens,) int64, 0..B-1: which caption a token belongs to
     inputs: torch.Tensor  # (tokens,) int64: <SOS> and the words
     targets: torch.Tensor  # (tokens,) int64: the words and <EOS>, each what follows its input
+    image_tokens: (
+        torch.Tensor
+    )  # (N, L) int64: the tokens of each image's captions, filled up with 0
+    token_place: torch.Tensor  # (tokens,) int64: where in image_tokens, flattened, a token stands
     batch_sizes: torch.Tensor  # (T,) int64, on the CPU: captions that have a step t
     num_tokens: int  # of all processes' shares together
     num_captions: int
@@ -136,8 +140,21 @@ class Batch(NamedTuple):
 
     def to(self, device):
         """The batch with what a decoder indexes by on the device; sizes stay on the CPU."""
-        moved = ("image_index", "caption_index", "inputs", "targets")
+        moved = ("image_index", "caption_index", "inputs", "targets", "image_tokens", "token_place")
         return self._replace(**{name: to_device(getattr(self, name), device) for name in moved})
+
+
+def by_image(image_of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """image_of (tokens,) -> a Batch's image_tokens (N, L) and token_place (tokens,)."""
+    counts = image_of.bincount()  # (N,)
+    order = image_of.argsort(stable=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    within = torch.arange(len(order)) - first
+    token_place = torch.empty_like(order)
+    token_place[order] = image_of[order] * counts.max() + within
+    image_tokens = torch.zeros(len(counts), int(counts.max()), dtype=torch.int64)
+    image_tokens.view(-1)[token_place] = torch.arange(len(image_of))
+    return image_tokens, token_place
 
 
 class CaptionBatches:
@@ -210,10 +227,15 @@ class CaptionBatches:
         steps = torch.arange(int(lengths[0])).unsqueeze(1)
         is_token = steps < lengths  # (T, B)
         places = (self.start[captions[order]] + steps)[is_token]  # (tokens,) in packed order
+        image_index = image_index[order]
+        caption_index = torch.arange(len(order)).expand_as(is_token)[is_token]
+        image_tokens, token_place = by_image(image_index[caption_index])
         return Batch(
             image_rows=image_rows,
-            image_index=image_index[order],
-            caption_index=torch.arange(len(order)).expand_as(is_token)[is_token],
+            image_index=image_index,
+            caption_index=caption_index,
+            image_tokens=image_tokens,
+            token_place=token_place,
             inputs=self.tokens[places].long(),
             targets=self.tokens[places + 1].long(),
             batch_sizes=is_token.sum(1),

@@ -25,6 +25,7 @@ from checkpoints import resolve_checkpoint
 
 TRAIN, TEST, CAPTION = MODES = ("train", "test", "caption")
 DECODERS = ("lstm", "attention")
+ATTENTIONS = ("additive", "adaptive")
 ALGORITHMS = ("greedy", "beam", "sample")
 
 # torchvision family: the modules from the picture to the last grid before pooling, and its members
@@ -78,8 +79,8 @@ SCHEDULES = {
 
 LAPTOP = {  # what the README shows: 12 to 22 minutes on two CPU cores
     "encoder": "mobilenet_v2", "encoder_weights": "imagenet", "image_size": 320, "coarse_size": 224,
-    "decoder": "attention", "embed_size": 256, "hidden_size": 512, "num_layers": 1,
-    "attention_dim": 256, "drop_prob": 0.4, "patch_dropout": 0.5, "batch_size": 256,
+    "decoder": "attention", "attention": "adaptive", "embed_size": 256, "hidden_size": 512,
+    "num_layers": 1, "attention_dim": 256, "drop_prob": 0.4, "patch_dropout": 0.5, "batch_size": 256,
     "learning_rate": 0.003, "weight_decay": 0.5, "label_smoothing": 0.1, "horizontal_flip": True,
     "use_scheduler": True, "scheduler_type": "one_cycle", "warmup_epochs": 1, "epochs": 15,
     "keep_checkpoints": 1, "num_workers": 0,
@@ -170,6 +171,8 @@ def scheduled(option):
 
 
 ATTENTION = {"decoder": ("attention",)}
+ADDITIVE = ATTENTION | {"attention": ("additive",)}
+ADAPTIVE = ATTENTION | {"attention": ("adaptive",)}
 CACHED = {"no_feature_cache": (False,)}
 DRAWN = {"save_attention_viz": (True,)}
 RNN = {"decoder": ("lstm", "attention")}
@@ -250,6 +253,13 @@ MODEL = {
     "embed_size": Option(UNITS, 512, "word and projected image size", needs=RNN, stored=FIXED),
     "hidden_size": Option(UNITS, 1024, "LSTM units per layer", needs=RNN, stored=FIXED),
     "num_layers": Option(LAYERS, 3, "stacked LSTM layers", needs=RNN, stored=FIXED),
+    "attention": Option(ATTENTIONS, "additive",
+        "additive: the LSTM looks before each word, by a small network; adaptive: each word looks once "
+        "it is read, by dot products, or at nothing; quicker, and its maps can be trusted",
+        needs=ATTENTION, stored=FIXED),
+    "attention_heads": Option(number(int, 1, 64), 4,
+        "looks of one word, each at places of its own; divides --attention_dim and --hidden_size",
+        needs=ADAPTIVE, stored=FIXED),
     "attention_dim": Option(UNITS, 512, "units that compare cells", needs=ATTENTION, stored=FIXED),
     "drop_prob": Option(DROPOUT, 0.3, "dropout probability in training", modes=(TRAIN,), needs=RNN),
     "patch_dropout": Option(DROPOUT, 0.0,
@@ -265,7 +275,7 @@ TRAINING = {
         "AdamW's decoupled decay of the weight matrices; embeddings and biases do not decay",
         modes=(TRAIN,)),
     "alpha_c": Option(NOT_NEGATIVE, 1.0,
-        "weight of the doubly stochastic penalty", modes=(TRAIN,), needs=ATTENTION),
+        "weight of the doubly stochastic penalty", modes=(TRAIN,), needs=ADDITIVE),
     "label_smoothing": Option(DROPOUT, 0.0,
         "share of the target spread over all words", modes=(TRAIN,)),
     "horizontal_flip": Option(bool, False,
@@ -595,6 +605,10 @@ def check_contradictions(values, new_plan):
         raise ValueError(
             f"--save_attention_viz belongs to --decoder attention, not {values['decoder']}"
         )
+    heads, adaptive = values["attention_heads"], values["attention"] == "adaptive"
+    for name in ("attention_dim", "hidden_size"):
+        if values["decoder"] == "attention" and adaptive and values[name] % heads:
+            raise ValueError(f"--attention_heads {heads} does not divide --{name} {values[name]}")
     if values["mode"] == CAPTION and values["output_dir"] and not values["save_attention_viz"]:
         raise ValueError("--output_dir needs --save_attention_viz in --mode caption")
     if values["coarse_size"] and values["coarse_size"] >= (values["image_size"] or math.inf):

@@ -11,6 +11,8 @@ Shapes: N images, B captions, K hypotheses per image, P grid cells (7 * 7), F fe
 (2048), E embedding, H hidden and A attention units, L layers, T steps, V words.
 [1] Vinyals et al. 2015, Show and Tell.   [2] Xu et al. 2015, Show, Attend and Tell.
 [3] Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
+[4] Vaswani et al. 2017, Attention Is All You Need.   [5] Lu et al. 2017, Knowing When to Look.
+[6] Anderson et al. 2018, Bottom-Up and Top-Down Attention.
 """
 
 from caption_options import (
@@ -270,7 +272,77 @@ class AdditiveAttention(nn.Module):
         return alphas.type_as(values) @ values, alphas
 
 
+class AdaptiveAttention(nn.Module):
+    """Scaled dot products, several heads; a word may look at no cell. Sources: [4] section 3.2; [5] section 3.2.
+
+    What a word does not look for in the picture, it has from the words before it: one more thing to
+    look at, the sentinel, which is made from the LSTM's output. Departure: [5] makes it from the memory.
+    """
+
+    def __init__(self, feature_dim, query_dim, attention_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.project_keys = nn.Linear(feature_dim, attention_dim)
+        self.project_query = nn.Linear(query_dim, attention_dim)
+        self.sentinel_key = nn.Linear(query_dim, attention_dim)
+        self.sentinel_value = nn.Linear(query_dim, query_dim)
+
+    def split(self, x):
+        """(N, L, D) -> (N, heads, L, D / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys(self, features):
+        """features (N, P, F) -> keys (N, heads, P, A / heads), once per image."""
+        return self.split(self.project_keys(features))
+
+    def forward(self, query, keys, values):
+        """query (N, L, H), keys and values (N, heads, P, ...) -> context (N, L, H), alphas (N, L, P + 1).
+
+        Each row of alphas sums to 1: the heads' mean weights of the cells, and last the sentinel's.
+        """
+        scaled = self.split(self.project_query(query)) / math.sqrt(keys.size(-1))
+        sentinel = (scaled * self.split(self.sentinel_key(query))).sum(-1, keepdim=True)
+        scores = torch.cat([scaled @ keys.transpose(-1, -2), sentinel], dim=-1)
+        alphas = scores.float().softmax(dim=-1)  # (N, heads, L, P + 1)
+        cells, sentinel = alphas.type_as(values).split([keys.size(2), 1], dim=-1)
+        context = cells @ values + sentinel * self.split(self.sentinel_value(query))
+        return context.transpose(1, 2).flatten(2), alphas.mean(1)
+
+
 # -------------------------------------------------------------------------------------- the decoders
+
+
+def drop_patches(features, share):
+    """A random choice of each image's cells: (N, P, F) -> (N, P', F), without that share of them.
+
+    Source: Liu et al. 2023, PatchDropout, section 3.
+    """
+    kept = max(1, round(features.size(1) * (1 - share)))
+    cells = torch.rand(features.shape[:2], device=features.device).topk(kept).indices  # (N, P')
+    images = torch.arange(len(features), device=features.device).unsqueeze(1)
+    return features[images, cells]
+
+
+def run_lstm(lstm, inputs, state=None):
+    """What `lstm` returns, computed as the rest is.
+
+    But for CUDA under bfloat16: torch's autocast has cuDNN's LSTM compute in float16 there, where
+    small gradients vanish because nothing scales them. It computes in TF32 instead.
+    """
+    if not (inputs.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16):
+        return lstm(inputs, state)
+    with torch.autocast("cuda", enabled=False):
+        return lstm(inputs.float(), state)
+
+
+def step_lstm(lstm, inputs, state):
+    """One step of every hypothesis: inputs (N, K, E), state two of (N, K, L, H) -> output (N, K, H), state."""
+    shape = inputs.shape[:2]
+    state = tuple(part.flatten(0, 1).transpose(0, 1).contiguous() for part in state)
+    output, state = run_lstm(lstm, inputs.flatten(0, 1).unsqueeze(1), state)
+    return output.view(*shape, -1), tuple(
+        part.transpose(0, 1).unflatten(0, shape) for part in state
+    )
 
 
 class Decoder(nn.Module):
@@ -278,14 +350,18 @@ class Decoder(nn.Module):
 
     options: names of the options that its constructor takes.
     reads_grid: False where the mean over the cells is enough.
+    beside_cells: what a word may look at instead of a cell; a row of `step`'s alphas ends with them.
     forward(features, batch): teacher forcing, step t is given reference token t and predicts the
-        next -> logits (tokens, V), alphas (tokens, P) or None, packed as the batch is.
+        next -> logits (tokens, V), packed as the batch is, and alphas (tokens, P), or None where
+        nothing is asked of them.
     start(features) -> state; step(tokens (N, K), state) -> logits (N, K, V), state, alphas
-        (N, K, P) or None. State is (per_image, per_hypothesis), tensors of axes N, and N and K.
+        (N, K, P + beside_cells) or None. State is (per_image, per_hypothesis), tensors of axes N,
+        and N and K.
     """
 
     options = ()
     reads_grid = True
+    beside_cells = ()
 
     def __init__(self, feature_dim, vocab_size, embed_size, hidden_size, drop_prob):
         super().__init__()
@@ -359,37 +435,23 @@ class LSTMDecoder(Decoder):
         index = torch.cat([batch.caption_index[:num_captions], batch.caption_index])
         sizes = torch.cat([batch.batch_sizes[:1], batch.batch_sizes])
         inputs = PackedSequence(self.locked_dropout(inputs, index, num_captions), sizes)
-        hidden = self.run_lstm(inputs)[0].data[num_captions:]  # the image's output is no word
+        hidden = run_lstm(self.lstm, inputs)[0].data[num_captions:]  # the image's output is no word
         skipped = self.image_skip(self.dropout(image)).index_select(0, batch.caption_index)
         hidden = self.locked_dropout(hidden + skipped, batch.caption_index, num_captions)
         return self.head(hidden), None
 
-    def run_lstm(self, inputs, state=None):
-        """What `lstm` returns, computed as the rest is.
-
-        But for CUDA under bfloat16: torch's autocast has cuDNN's LSTM compute in float16 there, where
-        small gradients vanish because nothing scales them. It computes in TF32 instead.
-        """
-        if not (inputs.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16):
-            return self.lstm(inputs, state)
-        with torch.autocast("cuda", enabled=False):
-            return self.lstm(inputs.float(), state)
-
     def start(self, features):
         """features (N, P, F) -> state after the image, one hypothesis per image."""
         image = self.embed_image(features).unsqueeze(1)  # (N, 1, E)
-        _, layers = self.run_lstm(image)
+        _, layers = run_lstm(self.lstm, image)
         layers = tuple(part.transpose(0, 1).unsqueeze(1) for part in layers)  # (N, 1, L, H) each
         return self.image_skip(image), layers
 
     def step(self, tokens, state):
         """tokens (N, K), state -> logits (N, K, V), state, None."""
         skipped, layers = state
-        hidden, cell = (part.flatten(0, 1).transpose(0, 1).contiguous() for part in layers)
-        words = self.embed(tokens).flatten(0, 1).unsqueeze(1)  # (N K, 1, E)
-        output, layers = self.run_lstm(words, (hidden, cell))
-        layers = tuple(part.transpose(0, 1).unflatten(0, tokens.shape) for part in layers)
-        return self.head(output.view(*tokens.shape, -1) + skipped), (skipped, layers), None
+        output, layers = step_lstm(self.lstm, self.embed(tokens), layers)
+        return self.head(output + skipped), (skipped, layers), None
 
 
 class AttentionDecoder(Decoder):
@@ -432,7 +494,9 @@ class AttentionDecoder(Decoder):
         With --patch_dropout alphas are over the cells that were kept, fewer than P.
         """
         num_captions = len(batch.image_index)
-        state = self.start(self.drop_patches(features))  # once per image
+        if self.training and self.patch_dropout:
+            features = drop_patches(features, self.patch_dropout)
+        state = self.start(features)  # once per image
         state = map_tensors(lambda part: part.index_select(0, batch.image_index), state)  # (B, ...)
         words = self.embed(batch.inputs)  # (tokens, E)
         word_gates = self.word_gates(self.locked_dropout(words, batch.caption_index, num_captions))
@@ -451,18 +515,6 @@ class AttentionDecoder(Decoder):
         )
         output = output + self.deep_output(torch.cat([words, context], dim=-1))  # (tokens, H)
         return self.head(self.locked_dropout(output, batch.caption_index, num_captions)), alphas
-
-    def drop_patches(self, features):
-        """In training, a random choice of each image's cells: (N, P, F) -> (N, P', F).
-
-        Source: Liu et al. 2023, PatchDropout, section 3.
-        """
-        if not (self.training and self.patch_dropout):
-            return features
-        kept = max(1, round(features.size(1) * (1 - self.patch_dropout)))
-        cells = torch.rand(features.shape[:2], device=features.device).topk(kept).indices  # (N, P')
-        images = torch.arange(len(features), device=features.device).unsqueeze(1)
-        return features[images, cells]
 
     def start(self, features):
         """features (N, P, F) -> state: keys and values, and LSTM layers from the mean feature."""
@@ -504,12 +556,93 @@ class AttentionDecoder(Decoder):
         return self.head(output), state, alphas
 
 
-DECODERS = {"lstm": LSTMDecoder, "attention": AttentionDecoder}
+class AdaptiveDecoder(Decoder):
+    """One LSTM reads the words, each of them then looks at the grid, a second LSTM writes. Source: [5] section 3.
+
+    Departures: the mean feature is nowhere, so that the picture is known by looking only; the second
+    LSTM (as in [6]) remembers what was seen. Nothing that was seen goes back to the reader, so in
+    training each part is one call for all steps.
+    """
+
+    options = (
+        "embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim", "attention_heads", "patch_dropout",
+    )  # fmt: skip
+    beside_cells = ("language",)
+
+    def __init__(
+        self,
+        feature_dim,
+        vocab_size,
+        embed_size,
+        hidden_size,
+        num_layers,
+        drop_prob,
+        attention_dim,
+        attention_heads,
+        patch_dropout=0.0,
+    ):
+        super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
+        self.patch_dropout = patch_dropout
+        between_layers = drop_prob if num_layers > 1 else 0.0
+        self.reader = nn.LSTM(
+            embed_size, hidden_size, num_layers, batch_first=True, dropout=between_layers
+        )
+        self.project_values = nn.Linear(feature_dim, hidden_size)
+        self.attention = AdaptiveAttention(feature_dim, hidden_size, attention_dim, attention_heads)
+        self.writer = nn.LSTM(hidden_size, hidden_size, batch_first=True)
+        self.deep_output = nn.Linear(embed_size + hidden_size, hidden_size)  # of word and context
+
+    def forward(self, features, batch):
+        """features (N, P, F), batch -> logits (tokens, V), None."""
+        num_captions, sizes = len(batch.image_index), batch.batch_sizes
+        if self.training and self.patch_dropout:
+            features = drop_patches(features, self.patch_dropout)
+        words = self.embed(batch.inputs)  # (tokens, E)
+        inputs = self.locked_dropout(words, batch.caption_index, num_captions)
+        read = run_lstm(self.reader, PackedSequence(inputs, sizes))[0].data  # (tokens, H)
+        context, _ = self.attention(read[batch.image_tokens], *self.look(features))  # (N, L, H)
+        context = context.flatten(0, 1).index_select(0, batch.token_place)  # (tokens, H)
+        seen = self.locked_dropout(read + context, batch.caption_index, num_captions)
+        output = run_lstm(self.writer, PackedSequence(seen, sizes))[0].data
+        output = output + self.deep_output(torch.cat([words, context], dim=-1))
+        return self.head(self.locked_dropout(output, batch.caption_index, num_captions)), None
+
+    def look(self, features):
+        """features (N, P, F) -> keys and values (N, heads, P, ...), once per image."""
+        features = self.standardise(features)
+        values = self.project_values(features)  # (N, P, H)
+        if self.training:  # one mask for all cells of an image
+            values = values * self.dropout(values.new_ones(values.size(0), 1, values.size(-1)))
+        return self.attention.keys(features), self.attention.split(values)
+
+    def start(self, features):
+        """features (N, P, F) -> state: keys and values, and the LSTMs before any word."""
+        none = features.new_zeros(len(features), 1, self.reader.num_layers, self.reader.hidden_size)
+        return self.look(features), ((none, none), (none[:, :, :1], none[:, :, :1]))
+
+    def step(self, tokens, state):
+        """tokens (N, K), state -> logits (N, K, V), state, alphas (N, K, P + 1)."""
+        per_image, (reader, writer) = state
+        words = self.embed(tokens)
+        read, reader = step_lstm(self.reader, words, reader)
+        context, alphas = self.attention(read, *per_image)
+        output, writer = step_lstm(self.writer, read + context, writer)
+        output = output + self.deep_output(torch.cat([words, context], dim=-1))
+        return self.head(output), (per_image, (reader, writer)), alphas
+
+
+DECODERS = {"lstm": LSTMDecoder, "additive": AttentionDecoder, "adaptive": AdaptiveDecoder}
+
+
+def decoder_class(values):
+    """The class that --decoder names, or for attention --attention."""
+    kind = values["decoder"]
+    return DECODERS[values["attention"] if kind == "attention" else kind]
 
 
 def build_decoder(values, feature_dim, vocab_size):
     """An untrained decoder from the values of all options by name."""
-    decoder = DECODERS[values["decoder"]]
+    decoder = decoder_class(values)
     return decoder(feature_dim, vocab_size, **{name: values[name] for name in decoder.options})
 
 
@@ -561,8 +694,9 @@ class Captioner:
         return [self.vocabulary.words[token] for token in hypothesis.tokens]
 
     def attention_grid(self, hypothesis):
-        """Its attention as an array (T, h, w)."""
-        return hypothesis.attention.unflatten(1, self.encoder.grid).numpy()
+        """Its attention to the cells as an array (T, h, w)."""
+        cells = hypothesis.attention[:, : math.prod(self.encoder.grid)]
+        return cells.unflatten(1, self.encoder.grid).numpy()
 
 
 def load_captioner(path, device="auto", precision="auto"):
@@ -1206,7 +1340,7 @@ def set_up(options, hardware, checkpoint=None):
     dataset = open_dataset(options, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
     encoder = open_encoder(options, hardware, checkpoint)
-    reads_grid = DECODERS[options.model.decoder].reads_grid
+    reads_grid = decoder_class(options.as_dict()).reads_grid
     open_split = functools.partial(open_features, options, hardware, encoder, dataset)
     flip = options.training.horizontal_flip
     table, features = open_split("train", reads_grid, mirrored=flip)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import flickr_image_caption as program
-from caption_batches import Batch
+from caption_batches import Batch, by_image
 from runtime import Hardware
 
 CPU = Hardware(torch.device("cpu"), "float32")
@@ -25,10 +25,14 @@ def make_batch(captions, lengths, image_index):
         return pack_padded_sequence(padded[order], lengths[order], batch_first=True)
 
     inputs = packed(captions[:, :-1])
+    caption_index = packed(order.argsort().unsqueeze(1).expand(-1, captions.size(1) - 1)).data
+    image_tokens, token_place = by_image(image_index[order][caption_index])
     return Batch(
         image_rows=torch.arange(int(image_index.max()) + 1),
         image_index=image_index[order],
-        caption_index=packed(order.argsort().unsqueeze(1).expand(-1, captions.size(1) - 1)).data,
+        caption_index=caption_index,
+        image_tokens=image_tokens,
+        token_place=token_place,
         inputs=inputs.data,
         targets=packed(captions[:, 1:]).data,
         batch_sizes=inputs.batch_sizes,

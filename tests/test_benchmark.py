@@ -45,7 +45,7 @@ def test_the_packed_batch_holds_the_padded_captions():
     assert padded.image_index.bincount().tolist() == [5] * 8 + [3] and len(features) == 9
 
 
-@pytest.mark.parametrize("kind", ["lstm", "attention"])
+@pytest.mark.parametrize("kind", benchmark.DECODERS)
 def test_the_training_step_is_the_textbooks(kind):
     typed = ["--grad_clip", "0.5", "--label_smoothing", "0.1"]
     fast, plain = (benchmark.new_run(kind, FLOAT32, *typed) for _ in range(2))

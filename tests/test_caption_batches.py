@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import caption_batches
-from caption_batches import CaptionBatches, Vocabulary, tokenize
+from caption_batches import CaptionBatches, Vocabulary, by_image, tokenize
 
 # Words
 
@@ -145,6 +145,8 @@ def test_batches_worked_by_hand():
     assert first.image_index.tolist() == [0, 1, 0, 2]
     assert first.batch_sizes.tolist() == [4, 4, 2]
     assert first.caption_index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert first.image_tokens.tolist() == [[0, 2, 4, 6, 8], [1, 5, 9, 0, 0], [3, 7, 0, 0, 0]]
+    assert first.token_place.tolist() == [0, 5, 1, 10, 2, 6, 3, 11, 4, 7]
     assert first.inputs.tolist() == [1, 1, 1, 1, 4, 7, 6, 10, 5, 8]
     assert first.targets.tolist() == [4, 7, 6, 10, 5, 8, 2, 2, 2, 2]  # 9 is beyond step 3
     assert (first.num_tokens, first.num_captions, first.weight) == (10, 4, 1.0)
@@ -152,7 +154,7 @@ def test_batches_worked_by_hand():
     assert unpacked(second) == [(3, [1, 11, 12], [11, 12, 2]), (3, [1, 13], [13, 2])]
     assert (second.num_tokens, second.num_captions) == (5, 2)
     tensors = [field for field in (*first, *second) if isinstance(field, torch.Tensor)]
-    assert len(tensors) == 12 and all(tensor.dtype == torch.int64 for tensor in tensors)
+    assert len(tensors) == 16 and all(tensor.dtype == torch.int64 for tensor in tensors)
 
 
 def random_captions(images, seed=0):
@@ -183,6 +185,15 @@ def test_a_batch_is_what_torch_packs_of_its_captions_longest_first():
         assert torch.equal(batch.caption_index, pack_sequence(numbers).data)
         assert batch.batch_sizes[0] == len(owners) == batch.num_captions
         assert int(batch.batch_sizes.sum()) == len(batch.inputs) == batch.num_tokens
+
+
+def test_each_images_tokens_stand_together_and_are_found_again():
+    """Three images with 2, 1 and 3 captions, tokens step by step: which they are, and where."""
+    image_of = torch.tensor([2, 0, 2, 1, 0, 2, 2])
+    image_tokens, token_place = by_image(image_of)
+    assert image_tokens.tolist() == [[1, 4, 0, 0], [3, 0, 0, 0], [0, 2, 5, 6]]
+    assert token_place.tolist() == [8, 0, 9, 4, 1, 10, 11]
+    assert torch.equal(image_tokens.flatten()[token_place], torch.arange(7))
 
 
 def test_an_epoch_is_decided_by_seed_and_number_alone():
@@ -286,5 +297,6 @@ def test_sizes_stay_on_the_cpu_when_a_batch_goes_to_a_device():
     (batch,) = epoch_of(CAPTIONS, batch_size=9)
     there = batch.to(torch.device("meta"))
     moved = [name for name, value in there._asdict().items() if getattr(value, "is_meta", False)]
-    assert moved == ["image_index", "caption_index", "inputs", "targets"]
+    on_device = ["image_index", "caption_index", "inputs", "targets", "image_tokens", "token_place"]
+    assert sorted(moved) == sorted(on_device)
     assert there.batch_sizes is batch.batch_sizes and there.num_tokens == batch.num_tokens

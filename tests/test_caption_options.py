@@ -47,7 +47,7 @@ def other_value(name):
         return "cpu"
     if option.kind is str:
         return ("typed",) if option.several else "typed"
-    for value in (1e-5, 3, 64):
+    for value in (1e-5, 3, 64) if name != "attention_heads" else (2,):  # which divides sizes
         if value != option.default and caption_options.is_value_of(option, value):
             return value
     raise AssertionError(f"no other value of --{name}")
@@ -142,6 +142,8 @@ def test_what_shapes_the_model_comes_from_the_checkpoint_and_may_not_be_typed_ot
 def alternatives(name):
     """Values that an option may have."""
     kind = TABLE[name].kind
+    if name == "attention_heads":  # they divide sizes
+        return [2, 8, 16]
     return kind if isinstance(kind, tuple) else [33, 34, 35]
 
 
@@ -277,7 +279,7 @@ def test_what_is_typed_comes_before_the_preset_and_that_before_the_default():
 @pytest.mark.parametrize(
     ("typed", "left_out"),
     [
-        ("--decoder lstm", {"attention_dim", "patch_dropout"}),
+        ("--decoder lstm", {"attention", "attention_dim", "patch_dropout"}),
         ("--scheduler_type step", {"warmup_epochs"}),
         ("--epochs 1", {"warmup_epochs"}),
         ("--image_size 160", {"coarse_size"}),
@@ -433,6 +435,9 @@ def test_a_typed_option_is_judged_by_what_the_checkpoint_says():
     assert resumed({"decoder": "attention"}, typed="--alpha_c 0.3").training.alpha_c == 0.3
     with pytest.raises(ValueError, match="--alpha_c belongs to --decoder attention, not lstm"):
         resumed({"decoder": "lstm"}, typed="--alpha_c 0.3")
+    adaptive = {"decoder": "attention", "attention": "adaptive"}
+    with pytest.raises(ValueError, match="--alpha_c belongs to --attention additive, not adaptive"):
+        resumed(adaptive, typed="--alpha_c 0.3")
     with pytest.raises(ValueError, match="--min_length 9 must be below --max_length 9"):
         resumed({"max_length": 9}, typed="--min_length 9")
 
@@ -572,15 +577,28 @@ def test_every_option_is_in_one_group_and_its_default_is_a_value():
             assert set(wanted) <= (set(kind) if isinstance(kind, tuple) else {True, False}), name
 
 
+KINDS = {"lstm": ("lstm", "additive")} | {
+    name: ("attention", name) for name in caption_options.ATTENTIONS
+}
+
+
 def test_the_decoders_are_the_programs():
-    assert set(caption_options.DECODERS) == set(program.DECODERS)
+    assert set(KINDS) == set(program.DECODERS)
+    for name, (decoder, attention) in KINDS.items():
+        values = {"decoder": decoder, "attention": attention}
+        assert program.decoder_class(values) is program.DECODERS[name]
 
 
-@pytest.mark.parametrize("kind", caption_options.DECODERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_decoder_takes_the_options_that_the_table_gives_it(kind):
-    """The group's other option is --decoder itself; --alpha_c, of another group, is the objective's."""
-    rows = GROUPS["model"].rows
-    expected = {name for name, row in rows.items() if kind in row.needs.get("decoder", ())}
+    """The group's others say which it is; --alpha_c, of another group, is the objective's."""
+    rows, (name, attention) = GROUPS["model"].rows, KINDS[kind]
+    expected = {
+        option
+        for option, row in rows.items()
+        if name in row.needs.get("decoder", ())
+        and attention in row.needs.get("attention", attention)
+    } - {"attention"}
     decoder = program.DECODERS[kind]
     assert set(decoder.options) == expected and len(decoder.options) == len(expected)
     assert [name for name, row in rows.items() if not row.needs] == ["decoder"]
@@ -721,3 +739,27 @@ def test_a_second_look_must_be_smaller_than_the_first(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--image_size", "96", "--coarse_size", "96"])
     assert "--coarse_size 96 must be below the image size, 96" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "size"), [("attention_dim", 30), ("hidden_size", 50)])
+def test_heads_divide_what_they_share(name, size, capsys):
+    typed = ["--decoder", "attention", "--attention", "adaptive", f"--{name}", str(size)]
+    assert parse_args([*typed, "--attention_heads", "2"]).model.attention_heads == 2
+    with pytest.raises(SystemExit):
+        parse_args(typed)
+    assert f"--attention_heads 4 does not divide --{name} {size}" in capsys.readouterr().err
+    assert parse_args(["--decoder", "attention", f"--{name}", str(size)])  # additive has no heads
+
+
+def test_a_checkpoint_from_before_there_were_kinds_of_attention_is_additive():
+    stored = {
+        name: value for name, value in caption_options.DEFAULTS.items() if name != "attention"
+    }
+    assert resumed(stored | {"decoder": "attention"}, typed="").model.attention == "additive"
+
+
+def test_the_good_recipes_attend():
+    for preset in ("laptop", "best"):
+        assert parse_args(["--preset", preset]).model.attention == "adaptive"
+    assert parse_args(["--preset", "laptop", "--attention", "additive"]).training.alpha_c == 1
+    assert parse_args(["--preset", "laptop", "--decoder", "lstm"]).model.attention == "additive"

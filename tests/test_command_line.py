@@ -468,7 +468,19 @@ def sizes_reach_the_decoders():
     assert decoder.attention.project_keys.out_features == 7
 
 
-def num_layers_are_built_by_both_decoders():
+def attention_is_of_the_kind_that_is_named():
+    additive, adaptive = (ready(ATTENTION, f"--attention {a}") for a in ("additive", "adaptive"))
+    assert type(additive.captioner.decoder) is fic.AttentionDecoder
+    assert type(adaptive.captioner.decoder) is fic.AdaptiveDecoder
+
+
+def attention_heads_look_each_at_a_part_of_the_features():
+    for heads in (1, 2, 8):
+        decoder = ready(DECODERS["adaptive"], f"--attention_heads {heads}").captioner.decoder
+        assert decoder.look(torch.zeros(3, 4, 1024))[0].shape == (3, heads, 4, 8 // heads)
+
+
+def num_layers_are_built_by_every_decoder():
     for name, flags in DECODERS.items():
         one, two = (ready(flags, f"--num_layers {n}") for n in (1, 2))
         extra = 4 * 16 * (16 + 16) + 4 * 16  # the second LSTM's weights and bias
@@ -477,7 +489,7 @@ def num_layers_are_built_by_both_decoders():
         assert len(weights(two)) - len(weights(one)) == extra
 
 
-def drop_prob_drops_in_both_decoders():
+def drop_prob_drops_in_every_decoder():
     for flags in DECODERS.values():
         losses = [stepped(flags, f"--drop_prob {p}")[0] for p in (0, 0, 0.6)]
         assert losses[0] == losses[1] != losses[2]
@@ -500,7 +512,7 @@ def patch_dropout_leaves_cells_out_in_training_only():
     torch.testing.assert_close(of_caption[0], of_caption[1])
     torch.testing.assert_close(of_caption[2], of_caption[3])
     assert not torch.allclose(of_caption[0], of_caption[2])
-    for kept, image in zip(decoder.drop_patches(grids), grids, strict=True):
+    for kept, image in zip(fic.drop_patches(grids, 0.5), grids, strict=True):
         assert len(kept.unique(dim=0)) == 24
         assert all((cell == image).all(-1).any() for cell in kept)
     assert decoder.eval()(grids, batch)[1].shape == (12, 49)
@@ -820,8 +832,10 @@ FLAG_EFFECTS = {
     "--embed_size": sizes_reach_the_decoders,
     "--hidden_size": sizes_reach_the_decoders,
     "--attention_dim": sizes_reach_the_decoders,
-    "--num_layers": num_layers_are_built_by_both_decoders,
-    "--drop_prob": drop_prob_drops_in_both_decoders,
+    "--num_layers": num_layers_are_built_by_every_decoder,
+    "--drop_prob": drop_prob_drops_in_every_decoder,
+    "--attention": attention_is_of_the_kind_that_is_named,
+    "--attention_heads": attention_heads_look_each_at_a_part_of_the_features,
     "--patch_dropout": patch_dropout_leaves_cells_out_in_training_only,
     "--alpha_c": alpha_c_weighs_the_attention_penalty,
     "--epochs": epochs_are_trained,
@@ -1052,7 +1066,8 @@ def test_a_run_that_draws_nothing_does_not_wait_for_matplotlib():
     "--attention_viz_samples 0", "--image_size 31", "--image_size 1025", "--coarse_size 31",
     "--beam_size 1025", "--val_beam_size 1025", "--num_captions 1025", "--max_length 1025", "--hidden_size 16385",
     "--embed_size 16385", "--attention_dim 16385", "--num_layers 65", "--batch_size 65537",
-    "--patch_dropout 1", "--weight_decay -1", "--cache_dtype float8", "--compile",
+    "--patch_dropout 1", "--weight_decay -1", "--cache_dtype float8", "--compile", "--attention soft",
+    "--attention_heads 0", "--attention_heads 65",
 ])  # fmt: skip
 def test_an_unknown_flag_or_a_value_out_of_range(flags):
     refused(flags, naming=[flags.split()[0]])
@@ -1076,6 +1091,9 @@ def test_flags_that_contradict_each_other(flags, named):
 IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--patch_dropout 0.5": "--patch_dropout belongs to --decoder attention, not lstm",
     "--attention_dim 8": "--attention_dim belongs to --decoder attention, not lstm",
+    "--attention adaptive": "--attention belongs to --decoder attention, not lstm",
+    "--decoder attention --attention_heads 2":
+        "--attention_heads belongs to --attention adaptive, not additive",
     "--alpha_c 1": "--alpha_c belongs to --decoder attention, not lstm",
     "--save_attention_viz": "--save_attention_viz belongs to --decoder attention, not lstm",
     "--advanced_attention_viz": "--advanced_attention_viz belongs to --decoder attention, not lstm",

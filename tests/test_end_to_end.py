@@ -57,7 +57,11 @@ TINY = """--dataset_type sample --encoder shufflenet_v2_x0_5 --encoder_weights r
     --batch_size 40 --learning_rate 0.01 --precision float32 --max_length 12 --epochs 1"""
 BATCH_SIZE, CAPTIONS = 40, 160  # of 32 training images
 STEPS = 4  # per epoch
-DECODERS = {"lstm": "--decoder lstm", "attention": "--decoder attention --attention_dim 8"}
+DECODERS = {
+    "lstm": "--decoder lstm",
+    "attention": "--decoder attention --attention_dim 8",
+    "adaptive": "--decoder attention --attention adaptive --attention_dim 8",
+}
 ATTENTION = DECODERS["attention"]
 RUN_FILES = {
     "run_config.json",
@@ -394,7 +398,7 @@ def opened(path):
     state = load(path)
     config, encoder = state["config"], state["encoder"]
     vocabulary = caption_batches.Vocabulary.from_plain(state["vocabulary"])
-    decoder_class = fic.DECODERS[config["decoder"]]
+    decoder_class = fic.decoder_class(config)
     sizes = {name: config[name] for name in decoder_class.options}
     decoder = decoder_class(encoder["channels"], len(vocabulary), **sizes)
     decoder.load_state_dict(state["model"])
@@ -408,6 +412,8 @@ def teacher_forced(decoder, features, tokens):
         image_rows=alone[:1],
         image_index=alone[:1],
         caption_index=alone,
+        image_tokens=torch.arange(len(tokens)).unsqueeze(0),
+        token_place=torch.arange(len(tokens)),
         inputs=torch.tensor(tokens),
         targets=alone,  # not looked at
         batch_sizes=torch.ones_like(alone),

@@ -30,11 +30,11 @@ from flickr_image_caption import (
 from repeated_linear import RepeatedLinear
 
 VOCAB_SIZE, CHANNELS, CELLS = 13, 6, 9
-EMBED, HIDDEN, COMPARE = 5, 7, 4  # --embed_size --hidden_size --attention_dim
+EMBED, HIDDEN, COMPARE = 5, 8, 4  # --embed_size --hidden_size --attention_dim
 LENGTHS = torch.tensor([5, 2, 6, 1, 3, 6, 4])
 IMAGE_INDEX = torch.tensor([2, 0, 3, 0, 2, 2, 1])  # several captions per image, in no order
 VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
-KINDS = [(kind, layers) for kind in ("lstm", "attention") for layers in (1, 3)]
+KINDS = [(kind, layers) for kind in ("lstm", "attention", "adaptive") for layers in (1, 3)]
 every_decoder = pytest.mark.parametrize(("kind", "num_layers"), KINDS)
 
 
@@ -49,7 +49,9 @@ def make_decoder(kind, num_layers, drop_prob=0.0, seed=0, scale=3.0, **more):
     torch.manual_seed(seed)
     sizes = {"embed_size": EMBED, "hidden_size": HIDDEN, "num_layers": num_layers}
     sizes |= {"attention_dim": COMPARE, "patch_dropout": 0.0, "drop_prob": drop_prob, **more}
-    decoder = program.build_decoder({"decoder": kind, **sizes}, CHANNELS, VOCAB_SIZE)
+    named = {"decoder": "lstm"} if kind == "lstm" else {"decoder": "attention"}
+    named |= {"attention": "adaptive" if kind == "adaptive" else "additive", "attention_heads": 2}
+    decoder = program.build_decoder(named | sizes, CHANNELS, VOCAB_SIZE)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(scale)
@@ -69,7 +71,8 @@ def make_data(lengths=LENGTHS, images=4):
 
 def run_decoder(decoder, features, captions, lengths=LENGTHS, image_index=IMAGE_INDEX):
     """Logits (B, T, V) and alphas (B, T, P) under teacher forcing, in the order of the captions."""
-    logits, alphas = decoder(features, make_batch(captions, lengths, image_index))
+    batch = make_batch(captions, lengths, image_index)
+    logits, alphas = decoder(features[batch.image_rows], batch)
     return unpack(logits, lengths), unpack(alphas, lengths)
 
 
@@ -90,7 +93,7 @@ def run_steps_packed(decoder, features, captions, lengths, image_index):
     order = packed_order(lengths).tolist()
     places = [(b, t) for t in range(int(lengths.max())) for b in order if t < lengths[b]]
     logits = torch.stack([each[b][0][t] for b, t in places])
-    if each[0][1] is None:
+    if not isinstance(decoder, program.AttentionDecoder):
         return logits, None
     return logits, torch.stack([each[b][1][t] for b, t in places])
 
@@ -118,7 +121,7 @@ def test_step_by_step_is_teacher_forcing(kind, num_layers):
         torch.testing.assert_close(logits[row, :length], expected, atol=1e-5, rtol=0)
         if kind == "attention":
             torch.testing.assert_close(alphas[row, :length], expected_alphas, atol=1e-5, rtol=0)
-    assert (alphas is None) == (kind == "lstm")
+    assert (alphas is None) == (kind != "attention")
 
 
 @every_decoder
@@ -237,6 +240,62 @@ def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_lay
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
+def test_the_adaptive_decoder_is_scaled_dot_products_and_a_sentinel_written_out_plainly(num_layers):
+    decoder, (features, captions) = make_decoder("adaptive", num_layers), make_data()
+    grid, tokens, attention = features[1], captions[2, :6], decoder.attention
+    logits, alphas = run_steps(decoder, grid, tokens)
+    words = decoder.embed.weight[tokens]
+    read = decoder.reader(words)[0]  # (T, H)
+    contexts = []
+    for step, query in enumerate(read):
+        shares, heads = torch.zeros(CELLS + 1), []
+        for head in range(2):  # Vaswani et al. 2017, section 3.2: softmax(q k / sqrt(d)) v
+            keyed, valued = slice(2 * head, 2 * head + 2), slice(4 * head, 4 * head + 4)
+            looked = attention.project_query(query)[keyed]
+            keys = [attention.project_keys(cell)[keyed] for cell in grid]
+            values = [decoder.project_values(cell)[valued] for cell in grid]
+            keys.append(attention.sentinel_key(query)[keyed])
+            values.append(attention.sentinel_value(query)[valued])
+            energies = torch.stack([looked @ key / 2**0.5 for key in keys])
+            weights = energies.exp() / energies.exp().sum()
+            shares += weights / 2
+            heads.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
+        torch.testing.assert_close(alphas[step], shares, atol=1e-5, rtol=0)
+        contexts.append(torch.cat(heads))
+    contexts = torch.stack(contexts)
+    written = decoder.writer(read + contexts)[0] + decoder.deep_output(
+        torch.cat([words, contexts], 1)
+    )
+    torch.testing.assert_close(logits, decoder.head(written), atol=1e-5, rtol=0)
+
+
+def test_adaptive_attention_sums_to_1_with_the_sentinel_and_words_differ_in_what_they_look_at():
+    decoder, (features, captions) = make_decoder("adaptive", 1, scale=4.0), make_data()
+    assert decoder.beside_cells == ("language",)
+    alphas = torch.stack([run_steps(decoder, image, captions[2])[1] for image in features])
+    assert alphas.shape == (4, 7, CELLS + 1)
+    torch.testing.assert_close(alphas.sum(-1), torch.ones(4, 7))
+    assert alphas.min() >= 0
+    assert torch.pdist(alphas[0]).min() > 0.01  # word by word
+    assert torch.pdist(alphas[:, 3]).min() > 0.01  # the same words, image by image
+    assert alphas[..., -1].std() > 0.01  # some words need the picture more than others
+
+
+def test_the_adaptive_decoder_knows_the_picture_by_looking_only():
+    """Where all heads look at the sentinel alone, another picture is the same to it."""
+    decoder, (features, captions) = make_decoder("adaptive", 1), make_data()
+    with torch.no_grad():
+        for projection in (decoder.attention.project_query, decoder.attention.sentinel_key):
+            projection.weight.zero_()
+            projection.bias.fill_(20.0)
+        decoder.attention.project_keys.weight.zero_()
+        decoder.attention.project_keys.bias.zero_()
+    logits = [run_steps(decoder, image, captions[2])[0] for image in features]
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], logits[3])
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
 def test_attention_sums_to_1_and_varies_by_word_and_by_image(num_layers):
     decoder, (features, captions) = make_decoder("attention", num_layers, scale=5.0), make_data()
     _, alphas = run_decoder(decoder, features, captions)
@@ -283,14 +342,19 @@ def test_captions_of_one_image_share_its_work_without_a_trace(kind, num_layers):
 
 @every_decoder
 def test_every_size_counts(kind, num_layers):
-    upper = 2 if kind == "lstm" else 1  # biases of a layer above the first: torch's LSTM has two
+    upper = (
+        1 if kind == "attention" else 2
+    )  # biases of a layer above the first: torch's LSTM has two
     lstm = {  # weights and two biases for each of four gates
-        "lstm": 4 * HIDDEN * (EMBED + HIDDEN + 2), "attention": 4 * HIDDEN * (2 * EMBED + HIDDEN + 2)
+        "lstm": 4 * HIDDEN * (EMBED + HIDDEN + 2), "attention": 4 * HIDDEN * (2 * EMBED + HIDDEN + 2),
+        "adaptive": 4 * HIDDEN * (EMBED + HIDDEN + 2) + 4 * HIDDEN * (2 * HIDDEN + 2),
     }[kind] + (num_layers - 1) * 4 * HIDDEN * (2 * HIDDEN + upper)  # fmt: skip
     image = {
         "lstm": CHANNELS * EMBED + EMBED + EMBED * HIDDEN,
         "attention": (CHANNELS * EMBED + EMBED) + (CHANNELS * COMPARE + COMPARE) + HIDDEN * COMPARE + COMPARE
         + (HIDDEN * EMBED + EMBED) + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EMBED + 1) * HIDDEN,
+        "adaptive": (CHANNELS + 1) * (HIDDEN + COMPARE) + 2 * (HIDDEN + 1) * COMPARE + (HIDDEN + 1) * HIDDEN
+        + (EMBED + HIDDEN + 1) * HIDDEN,
     }[kind]  # fmt: skip
     words = VOCAB_SIZE * EMBED + (HIDDEN + 1) * VOCAB_SIZE
     decoder = make_decoder(kind, num_layers)
@@ -301,15 +365,18 @@ def test_every_size_counts(kind, num_layers):
 def test_dropout_acts_on_every_layers_input_in_training_only(kind, num_layers):
     decoder, (features, captions) = make_decoder(kind, num_layers, drop_prob=0.5), make_data()
     inputs = {}  # of each layer, in training: half of what goes in is 0
-    modules = {"head": decoder.head} | (
-        {"lstm": decoder.lstm, "image": decoder.project_image, "skip": decoder.image_skip}
-        if kind == "lstm"
-        else {
-            "mean": decoder.init_cell,
-            "words": decoder.word_gates,
-            **{f"layer {n}": m for n, m in enumerate(decoder.layers) if n},
+    modules = {"head": decoder.head}
+    if kind == "lstm":
+        modules |= {
+            "lstm": decoder.lstm,
+            "image": decoder.project_image,
+            "skip": decoder.image_skip,
         }
-    )
+    elif kind == "adaptive":
+        modules |= {"reader": decoder.reader, "writer": decoder.writer}
+    else:
+        modules |= {"mean": decoder.init_cell, "words": decoder.word_gates}
+        modules |= {f"layer {n}": layer for n, layer in enumerate(decoder.layers) if n}
     for name, module in modules.items():
         module.register_forward_pre_hook(
             lambda _module, given, name=name: inputs.setdefault(name, []).append(
@@ -329,8 +396,8 @@ def test_dropout_acts_on_every_layers_input_in_training_only(kind, num_layers):
         if name.startswith("layer"):
             dropped[name] *= 2  # its other half is its own output one step ago
     assert dropped == pytest.approx(dict.fromkeys(modules, 0.5), abs=0.05)
-    if kind == "lstm" and num_layers > 1:
-        assert decoder.lstm.dropout == 0.5  # between its layers, where no hook reaches
+    if kind != "attention" and num_layers > 1:  # between its layers, where no hook reaches
+        assert (decoder.lstm if kind == "lstm" else decoder.reader).dropout == 0.5
     decoder.eval()
     first, second = (run_decoder(decoder, features, captions)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -393,11 +460,19 @@ def test_dropout_leaves_the_same_units_out_of_all_cells_of_an_image():
     assert torch.equal(values[:, 0], values[:, 1]) and not torch.equal(values[0], values[1])
 
 
-def test_patch_dropout_keeps_a_random_choice_of_each_images_cells_in_training_only():
-    decoder, (features, captions) = make_decoder("attention", 1, patch_dropout=0.4), make_data()
-    assert decoder.drop_patches(features) is features
-    decoder.train()
-    kept = [decoder.drop_patches(features) for _ in range(20)]
+@pytest.mark.parametrize("kind", ["attention", "adaptive"])
+def test_patch_dropout_hides_cells_in_training_only(kind):
+    (features, captions), looked = make_data(), []
+    decoder = make_decoder(kind, 1, patch_dropout=0.4)
+    decoder.project_values.register_forward_pre_hook(lambda _, given: looked.append(given[0]))
+    run_decoder(decoder, features, captions)
+    run_decoder(decoder.train(), features, captions)
+    assert [tuple(part.shape) for part in looked] == [(4, 9, CHANNELS), (4, 5, CHANNELS)]
+
+
+def test_patches_are_dropped_by_a_random_choice_for_each_image():
+    features = make_data()[0]
+    kept = [program.drop_patches(features, 0.4) for _ in range(20)]
     assert {part.shape for part in kept} == {(4, 5, CHANNELS)}  # 9 * 0.6 = 5.4 cells
     choices = set()
     for part in kept:
@@ -405,8 +480,6 @@ def test_patch_dropout_keeps_a_random_choice_of_each_images_cells_in_training_on
         assert (is_kept.sum(2) == 1).all() and is_kept.sum(1).max() == 1  # five different cells
         choices |= {tuple(image.tolist()) for image in is_kept.any(1)}
     assert len(choices) > 40  # of 20 * 4: by image, and anew each time
-    _, alphas = run_decoder(decoder, features, captions)
-    assert alphas.shape == (7, 6, 5)
 
 
 @pytest.mark.parametrize("chunk", [4, 3])
@@ -448,14 +521,16 @@ def run_options(*typed):
     return parse_args([*sizes.split(), *typed])
 
 
-@pytest.mark.parametrize("kind", ["lstm", "attention"])
+@pytest.mark.parametrize("kind", ["lstm", "attention", "adaptive"])
 def test_five_images_are_overfitted(kind):
     torch.manual_seed(0)
     features = torch.randn(5, CELLS, CHANNELS)
     # shared beginnings: the image must tell
     texts = [[4, 5, 6], [4, 5, 7, 8], [9], [4, 10, 4, 11, 12], [6, 5, 4]]
     attention = ["--attention_dim", "16", "--alpha_c", "0.1"] if kind == "attention" else []
-    options = run_options("--decoder", kind, "--learning_rate", "0.02", *attention)
+    attention = ["--attention", "adaptive"] if kind == "adaptive" else attention
+    decoder = "lstm" if kind == "lstm" else "attention"
+    options = run_options("--decoder", decoder, "--learning_rate", "0.02", *attention)
     decoder = program.build_decoder(options.as_dict(), CHANNELS, VOCAB_SIZE)
     run = make_run(decoder, options)
     (batch,) = CaptionBatches([[text] for text in texts], 5, 9, seed=0).epoch(0, shuffle=False)

@@ -80,8 +80,8 @@ def new_run(kind, place, *typed):
         "--learning_rate",
         "0.01",
     ]
-    sizes += ["--attention_dim", "32"] if kind == "attention" else []
-    options = parse_args(["--decoder", kind, *sizes, *typed])
+    sizes += ["--attention_dim", "32"] if kind != "lstm" else []
+    options = parse_args([*DECODERS[kind].split(), *sizes, *typed])
     torch.manual_seed(0)
     decoder = fic.build_decoder(options.as_dict(), CHANNELS, WORDS).to(place.device)
     return make_run(decoder, options, place)
@@ -182,7 +182,7 @@ def test_training_steps_wait_for_nothing(kind, precision, device):
         "--drop_prob",
         "0.1",
     ]
-    typed += ["--patch_dropout", "0.5"] if kind == "attention" else []
+    typed += ["--patch_dropout", "0.5"] if kind != "lstm" else []
     run = new_run(kind, hardware(device, precision), *typed)
     batch, features = some_captions()
     features = source(features.half().to(device))

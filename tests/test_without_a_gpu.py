@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_runs import make_run
+from test_end_to_end import DECODERS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -143,8 +144,8 @@ def options(kind, *more):
     sizes = (
         "--embed_size 8 --hidden_size 8 --num_layers 2 --label_smoothing 0.1 --learning_rate 0.1"
     )
-    attention = "--attention_dim 4 --patch_dropout 0.5" if kind == "attention" else ""
-    return parse_args(["--decoder", kind, *sizes.split(), *attention.split(), *more])
+    attention = "" if kind == "lstm" else "--attention_dim 4 --patch_dropout 0.5"
+    return parse_args([*DECODERS[kind].split(), *sizes.split(), *attention.split(), *more])
 
 
 def source(features):
@@ -154,7 +155,7 @@ def source(features):
     return made
 
 
-@pytest.mark.parametrize("kind", ["lstm", "attention"])
+@pytest.mark.parametrize("kind", DECODERS)
 def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeypatch):
     """The features lie in the device's memory: positions to read and the batch's numbers go there."""
     captions = [[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]]
@@ -185,6 +186,7 @@ def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeyp
     # all that goes there goes through `to_device`, which does not wait: in a step, the batch alone
     assert len(device.sent) == len(sends)
     in_batch = [batch.image_index, batch.caption_index, batch.inputs, batch.targets]
+    in_batch += [batch.image_tokens, batch.token_place]
     assert [id(tensor) for tensor in sends[for_features:]] == [id(tensor) for tensor in in_batch]
 
 
@@ -201,7 +203,7 @@ def noted_sends(patch):
     return sends
 
 
-@pytest.mark.parametrize("kind", ["lstm", "attention"])
+@pytest.mark.parametrize("kind", DECODERS)
 @pytest.mark.parametrize("search", [{"beam_size": 4, "length_penalty": 0.8}, {"algorithm": "greedy"},
                                     {"beam_size": 3, "no_repeat_ngram_size": 2, "min_length": 2}], ids=str)  # fmt: skip
 def test_a_search_finds_the_cpus_captions_and_synchronises_every_8_steps_only(kind, search, device):
