@@ -238,8 +238,9 @@ def test_a_run_directory_has_its_files_and_their_keys(decoder, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     flags = "--epochs 2 --use_scheduler --scheduler_type cosine"
     folder = train(DECODERS[decoder], flags)
-    assert folder.parent == Path(f"saved_models/sample/shufflenet_v2_x0_5_{decoder}")
-    assert re.fullmatch(rf"sample_{decoder}_ep2_bs40_lr1e-02_cosine_\d{{8}}_\d{{6}}", folder.name)
+    kind = "lstm" if decoder == "lstm" else "attention"
+    assert folder.parent == Path(f"saved_models/sample/shufflenet_v2_x0_5_{kind}")
+    assert re.fullmatch(rf"sample_{kind}_ep2_bs40_lr1e-02_cosine_\d{{8}}_\d{{6}}", folder.name)
     assert {path.name for path in folder.iterdir()} == RUN_FILES | {
         "model_epoch_1.pt",
         "model_epoch_2.pt",
@@ -247,7 +248,7 @@ def test_a_run_directory_has_its_files_and_their_keys(decoder, tmp_path, monkeyp
     config = read_json(folder / "run_config.json")
     assert list(config)[: len(experiment_utils.CONFIG_KEYS)] == list(experiment_utils.CONFIG_KEYS)
     assert (
-        config["decoder_type"] == decoder
+        config["decoder_type"] == kind
         and config["learning_rate"] == 0.01
         and config["drop_prob"] == 0.3
     )
@@ -1356,7 +1357,8 @@ def test_a_loaded_captioner_writes_what_caption_mode_prints(decoder, shop):
     images = [Path(f"data/sample/Images/{name}") for name in listed("test")]
     printed = succeed("--mode caption --model_path", path, "--images", *images).splitlines()
     captioner, options = fic.load_captioner(path)
-    assert options.decoding.beam_size == 5 and options.model.decoder == decoder
+    assert options.decoding.beam_size == 5
+    assert fic.decoder_class(options.as_dict()) is type(captioner.decoder)
     hypotheses = captioner.caption(images, options.decoding)
     texts = [captioner.vocabulary.decode(best.tokens) for best, *_ in hypotheses]
     assert [f"{image}\t{text}" for image, text in zip(images, texts, strict=True)] == printed
