@@ -268,13 +268,23 @@ def generate(
 class Ensemble(nn.Module):
     """Decoders of one vocabulary and encoder as one: the mean of their probabilities and attention.
 
-    It only writes: members are trained one by one, so there is no `forward`.
+    Members are trained one by one: `forward` is for what is asked of captions already written.
     """
 
     def __init__(self, members):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.reads_grid = any(member.reads_grid for member in members)
+
+    @property
+    def feature_mean(self):
+        """(F,) of the training images, which members have in common."""
+        return self.members[0].feature_mean
+
+    @property
+    def beside_cells(self):
+        """Names of the attention's columns after the P cells."""
+        return next(member.beside_cells for member in self.members if member.reads_grid)
 
     def start(self, features):
         """features (N, P, F) -> state: each member's."""
@@ -285,8 +295,21 @@ class Ensemble(nn.Module):
         members = zip(self.members, *state, strict=True)
         steps = [member.step(tokens, member_state) for member, *member_state in members]
         logits, states, alphas = zip(*steps, strict=True)
-        log_probs = torch.stack([each.float().log_softmax(dim=-1) for each in logits])
-        mean = log_probs.logsumexp(0) - math.log(len(logits))
-        maps = [each for each in alphas if each is not None]
-        attention = torch.stack(maps).mean(0) if maps else None
-        return mean, tuple(zip(*states, strict=True)), attention
+        return mean_log_probs(logits), tuple(zip(*states, strict=True)), mean_attention(alphas)
+
+    def forward(self, features, batch):
+        """features (N, P, F), batch -> log-probabilities (tokens, V), alphas (tokens, P) or None."""
+        logits, alphas = zip(*(member(features, batch) for member in self.members), strict=True)
+        return mean_log_probs(logits), mean_attention(alphas)
+
+
+def mean_log_probs(logits):
+    """Logits (..., V) of several decoders -> the logarithm of the mean of their probabilities."""
+    log_probs = torch.stack([each.float().log_softmax(dim=-1) for each in logits])
+    return log_probs.logsumexp(0) - math.log(len(logits))
+
+
+def mean_attention(alphas):
+    """The mean over the decoders that attend; None where none does."""
+    maps = [each for each in alphas if each is not None]
+    return torch.stack(maps).mean(0) if maps else None

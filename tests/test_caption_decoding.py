@@ -592,6 +592,31 @@ def test_an_ensemble_of_copies_writes_as_the_decoder_alone(copies):
         assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
 
 
+def test_an_ensembles_forward_is_the_mean_of_its_members_probabilities_and_maps():
+    logits = torch.randn(2, 5, 9)
+    maps = torch.rand(2, 5, 4)
+    members = [Said(logits[0], maps[0]), Said(logits[1], maps[1]), Said(logits[0], None)]
+    log_probs, attention = Ensemble(members)(torch.zeros(1), None)
+    mean = (2 * logits[0].softmax(-1) + logits[1].softmax(-1)) / 3
+    torch.testing.assert_close(log_probs, mean.log())
+    torch.testing.assert_close(attention, maps.mean(0))
+    assert Ensemble(members[2:])(torch.zeros(1), None)[1] is None
+
+
+class Said(nn.Module):
+    """A decoder whose `forward` returns what it was given."""
+
+    reads_grid = True
+
+    def __init__(self, *output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, features, batch):
+        """Anything -> logits and alphas."""
+        return self.output
+
+
 def test_an_ensemble_reads_the_grid_if_a_member_does():
     blind, toy = Markov({}), Toy(1, vocab_size=7)
     blind.reads_grid = False
