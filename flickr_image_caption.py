@@ -53,6 +53,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import lr_scheduler
 
+import attention_measures
 import caption_data
 import caption_splits
 import checkpoints
@@ -1610,6 +1611,9 @@ def test(options, hardware, checkpoint):
     hypotheses = list(Progress(hypotheses, "testing", len(table), "images"))
     best = [image[0] for image in hypotheses]
     scores, rows = score_split(captioner, dataset, table, best, boxes)
+    if best[0].attention is not None:
+        measured = measure_attention(captioner, features, best, options.run.seed)
+        scores["attention"] = scores.get("attention", {}) | measured
     folder.mkdir(parents=True, exist_ok=True)
     if options.pictures.save_attention_viz:
         paths = features.paths[: options.pictures.attention_viz_samples]
@@ -1666,6 +1670,16 @@ def score_split(captioner, dataset, table, best, boxes=None):
         )
     ]
     return scores, rows
+
+
+def measure_attention(captioner, features, best, seed):
+    """What `attention_measures.measure` finds in the best hypotheses of a split's first images."""
+    best, each = best[: attention_measures.MEASURED_IMAGES], attention_measures.CHUNK
+    rows = torch.arange(len(best)).split(each)
+    chunks = Progress(features.stream(rows), "measuring attention", len(rows), "images", each)
+    chunks = map(captioner.encoder.tail, chunks)
+    decoder, words, hardware = captioner.decoder, captioner.vocabulary, captioner.hardware
+    return attention_measures.measure(decoder, chunks, best, words, hardware, seed)
 
 
 def caption(options, hardware, checkpoint):

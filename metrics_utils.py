@@ -365,21 +365,28 @@ def edit_length(chunk):
     return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
 
 
-def wordnet_is_available():
-    """Whether nltk finds WordNet; if not, stderr says in one line how to get it."""
+def find_wordnet():
+    """nltk's WordNet, or None where it is not installed."""
     from nltk.corpus import wordnet
 
     try:
         wordnet.ensure_loaded()
     except LookupError:
-        print(
-            "METEOR is not computed: nltk finds no WordNet; get it with "
-            "`python -m nltk.downloader wordnet`, "
-            "or set NLTK_DATA to a folder that has corpora/wordnet.zip",
-            file=sys.stderr,
-        )
-        return False
-    return True
+        return None
+    return wordnet
+
+
+def wordnet_is_available():
+    """Whether nltk finds WordNet; if not, stderr says in one line how to get it."""
+    if find_wordnet() is not None:
+        return True
+    print(
+        "METEOR is not computed: nltk finds no WordNet; get it with "
+        "`python -m nltk.downloader wordnet`, "
+        "or set NLTK_DATA to a folder that has corpora/wordnet.zip",
+        file=sys.stderr,
+    )
+    return False
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -449,11 +456,31 @@ def scores_table(scores):
         lines.append(f"  {name + ' (nltk)' * (name == 'METEOR'):17}{value}")
     plain = ("caption_length", "vocabulary_used", "share_unique", "share_copied", "share_cut")
     lines += [f"  {name:17}{scores[name]:.4g}" for name in plain if scores.get(name) is not None]
-    attention = scores.get("attention", {})
+    return "\n".join(lines + _attention_lines(scores.get("attention", {})))
+
+
+def _attention_lines(attention):
+    """What `peak_in_box` and `attention_measures.measure` found, as a console's lines."""
+    lines = []
     if attention.get("ratio") is not None:
         share, ratio = attention["peak_in_box"], attention["ratio"]
         lines.append(f"  attention peak in its noun's box: {share:.3f}, {ratio:.1f} times chance")
-    return "\n".join(lines)
+    if not attention.get("words"):
+        return lines
+    lines += [
+        f"  attention of {attention['images']} images: entropy as a share of uniform, and nats that a",
+        "  word loses with its map's heaviest 20 % of cells, or with as many random ones",
+        f"    {'':15}{'words':>7}{'entropy':>9}{'heaviest':>10}{'random':>8}",
+    ]
+    for kind, words in attention["words"].items():
+        entropy, fall = attention["entropy_share"][kind], attention["deletion"]["0.2"][kind]
+        numbers = f"{words:7}{entropy:9.3f}{fall['map']:10.3f}{fall['random']:8.3f}"
+        lines.append(f"    {kind:15}{numbers}")
+    if attention["map_distance"] is not None:
+        lines.append(f"    two words' maps: {attention['map_distance']:.3f} apart, of 1 at most")
+    if not attention["wordnet"]:
+        lines.append("    nltk finds no WordNet: nouns and verbs are among the others")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ command

@@ -33,6 +33,7 @@ from specified_commands import RESUME_AND_TEST_COMMANDS, TRAINING_COMMANDS
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import attention_measures
 import attention_visualization
 import caption_batches
 import caption_options
@@ -1556,10 +1557,41 @@ def test_boxes_beside_the_captions_give_a_peak_in_box_rate(shop, monkeypatch):
     found, rate = read_json("again/test_metrics.json")["attention"], sum(hits) / len(hits)
     assert found["nouns"] == len(hits) >= 4 and 0 < rate < 1
     expected = {"peak_in_box": rate, "chance": 0.375, "ratio": rate / 0.375, "nouns": len(hits)}
-    assert found == pytest.approx(expected)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert f"attention peak in its noun's box: {rate:.3f}, {rate / 0.375:.1f} times chance" in out
     succeed(f"--mode test {flags} --output_dir lstm --model_path", shop / "lstm/best.pt")
     assert "attention" not in read_json("lstm/test_metrics.json")
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_attention_is_measured_in_test_mode(ensemble, shop, monkeypatch):
+    """Of an ensemble as of one decoder: its maps are the mean of the members', and so are its words."""
+    monkeypatch.setattr(attention_visualization, "_draw", lambda *_, **__: b"")  # the maps suffice
+    members = ("--ensemble", shop / "lstm/best.pt") if ensemble else ()
+    out = succeed("--mode test --min_length 3 --save_attention_viz --attention_viz_samples 4",
+                  "--output_dir found --model_path", shop / "attention/best.pt", *members)  # fmt: skip
+    maps = [np.load(f"found/attention_maps_sample_{n}.npz")["maps"] for n in (1, 2, 3, 4)]
+    maps = np.concatenate(maps).reshape(-1, 49)
+    found = read_json("found/test_metrics.json")["attention"]
+    entropy = -(maps * np.log(maps)).sum(1).mean() / np.log(49)
+    assert found["entropy_share"]["all"] == pytest.approx(entropy, rel=1e-5)
+    assert found["images"] == 4 and found["words"]["all"] == len(maps) >= 12
+    falls = [
+        found[way][share]["all"] for way in ("deletion", "insertion") for share in ("0.1", "0.5")
+    ]
+    assert all(math.isfinite(fall["map"]) and fall["map"] != fall["random"] for fall in falls)
+    fall = found["deletion"]["0.2"]["all"]
+    numbers = rf"{entropy:.3f} +{fall['map']:.3f} +{fall['random']:.3f}"
+    assert re.search(rf"^    all +{len(maps)} +{numbers}$", out, re.MULTILINE)
+
+
+def test_only_the_first_images_are_measured(shop, monkeypatch):
+    monkeypatch.setattr(attention_measures, "MEASURED_IMAGES", 3)
+    succeed(
+        "--mode test --algorithm greedy --output_dir found --model_path", shop / "attention/best.pt"
+    )
+    scores = read_json("found/test_metrics.json")
+    assert scores["images"] == 4 and scores["attention"]["images"] == 3
 
 
 @pytest.mark.parametrize("content", ["{", '{"a.jpg": [[10, 20, 30, 40]]}', '{"a.jpg": []}'])
@@ -1572,7 +1604,7 @@ def test_foreign_boxes_are_named_before_decoding_and_the_test_goes_on(content, s
     (warning,) = warnings_in(outcome)
     assert outcome.status == 0 and warning.startswith("warning: data_copy/boxes.json: ")
     scores = read_json("found/test_metrics.json")
-    assert scores["images"] == 4 and "attention" not in scores
+    assert scores["images"] == 4 and "peak_in_box" not in scores["attention"]
     assert warnings_in(program(flags, shop / "lstm/best.pt")) == []
 
 

@@ -396,6 +396,36 @@ def test_the_console_s_table():
     assert unmeasured == scores_table(scores) == "\n".join(lines[:-1])
 
 
+def test_the_console_s_table_of_attention():
+    scores = dict.fromkeys(METRIC_NAMES, 0.5) | {"intervals": {}}
+    attention = {
+        "images": 2,
+        "words": {"all": 12, "nouns": 4},
+        "entropy_share": {"all": 0.75, "nouns": 0.5},
+        "map_distance": 0.25,
+        "deletion": {
+            "0.2": {"all": {"map": 1.5, "random": 0.25}, "nouns": {"map": 2, "random": -0.1}}
+        },
+        "wordnet": False,
+    }
+    lines = scores_table(scores | {"attention": attention}).splitlines()
+    assert lines[-7:] == [
+        "  attention of 2 images: entropy as a share of uniform, and nats that a",
+        "  word loses with its map's heaviest 20 % of cells, or with as many random ones",
+        "                     words  entropy  heaviest  random",
+        "    all                 12    0.750     1.500   0.250",
+        "    nouns                4    0.500     2.000  -0.100",
+        "    two words' maps: 0.250 apart, of 1 at most",
+        "    nltk finds no WordNet: nouns and verbs are among the others",
+    ]
+    known = scores_table(
+        scores | {"attention": attention | {"wordnet": True, "map_distance": None}}
+    )
+    assert known.splitlines() == lines[:-2]
+    wordless = {"images": 2, "words": {}}
+    assert scores_table(scores | {"attention": wordless}) == scores_table(scores)
+
+
 # ------------------------------------------------------------------------------------------ command
 
 REFERENCES = {
