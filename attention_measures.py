@@ -1,6 +1,7 @@
 """Whether attention maps tell where a caption's words came from, measured without object boxes.
 
     measures = measure(decoder, chunks, hypotheses, vocabulary, hardware)  # of test mode's captions
+    share = mean_entropy_share(hypotheses, num_cells)  # of validation's, after each epoch
 
 A map may look right and tell nothing: what counts is whether the decoder loses a word when the cells
 under its map are taken away. The decoder is anything with `forward(features, batch)`, `feature_mean`
@@ -20,6 +21,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 import metrics_utils
+import process_group
 from caption_batches import Batch
 from runtime import to_device
 
@@ -27,6 +29,7 @@ MEASURED_IMAGES = 200  # the first of a split: a minute on two cores, with ResNe
 CHUNK = 20  # images measured together: words of like lengths fill a batch
 BATCH_BYTES = 2**26  # of altered features (R, P, F) computed at once
 FRACTIONS = (0.1, 0.2, 0.5)  # of the cells, deleted or inserted
+UNIFORM_SHARE, UNIFORM_EPOCH = 0.97, 2  # from that epoch on maps above that share are warned of
 COLOURS = {
     "beige", "black", "blond", "blonde", "blue", "brown", "gold", "golden", "gray", "green", "grey",
     "maroon", "orange", "pink", "purple", "red", "silver", "tan", "turquoise", "violet", "white",
@@ -98,6 +101,24 @@ def pair_distances(hypothesis, num_cells):
     maps, words = cell_maps(hypothesis.attention, num_cells), torch.tensor(hypothesis.tokens)
     distances = torch.cdist(maps, maps, p=1) / 2
     return distances[(words.unsqueeze(1) != words).triu()]
+
+
+def mean_entropy_share(hypotheses, num_cells):
+    """Mean entropy share over the words of all processes' captions; None where there are no maps."""
+    maps = [h.attention for h in hypotheses if h.attention is not None]
+    shares = entropy_share(cell_maps(torch.cat(maps), num_cells)).tolist() if maps else []
+    total, words = process_group.all_reduce_sum([math.fsum(shares), len(shares)])
+    return total / words if words else None
+
+
+def newly_uniform(history):
+    """Whether an epoch's row is the first, from UNIFORM_EPOCH on, whose maps are next to uniform."""
+    uniform = [
+        row["epoch"]
+        for row in history
+        if row["epoch"] >= UNIFORM_EPOCH and (row.get("attention_entropy") or 0) > UNIFORM_SHARE
+    ]
+    return uniform[:1] == [history[-1]["epoch"]]
 
 
 # ---------------------------------------------------------------------------- deletion and insertion

@@ -358,6 +358,8 @@ def epoch_summary(row, epochs, scheduler, is_best, example):
     seconds, more = row["epoch_time_seconds"], epochs - row["epoch"]
     left = f", about {tqdm.format_interval(more * seconds)} left" if more else ""
     image, caption = example
+    entropy = row.get("attention_entropy")
+    attention = "" if entropy is None else f"  Attention entropy: {entropy:.3f} of uniform\n"
     return (
         f"Epoch {row['epoch']} completed ({row['epoch']}/{epochs}):\n"
         f"  Training Loss: {row['train_loss']:.5f}\n"
@@ -366,6 +368,7 @@ def epoch_summary(row, epochs, scheduler, is_best, example):
         f"  Scheduler: {scheduler}\n"
         f"  Validation captions: BLEU-4 {row['BLEU-4']:.4f}, CIDEr {row['CIDEr']:.4f}, "
         f"{row['share_unique']:.0%} unique, {row['share_cut']:.0%} cut at --max_length\n"
+        f"{attention}"
         f"  Model checkpoint saved (best: {is_best})\n"
         f"  Time: {seconds:.1f} s{left}\n"
         f"  First validation image {image}: {caption}"

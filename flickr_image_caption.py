@@ -1291,6 +1291,7 @@ def validation_scores(run, received):
     most = -(-len(table) // process_group.world_size())  # images of the largest share
     bar = epoch_progress(run, "validation captions", hypotheses, len(share), "images")
     best = [image[0] for image in until_stopped(received, bar, most)]
+    entropy = attention_measures.mean_entropy_share(best, math.prod(captioner.encoder.grid))
     shares = process_group.all_gather([hypothesis._replace(attention=None) for hypothesis in best])
     best = list(itertools.chain.from_iterable(shares))
     scores = None
@@ -1298,6 +1299,7 @@ def validation_scores(run, received):
         captions, scores, _ = score_captions(captioner, run.scorer, table.image, best)
         run.example = printable(table.image[0]), captions[table.image[0]]
         del scores["METEOR"]
+        scores |= {} if entropy is None else {"attention_entropy": entropy}
     return process_group.broadcast(scores)
 
 
@@ -1546,6 +1548,11 @@ def record_epoch(run, row, is_best):
         warn(
             "every validation image got the same caption: the decoder does not see the "
             "images (yet); lower --learning_rate if it stays so"
+        )
+    if attention_measures.newly_uniform(state.history):
+        warn(
+            f"attention maps are all but uniform (entropy {row['attention_entropy']:.3f} of uniform): "
+            "they show nothing of where words come from"
         )
 
 

@@ -263,6 +263,32 @@ def test_distance_is_between_maps_of_different_words():
     assert measured([looking_at(0)])["map_distance"] is None
 
 
+def test_mean_entropy_share_counts_words():
+    long, short = looking_at(0, 1, tokens=(DOG, GRASS, DOG)), looking_at(0)
+    share = math.log(2) / math.log(10)
+    found = attention_measures.mean_entropy_share([long, short], CELLS)
+    assert found == pytest.approx(0.75 * share)
+    blind = Hypothesis([DOG], 0.0, 0.0, True, None)
+    assert attention_measures.mean_entropy_share([blind, blind], CELLS) is None
+    assert attention_measures.mean_entropy_share([], CELLS) is None
+
+
+@pytest.mark.parametrize(
+    ("shares", "warns"),
+    [
+        ([0.99], [False]),
+        ([0.99, 0.98, 0.98], [False, True, False]),
+        ([0.99, 0.97, 0.971], [False, False, True]),
+        ([None, None, 0.98], [False, False, True]),  # an older program's epochs
+    ],
+)
+def test_uniform_maps_are_warned_of_once(shares, warns):
+    rows = [{"epoch": number, "attention_entropy": s} for number, s in enumerate(shares, start=1)]
+    rows = [{"epoch": row["epoch"]} if row["attention_entropy"] is None else row for row in rows]
+    found = [attention_measures.newly_uniform(rows[: end + 1]) for end in range(len(rows))]
+    assert found == warns
+
+
 # ---------------------------------------------------------------------------------- kinds of words
 
 KIND_OF = attention_measures.kind_of

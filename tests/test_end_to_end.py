@@ -1594,6 +1594,34 @@ def test_only_the_first_images_are_measured(shop, monkeypatch):
     assert scores["images"] == 4 and scores["attention"]["images"] == 3
 
 
+def test_validation_logs_the_entropy_of_attention_and_warns_once_where_it_is_uniform():
+    """It is what test mode measures."""
+    outcome = program(TINY, ATTENTION, "--epochs 3 --learning_rate 0.0001")
+    folder, warning = run_dir(outcome), "warning: attention maps are all but uniform"
+    assert [line.startswith(warning) for line in warnings_in(outcome)].count(True) == 1
+    logged = read_json(folder / "metrics_history.json")["attention_entropy"]
+    said = re.findall(r"^  Attention entropy: (\S+) of uniform$", outcome.out, re.MULTILINE)
+    assert said == [f"{entropy:.3f}" for entropy in logged] and len(said) == 3
+    path = folder / "model_epoch_3.pt"
+    succeed("--mode test --split val --algorithm greedy --output_dir found --model_path", path)
+    found = read_json("found/val_metrics.json")["attention"]["entropy_share"]["all"]
+    assert logged[-1] == pytest.approx(found, rel=1e-5) and 0.97 < found < 1
+    lstm = program(TINY, "--epochs 2 --decoder lstm")
+    assert "Attention entropy" not in lstm.out and "attention maps" not in lstm.err
+    assert "attention_entropy" not in (run_dir(lstm) / "metrics.csv").read_text()
+
+
+def test_a_run_from_before_attention_was_measured_goes_on(shop):
+    checkpoint = load(shop / "attention/model_epoch_4.pt")
+    for row in checkpoint["history"]:
+        del row["attention_entropy"]
+    torch.save(checkpoint, "model_epoch_4.pt")
+    folder = run_dir(succeed("--epochs 1 --model_path", Path("model_epoch_4.pt")))
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    entropies = [row["attention_entropy"] for row in rows]
+    assert entropies[:4] == [""] * 4 and 0 < float(entropies[4]) <= 1
+
+
 @pytest.mark.parametrize("content", ["{", '{"a.jpg": [[10, 20, 30, 40]]}', '{"a.jpg": []}'])
 def test_foreign_boxes_are_named_before_decoding_and_the_test_goes_on(content, shop):
     """They once ended it after all decoding."""
