@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import metrics_utils
 import process_group
-from caption_batches import Batch
+from caption_batches import Batch, by_image
 from runtime import to_device
 
 MEASURED_IMAGES = 200  # the first of a split: a minute on two cores, with ResNet50's grids
@@ -248,10 +248,14 @@ def one_caption_each(captions, sos):
     words = [torch.tensor([sos, *caption]) for caption in captions]
     inputs = pack_sequence([each[:-1] for each in words])
     counted = (row.expand(len(caption)) for row, caption in zip(rows, captions, strict=True))
+    caption_index = pack_sequence(list(counted)).data
+    image_tokens, token_place = by_image(caption_index)
     return Batch(
         image_rows=rows,
         image_index=rows,
-        caption_index=pack_sequence(list(counted)).data,
+        caption_index=caption_index,
+        image_tokens=image_tokens,
+        token_place=token_place,
         inputs=inputs.data,
         targets=pack_sequence([each[1:] for each in words]).data,
         batch_sizes=inputs.batch_sizes,

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 SYNC_EVERY = 8  # steps, where images stay. Each read of what is done synchronises with the GPU
 
@@ -283,8 +284,8 @@ class Ensemble(nn.Module):
 
     @property
     def beside_cells(self):
-        """Names of the attention's columns after the P cells."""
-        return next(member.beside_cells for member in self.members if member.reads_grid)
+        """Names of the attention's columns after the P cells: of the member that has most."""
+        return max((member.beside_cells for member in self.members), key=len)
 
     def start(self, features):
         """features (N, P, F) -> state: each member's."""
@@ -310,6 +311,11 @@ def mean_log_probs(logits):
 
 
 def mean_attention(alphas):
-    """The mean over the decoders that attend; None where none does."""
+    """The mean over the decoders that attend; None where none does.
+
+    One that has no columns beside the cells looked at none of them.
+    """
     maps = [each for each in alphas if each is not None]
+    columns = max((each.size(-1) for each in maps), default=0)
+    maps = [F.pad(each, (0, columns - each.size(-1))) for each in maps]
     return torch.stack(maps).mean(0) if maps else None

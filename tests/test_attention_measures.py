@@ -130,10 +130,11 @@ def test_captions_without_words_are_passed_over():
     assert found["deletion"]["0.1"]["all"]["map"] == pytest.approx(FALL, abs=1e-5)
 
 
-def attention_decoder(seed=0):
+def attention_decoder(kind="additive"):
     """A small real one that knows six words and 3 x 4 cells of 5 channels, standardised."""
-    torch.manual_seed(seed)
-    decoder = program.AttentionDecoder(5, 9, 6, 8, 2, 0.3, 4).eval()
+    torch.manual_seed(0)
+    heads = (2,) if kind == "adaptive" else ()
+    decoder = program.DECODERS[kind](5, 9, 6, 8, 2, 0.3, 4, *heads).eval()
     decoder.calibrate([2 + 3 * torch.randn(50, 12, 5)])
     with torch.no_grad():
         decoder.head.weight *= 5
@@ -145,7 +146,8 @@ def written(decoder, features):
     captions = [[4, 7, 5, 8], [], [6, 4], [8, 8, 4, 5]]
     hypotheses = []
     for image, tokens in zip(features, captions, strict=True):
-        state, maps = decoder.start(image.unsqueeze(0)), [torch.zeros(0, 12)]
+        state = decoder.start(image.unsqueeze(0))
+        maps = [torch.zeros(0, 12 + len(decoder.beside_cells))]
         for token in [Vocabulary.sos, *tokens][: len(tokens)]:
             _, state, alphas = decoder.step(torch.tensor([[token]]), state)
             maps.append(alphas[0].detach())
@@ -171,7 +173,7 @@ def by_steps(decoder, features, hypotheses):
         for image, caption in zip(features, hypotheses, strict=True):
             blank = decoder.feature_mean.expand_as(image)
             for t, attention in enumerate(caption.attention):
-                heaviest = attention.topk(round(fraction * 12)).indices
+                heaviest = attention[:12].topk(round(fraction * 12)).indices
                 deleted, inserted = image.clone(), blank.clone()
                 deleted[heaviest], inserted[heaviest] = decoder.feature_mean, image[heaviest]
                 deleted, inserted, whole, nothing = (
@@ -185,13 +187,13 @@ def by_steps(decoder, features, hypotheses):
 
 
 @pytest.mark.parametrize(("bytes_at_once", "chunk"), [(2**26, 4), (1, 4), (10_000, 3)])
-@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize(("kind", "members"), [("additive", 1), ("adaptive", 1), ("adaptive", 2)])
 def test_teacher_forcing_all_copies_at_once_is_the_decoder_step_by_step(
-    bytes_at_once, chunk, members, monkeypatch
+    bytes_at_once, chunk, kind, members, monkeypatch
 ):
     """Whatever the size of batches: captions of many lengths, each word with its own image."""
     monkeypatch.setattr(attention_measures, "BATCH_BYTES", bytes_at_once)
-    decoder = attention_decoder()
+    decoder = attention_decoder(kind)
     if members > 1:
         blind = program.LSTMDecoder(5, 9, 6, 8, 1, 0.3).eval()
         blind.feature_mean.copy_(decoder.feature_mean)
@@ -201,6 +203,7 @@ def test_teacher_forcing_all_copies_at_once_is_the_decoder_step_by_step(
     vocabulary = Vocabulary([*Vocabulary.SPECIALS, "a", "b", "c", "d", "e"])
     found = measure(decoder, features.split(chunk), hypotheses, vocabulary, CPU)
     assert found["words"]["all"] == 10
+    assert list(found.get("beside_cells", ())) == list(decoder.beside_cells)
     for fraction, means in by_steps(decoder, features, hypotheses).items():
         pair = [found[way][fraction]["all"]["map"] for way in ("deletion", "insertion")]
         assert pair == pytest.approx(means, abs=1e-4) and min(map(abs, means)) > 1e-3

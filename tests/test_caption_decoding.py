@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import caption_decoding
+import flickr_image_caption as program
 from caption_decoding import Ensemble, Hypothesis, generate
 
 VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
@@ -601,6 +602,22 @@ def test_an_ensembles_forward_is_the_mean_of_its_members_probabilities_and_maps(
     torch.testing.assert_close(log_probs, mean.log())
     torch.testing.assert_close(attention, maps.mean(0))
     assert Ensemble(members[2:])(torch.zeros(1), None)[1] is None
+
+
+def test_a_member_that_must_look_at_cells_looks_at_nothing_beside_them():
+    torch.manual_seed(0)
+    sizes = {"embed_size": 5, "hidden_size": 6, "num_layers": 1, "drop_prob": 0.0}
+    additive = program.AttentionDecoder(4, 9, **sizes, attention_dim=4)
+    adaptive = program.AdaptiveDecoder(4, 9, **sizes, attention_dim=4, attention_heads=2)
+    ensemble = Ensemble([additive.eval(), adaptive.eval()])
+    assert ensemble.beside_cells == ("language",)
+    features, tokens = torch.randn(1, 3, 4), torch.tensor([[5]])
+    one, other, both = (
+        decoder.step(tokens, decoder.start(features))[2]
+        for decoder in (additive, adaptive, ensemble)
+    )
+    torch.testing.assert_close(both[..., :3], (one + other[..., :3]) / 2)
+    torch.testing.assert_close(both[..., 3], other[..., 3] / 2)
 
 
 class Said(nn.Module):
