@@ -27,6 +27,7 @@ Gaussian and scale each word alone.
 
 import io
 import math
+import sys
 import textwrap
 import unicodedata
 import warnings
@@ -36,7 +37,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.font_manager import findfont, findSystemFonts, fontManager, get_font
 from PIL import Image
 
 from checkpoints import replace_file
@@ -66,7 +67,8 @@ def save_attention_viz(directory, index, photograph, words, maps, *, advanced=Fa
         directory: folder, made if absent.
         index: goes into the file names, `attention_viz_sample_{index}.png`.
         photograph: RGB PIL image or (H, W, 3) uint8, any size, in its original aspect ratio.
-        words: list of T str, in any script; a character no installed font has is drawn as a box.
+        words: list of T str, in any script; a character no installed font has is drawn as a box,
+            and a line on stderr names the package of one that has it.
         maps: (T, h, w) float, attention weights; each map sums to 1.
         advanced: also write the picture with raw cells, peaks and entropies.
         log_prob: the caption's log probability in nats, printed beside it if given.
@@ -401,11 +403,14 @@ def _shortened(word, width):
 
 
 def _fonts_for(text):
-    """Font families that together draw the text: matplotlib's DejaVu Sans, then what it lacks."""
+    """Font families that together draw the text: matplotlib's DejaVu Sans, then what it lacks.
+
+    A line on stderr names the package of a font for characters that none of them has.
+    """
     families = ["DejaVu Sans"]
     missing = {ord(character) for character in text if not character.isspace()}
     missing -= _characters_in(findfont("DejaVu Sans"))
-    for entry in fontManager.ttflist:
+    for entry in _other_fonts():
         if not missing:
             break
         if entry.name.startswith("Last Resort"):  # has every character, as a box
@@ -413,7 +418,47 @@ def _fonts_for(text):
         if covered := missing & _characters_in(entry.fname):
             families.append(entry.name)
             missing -= covered
+    for package, characters in _packages(sorted(map(chr, missing))).items():
+        if package not in _named_packages:
+            _named_packages.add(package)
+            print(
+                f"attention pictures: no installed font has {' '.join(characters)}, drawn as boxes; "
+                f"Debian's package {package} has one",
+                file=sys.stderr,
+            )
     return families
+
+
+_named_packages = set()  # a line each is enough for all pictures
+
+
+def _other_fonts():
+    """FontEntries that matplotlib has listed, then those of fonts installed since."""
+    listed = list(fontManager.ttflist)
+    yield from listed
+    for file in sorted(set(findSystemFonts()) - {entry.fname for entry in listed}):
+        try:
+            fontManager.addfont(file)
+        except (OSError, RuntimeError):  # damaged
+            continue
+    yield from fontManager.ttflist[len(listed) :]
+
+
+def _packages(characters):
+    """Debian's packages of fonts that have the characters, each with those it has."""
+    packages = {}
+    for character in characters:
+        category = unicodedata.category(character)
+        if category.startswith("S"):
+            package = "fonts-symbola"
+        elif unicodedata.east_asian_width(character) in "WFH":
+            package = "fonts-noto-cjk"
+        elif category.startswith("C"):  # no font has what is unassigned or private
+            continue
+        else:
+            package = "fonts-noto-core"
+        packages.setdefault(package, []).append(character)
+    return packages
 
 
 def _characters_in(font_file):

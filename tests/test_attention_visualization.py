@@ -218,6 +218,34 @@ def test_a_font_that_has_the_missing_character_is_found_and_a_removed_one_passed
     assert viz._fonts_for("dog \u20d2") == ["DejaVu Sans", "STIXGeneral"]
 
 
+def test_a_font_installed_since_matplotlib_listed_its_fonts_is_found(monkeypatch, tmp_path):
+    """matplotlib keeps its list in a file, and would not see a font until that is deleted."""
+    fonts = viz.fontManager.ttflist
+    (stix,) = {font.fname for font in fonts if Path(font.fname).name == "STIXGeneral.ttf"}
+    broken = tmp_path / "broken.ttf"
+    broken.write_text("no font")
+    monkeypatch.setattr(viz.fontManager, "ttflist", [])
+    monkeypatch.setattr(viz, "findSystemFonts", lambda: [str(broken), stix])
+    monkeypatch.setattr(viz, "findfont", lambda _: stix.replace("STIXGeneral", "DejaVuSans"))
+    assert viz._fonts_for("dog \u20d2") == ["DejaVu Sans", "STIXGeneral"]
+
+
+def test_a_character_that_no_font_has_is_named_once_with_a_package_that_has_it(monkeypatch, capsys):
+    monkeypatch.setattr(viz, "_other_fonts", list)
+    monkeypatch.setattr(viz, "_named_packages", set())
+    viz._fonts_for("犬が कु \U0001f436 dog \U000f0000")
+    lines = capsys.readouterr().err.splitlines()
+    start = "attention pictures: no installed font has"
+    end = "drawn as boxes; Debian's package"
+    assert sorted(lines) == [
+        f"{start} क ु, {end} fonts-noto-core has one",
+        f"{start} が 犬, {end} fonts-noto-cjk has one",
+        f"{start} \U0001f436, {end} fonts-symbola has one",
+    ]
+    viz._fonts_for("猫")
+    assert capsys.readouterr().err == ""
+
+
 BAD = {
     "one map too few": (
         ["a", "dog"],
