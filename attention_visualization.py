@@ -5,28 +5,32 @@
 
 writes into the directory `figures`
 
-    attention_viz_sample_1.png            the photograph, then the map of every word laid over it
-    advanced_attention_viz_sample_1.png   also raw cells, peaks, entropies and the colour bar
+    attention_viz_sample_1.png            the photograph, then for every word where it looked
+    advanced_attention_viz_sample_1.png   also raw cells, peaks and entropies
     attention_maps_sample_1.npz           `words`, `maps`, the reduced `photograph`, any `log_prob`
 
 and the last file is enough to draw the pictures again, in any style:
 
     raw = np.load("figures/attention_maps_sample_1.npz")
-    save_attention_viz("redrawn", 1, raw["photograph"], list(raw["words"]), raw["maps"])
+    save_attention_viz("redrawn", 1, raw["photograph"], list(raw["words"]), raw["maps"], form="pdf")
 
-One colour scale serves all words of a caption, so that panels can be compared: black is 0 and the
-brightest is the caption's largest weight. A map stretched to its own maximum would make a decoder
-that looks nowhere in particular seem as sure as one that looks at the dog. The scale is that of the
-square root, as the colour bar shows: on a linear one a single sharp word leaves the other panels
-black. The photograph under a map is grey, so every colour seen is attention.
+A word's panel is the photograph, at full brightness where the word looked and darker and greyer
+elsewhere. Brightness grows linearly from the uniform weight, 1 / P for P cells, to the largest of
+the caption, so that panels can be compared, or of the word (`scale`). It is never stretched
+further than to FULL times uniform: a decoder that looks nowhere in particular gives an evenly
+dimmed photograph, and not its noise. An outline holds the fewest cells that weigh half together,
+where these are few. What a word took from no cell is a bar under its panel.
 
-Axes: T words, h x w grid cells, H x W pixels. The encoder sees the whole photograph, so a grid
-covers all of it. After figure 3 of Xu et al. 2015, Show, Attend and Tell, who smooth with a
-Gaussian and scale each word alone.
+Axes: T words, h x w = P grid cells, H x W pixels. The encoder sees the whole photograph, so a grid
+covers all of it. After figures 2 and 3 of Xu et al. 2015, Show, Attend and Tell, who smooth with a
+Gaussian and scale each word alone, and figure 4 of Lu et al. 2017, Knowing When to Look, who print
+beside each word how much of it came from the picture.
 """
 
 import io
+import itertools
 import math
+import os
 import sys
 import textwrap
 import unicodedata
@@ -43,10 +47,16 @@ from PIL import Image
 from checkpoints import replace_file
 
 DPI = 150
+PRINT_DPI = 300  # of photographs in a vector file
 LONG_SIDE = 600  # pixels; a larger photograph is reduced to this first
-# perceptually uniform, and its lightness survives a grey printout
+FORMATS = ("png", "pdf", "svg")
+SCALES = ("caption", "word")
+# of the raw cells: perceptually uniform, and its lightness survives a grey printout
 COLORS = matplotlib.colormaps["inferno"]
-OPACITY = 0.2, 0.75  # of the colour over the grey photograph, for no weight and for the largest
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601
+DIM, GREYED = 0.4, 0.85  # brightness, and share of grey, where a word did not look
+FULL = 4  # times uniform: least weight that gets full brightness
+OUTLINED = 0.25  # most of the grid that an outline takes; half the weight is then twice uniform
 
 # Inches
 PANEL = 1.7  # side of a square panel
@@ -56,44 +66,106 @@ GAP = 0.1  # between panels
 TITLE = 0.22  # above a panel
 MARGIN = 0.12  # around the figure
 STRIP = 0.8  # height of the entropy bars
+LEGEND = 0.5  # height below the panels
+LEGEND_BAR = 1.9  # width
+BESIDE = 0.22  # height of the bar under a panel, with its labels
 
-INK, FAINT = "#222222", "#777777"
+INK, FAINT, PALE = "#222222", "#777777", "#d8d8d8"
+BESIDE_COLORS = ("#2f6db3", "#d9822b", "#4c9a5b", "#8a5aa8")
 
 
-def save_attention_viz(directory, index, photograph, words, maps, *, advanced=False, log_prob=None):
+class Caption(NamedTuple):
+    """What the pictures of a caption show."""
+
+    photograph: np.ndarray  # (H, W, 3) uint8
+    words: list[str]  # T
+    maps: np.ndarray  # (T, h, w), each sums to 1
+    beside: dict[str, np.ndarray]  # shares (T,) of a word's attention that no cell got, by name
+    log_prob: float | None  # nats
+    scale: str  # one of SCALES
+
+    @property
+    def uniform(self):
+        """The weight of a cell where all weigh alike."""
+        return 1 / math.prod(self.maps.shape[1:])
+
+    @property
+    def full(self):
+        """(T,) weights that get full brightness."""
+        largest = self.maps.max(axis=(1, 2), initial=0)
+        if self.scale == "caption":
+            largest = np.full_like(largest, largest.max(initial=0))
+        return largest.clip(min(FULL * self.uniform, 1))
+
+
+def save_attention_viz(
+    directory,
+    name,
+    photograph,
+    words,
+    maps,
+    *,
+    advanced=False,
+    log_prob=None,
+    beside=None,
+    scale="caption",
+    form="png",
+):
     """Write one caption's attention pictures and raw maps, each file whole or not at all.
 
     Args:
         directory: folder, made if absent.
-        index: goes into the file names, `attention_viz_sample_{index}.png`.
+        name: goes into the file names, `attention_viz_{name}.png`; a number n is `sample_{n}`.
         photograph: RGB PIL image or (H, W, 3) uint8, any size, in its original aspect ratio.
         words: list of T str, in any script; a character no installed font has is drawn as a box,
             and a line on stderr names the package of one that has it.
-        maps: (T, h, w) float, attention weights; each map sums to 1.
+        maps: (T, h, w) float, attention weights of the cells; each map sums to 1.
         advanced: also write the picture with raw cells, peaks and entropies.
         log_prob: the caption's log probability in nats, printed beside it if given.
+        beside: shares (T,) in 0..1 of each word's attention that no cell got, by name, such as
+            "language": bars under the words. The maps say how the cells share the rest.
+        scale: whose largest weight gets full brightness, one of SCALES.
+        form: of the pictures, one of FORMATS; in pdf and svg text stays text.
     Returns: list of the Paths written, the basic picture first.
-    Raises: ValueError if shapes disagree or a map is not a distribution.
+    Raises: ValueError if shapes disagree, a map is not a distribution, or there is no such scale
+        or form.
     """
+    if scale not in SCALES or form not in FORMATS:
+        raise ValueError(
+            f"scale and form: expected one of {SCALES} and of {FORMATS}, got {scale} and {form}"
+        )
     maps = _checked_maps(words, maps)
-    photograph = _reduced(photograph)
-    known = {} if log_prob is None else {"log_prob": float(log_prob)}
-    raw = io.BytesIO()
-    stored_words, stored_maps = np.array(words, dtype=str), maps.astype(np.float32)
-    np.savez_compressed(raw, words=stored_words, maps=stored_maps, photograph=photograph, **known)
-    basic = _draw(photograph, words, maps, log_prob, advanced=False)
+    beside = _checked_beside(words, beside or {})
+    caption = Caption(_reduced(photograph), words, maps, beside, log_prob, scale)
+    name = f"sample_{name}" if isinstance(name, int) else name
     files = {
-        f"attention_viz_sample_{index}.png": basic,
-        f"attention_maps_sample_{index}.npz": raw.getvalue(),
+        f"attention_viz_{name}.{form}": _draw(caption, form, advanced=False),
+        f"attention_maps_{name}.npz": _raw(caption),
     }
     if advanced:
-        picture = _draw(photograph, words, maps, log_prob, advanced=True)
-        files[f"advanced_attention_viz_sample_{index}.png"] = picture
+        files[f"advanced_attention_viz_{name}.{form}"] = _draw(caption, form, advanced=True)
     Path(directory).mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        with replace_file(Path(directory) / name) as file:
+    for file_name, data in files.items():
+        with replace_file(Path(directory) / file_name) as file:
             file.write(data)
-    return [Path(directory) / name for name in files]
+    return [Path(directory) / file_name for file_name in files]
+
+
+def _raw(caption):
+    """The bytes of the file from which the pictures can be drawn again."""
+    arrays = {
+        "words": np.array(caption.words, dtype=str),
+        "maps": caption.maps.astype(np.float32),
+        "photograph": caption.photograph,
+    }
+    if caption.log_prob is not None:
+        arrays["log_prob"] = float(caption.log_prob)
+    if caption.beside:
+        arrays["beside_names"] = np.array(list(caption.beside))
+        arrays["beside"] = np.array(list(caption.beside.values()), dtype=np.float32)
+    raw = io.BytesIO()
+    np.savez_compressed(raw, **arrays)
+    return raw.getvalue()
 
 
 def upsample_map(attention_map, size):
@@ -154,25 +226,54 @@ def map_peak(attention_map):
     return (int(rows[0]), int(columns[0])) if len(rows) == 1 else None
 
 
-def colored(weights, largest):
-    """Weights (...) -> colours (..., 3) in 0..1, by square root; 0 is black, `largest` bright."""
-    return COLORS(np.sqrt(weights / largest))[..., :3]
+def picture_names(paths):
+    """A name for each photograph's pictures: the file's, with a number where it is taken.
+
+    Args:
+        paths: Paths of photographs, of any folders.
+    Returns: list of str, different even where a file system does not tell case apart; cut, so that
+        a prefix and an ending fit into the 255 bytes that a file name may have.
+    """
+    taken, names = set(), []
+    for path in paths:
+        stem = os.fsencode(path.stem)[:200].decode(errors="ignore")
+        tries = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        names.append(next(name for name in tries if name.casefold() not in taken))
+        taken.add(names[-1].casefold())
+    return names
 
 
-def overlay(photograph, attention_map, largest):
-    """Lay a map over the grey photograph, opaque where it is heavy, so that the rest stays legible.
+def half_cells(attention_map):
+    """The fewest cells of an (h, w) map that hold half of its weight: (h, w) bool."""
+    weights = np.ravel(attention_map)
+    heaviest = np.argsort(-weights, kind="stable")
+    held = np.cumsum(weights[heaviest])
+    # a sum that is half but for its rounding is half
+    count = np.searchsorted(held, held[-1] * (0.5 - 1e-9)) + 1
+    within = np.zeros(weights.size, dtype=bool)
+    within[heaviest[:count]] = True
+    return within.reshape(np.shape(attention_map))
+
+
+def brightness(weights, uniform, full):
+    """Weights (...) -> 0..1: 0 up to the weight `uniform`, then linearly to 1 at `full`."""
+    return np.clip((weights - uniform) / max(full - uniform, 1e-9), 0, 1)
+
+
+def overlay(photograph, attention_map, full):
+    """The photograph as it is where a map is heavy, darker and greyer where it is not.
 
     Args:
         photograph: (H, W, 3) uint8.
-        attention_map: (h, w) float.
-        largest: the weight that gets the brightest colour; 0 gets black.
+        attention_map: (h, w) float, sums to 1.
+        full: the weight that leaves the photograph as it is; the uniform one dims it most.
     Returns: (H, W, 3) float in 0..1.
     """
-    grey = photograph @ np.array([0.299, 0.587, 0.114]) / 255  # (H, W), ITU-R 601 luma
-    weights = upsample_map(attention_map, grey.shape)  # (H, W)
-    opacity = np.interp(np.sqrt(weights / largest), (0, 1), OPACITY)[..., None]
-    background = 0.8 * grey[..., None]  # snow must not outshine a peak
-    return (1 - opacity) * background + opacity * colored(weights, largest)
+    weights = upsample_map(attention_map, photograph.shape[:2])  # (H, W)
+    light = brightness(weights, 1 / np.size(attention_map), full)[..., None]
+    bright = photograph / 255
+    dim = DIM * (GREYED * (bright @ LUMA)[..., None] + (1 - GREYED) * bright)
+    return dim + light * (bright - dim)
 
 
 def _checked_maps(words, maps):
@@ -195,6 +296,18 @@ def _checked_maps(words, maps):
     return maps
 
 
+def _checked_beside(words, beside):
+    """The shares by name as (T,) float64, or ValueError."""
+    beside = {name: np.asarray(shares, dtype=np.float64) for name, shares in beside.items()}
+    for name, shares in beside.items():
+        if shares.shape != (len(words),) or not ((shares >= 0) & (shares <= 1.01)).all():
+            raise ValueError(
+                f"attention beside the cells: expected a share from 0 to 1 of {name!r} for each of "
+                f"{len(words)} words, got {shares.tolist()}"
+            )
+    return beside
+
+
 def _reduced(photograph):
     """The photograph as (H, W, 3) uint8 with a long side of at most LONG_SIDE pixels."""
     if not isinstance(photograph, Image.Image):
@@ -208,22 +321,28 @@ def _reduced(photograph):
     return np.asarray(photograph)
 
 
-def _draw(photograph, words, maps, log_prob, *, advanced):
-    """The picture as the bytes of a PNG file."""
+def _draw(caption, form, *, advanced):
+    """The picture as the bytes of a file."""
     style = {
-        "font.family": _fonts_for("".join(words)),
+        # the last for readers of an svg who lack the others
+        "font.family": [*_fonts_for("".join(caption.words)), "sans-serif"],
         "font.size": 9,
         "text.color": INK,
         "text.parse_math": False,  # a word may hold a dollar sign
         "text.usetex": False,
         "axes.linewidth": 0.6,
+        "pdf.fonttype": 42,  # TrueType, which editors and publishers take
+        "svg.fonttype": "none",
+        "svg.hashsalt": "attention",  # ids are random without it
     }
-    words = [" ".join(word.split()) for word in words]
-    png = io.BytesIO()
+    undated = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[form]
+    caption = caption._replace(words=[" ".join(word.split()) for word in caption.words])
+    file = io.BytesIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        _figure(photograph, words, maps, log_prob, advanced).savefig(png, dpi=DPI)
-    return png.getvalue()
+        dpi = DPI if form == "png" else PRINT_DPI
+        _figure(caption, advanced).savefig(file, format=form, dpi=dpi, metadata=undated)
+    return file.getvalue()
 
 
 class Layout(NamedTuple):
@@ -237,60 +356,65 @@ class Layout(NamedTuple):
     total: float  # width of the figure
 
     def corner(self, place, top):
-        """Left and upper edge of the panel at `place`, counted in rows that begin at `top`."""
-        slot_left = MARGIN + place % self.columns * (self.slot + GAP)
-        left = slot_left + (self.slot - self.width) / 2
+        """Left and upper edge of the slot at `place`, below its title, in rows that begin at `top`."""
+        left = MARGIN + place % self.columns * (self.slot + GAP)
         return left, top + place // self.columns * self.row + TITLE
 
 
-def _figure(photograph, words, maps, log_prob, advanced):
+def _figure(caption, advanced):
     """The figure: rows of panels under the caption; if advanced, the raw cells below each row."""
+    words = caption.words
     advanced = advanced and len(words) > 0  # an empty caption has nothing to add to the photograph
-    layout = _layout(photograph, len(words) + 1, advanced)
+    layout = _layout(caption, advanced)
     total = layout.total
-    caption = _wrapped(" ".join(words) or "(empty caption)", total - 2 * MARGIN)
-    top = MARGIN + 0.2 * (caption.count("\n") + 1) + (0.15 if log_prob is not None else 0)
-    bottom = top + math.ceil((len(words) + 1) / layout.columns) * layout.row
+    text = _wrapped(" ".join(words) or "(empty caption)", total - 2 * MARGIN)
+    top = MARGIN + 0.2 * (text.count("\n") + 1) + (0.15 if caption.log_prob is not None else 0)
+    legend = top + math.ceil((len(words) + 1) / layout.columns) * layout.row
+    bottom = legend + (_legend_height(total) if words else 0)
     strip = _strip_height(words, total) if advanced else 0
     figure = Figure((total, bottom + strip + MARGIN))
-    _heading(figure, caption, log_prob)
-    _panels(figure, layout, top, photograph, words, maps, advanced)
+    _heading(figure, text, caption.log_prob)
+    _panels(figure, layout, top, caption, advanced)
+    if words:
+        _legend(figure, legend, caption)
     if advanced:
         axes = _axes(figure, MARGIN + 0.4, bottom + 0.15, total - 2 * MARGIN - 0.4, STRIP)
-        _entropy_strip(axes, words, maps)
+        _entropy_strip(axes, words, caption.maps)
     return figure
 
 
-def _layout(photograph, panels, advanced):
-    """The Layout of `panels` panels; if advanced, each row has a second one below it."""
-    aspect = photograph.shape[1] / photograph.shape[0]
+def _layout(caption, advanced):
+    """The Layout of a panel per word and the photograph; if advanced, each has a second below."""
+    aspect = caption.photograph.shape[1] / caption.photograph.shape[0]
     # the same area for every photograph
     width, height = PANEL * math.sqrt(aspect), PANEL / math.sqrt(aspect)
     shrink = min(1, 2 * PANEL / max(width, height))
     width, height = width * shrink, height * shrink
     slot = max(width, NARROWEST)  # a word needs room over a tall panel
     row = TITLE + height + (height + GAP if advanced else 0) + GAP
-    columns = _columns(panels, slot + GAP, row)
+    row += BESIDE if caption.beside else 0
+    columns = _columns(len(caption.words) + 1, slot + GAP, row)
     return Layout(width, height, slot, row, columns, 2 * MARGIN + columns * (slot + GAP) - GAP)
 
 
-def _panels(figure, layout, top, photograph, words, maps, advanced):
+def _panels(figure, layout, top, caption, advanced):
     """The photograph and a panel for each word; if advanced, with a second panel below each."""
-    largest = maps.max(initial=0)
-    for place in range(len(words) + 1):
-        left, above = layout.corner(place, top)
+    for place in range(len(caption.words) + 1):
+        slot, above = layout.corner(place, top)
+        left = slot + (layout.slot - layout.width) / 2
+        below = above + layout.height + GAP
         upper = _axes(figure, left, above, layout.width, layout.height)
-        lower = None
-        if advanced:
-            below = above + layout.height + GAP
-            lower = _axes(figure, left, below, layout.width, layout.height)
-        if place > 0:
-            word = _shortened(words[place - 1], layout.slot)
-            _word_panels(upper, lower, photograph, word, maps[place - 1], largest)
-        else:
-            _show(upper, photograph)
+        lower = _axes(figure, left, below, layout.width, layout.height) if advanced else None
+        if place == 0:
+            _show(upper, caption.photograph)
             if advanced:
-                _color_bar(lower, largest)
+                _color_bar(lower, caption)
+            continue
+        _word_panels(upper, lower, caption, place - 1, layout.slot)
+        if caption.beside:
+            under = above + layout.row - TITLE - GAP - BESIDE + 0.04
+            shares = {name: values[place - 1] for name, values in caption.beside.items()}
+            _beside_bar(_axes(figure, slot, under, layout.slot, 0.06), shares)
 
 
 def _columns(panels, width, height):
@@ -328,31 +452,106 @@ def _heading(figure, caption, log_prob):
         figure.text(y=y, s=f"log_prob {log_prob:.2f} nats", fontsize=8, color=FAINT, **place)
 
 
-def _word_panels(upper, lower, photograph, title, attention_map, largest):
-    """The overlay with its word above; on `lower`, if any, the raw cells; rings on both peaks."""
-    upper.set_title(title, pad=3, fontsize=9)
-    _show(upper, overlay(photograph, attention_map, largest))
+def _word_panels(upper, lower, caption, number, width):
+    """The overlay of word `number` with the word above; on `lower`, if any, its raw cells."""
+    attention_map, full = caption.maps[number], caption.full[number]
+    per_word = caption.scale == "word"
+    word = _shortened(caption.words[number], width - (0.7 if per_word else 0))
+    upper.set_title(word, pad=3, fontsize=9)
+    if per_word:  # the word's own scale
+        corner = {"transform": upper.transAxes, "ha": "right", "va": "bottom"}
+        upper.text(1, 1.02, f"{full:.2g}", fontsize=6.5, color=FAINT, **corner)
+    _show(upper, overlay(caption.photograph, attention_map, full))
+    within = half_cells(attention_map)
+    outlined = within.mean() <= OUTLINED
+    if outlined:
+        _outline(upper, within)
     if lower is None:
         return
-    _show(lower, colored(attention_map, largest), "nearest")
+    _show(lower, COLORS(attention_map / full)[..., :3], "nearest")
     peak = map_peak(attention_map)
     if peak is not None:
         x, y = (peak[1] + 0.5) / attention_map.shape[1], (peak[0] + 0.5) / attention_map.shape[0]
-        for axes in (upper, lower):
+        for axes in (upper, lower) if outlined else (lower,):  # a flat map's is noise
             for color, thickness in (("black", 2.4), ("white", 1.0)):  # seen on dark and bright
                 axes.plot(x, y, "o", ms=7, mfc="none", mec=color, mew=thickness)
 
 
-def _color_bar(axes, largest):
-    """The legend of the colours, across the middle of the free place below the photograph."""
+def _outline(axes, within):
+    """A line along the edges of the cells of `within`, (h, w) bool, its corners rounded."""
+    h, w = within.shape
+    fine = 16  # points per cell
+    # 0 around the grid, so that the line closes at its border; 0.5 lies on the cells' edges
+    inside = upsample_map(np.pad(within, 1), (fine * (h + 2), fine * (w + 2)))
+    y, x = (((np.arange(fine * (n + 2)) + 0.5) / fine - 1) / n for n in (h, w))
+    axes.autoscale(False)
+    for color, thickness in (("black", 2.4), ("white", 1.2)):  # seen on dark and bright
+        axes.contour(x, y, inside, levels=[0.5], colors=color, linewidths=thickness)
+
+
+def _beside_bar(axes, shares):
+    """A bar as wide as the whole of a word's attention: the shares beside the cells, labelled."""
+    axes.set_axis_off()
+    axes.set_xlim(0, 1)
+    axes.barh(0, 1, color=PALE)
+    start = 0
+    for number, (name, share) in enumerate(shares.items()):
+        color = BESIDE_COLORS[number % len(BESIDE_COLORS)]
+        axes.barh(0, share, left=start, color=color)
+        start += share
+        place = number / max(len(shares) - 1, 1)
+        label = {"ha": ("left", "center", "right")[round(2 * place)], "va": "top"}
+        text = f"{name} {share:.0%}"
+        axes.text(place, -0.6, text, fontsize=6, color=color, **label)
+
+
+def _legend_height(total):
+    """Inches for the legend of a figure `total` inches wide: its text beside the bar, or below."""
+    return LEGEND if total >= 2 * LEGEND_BAR + 1 else LEGEND + 0.4
+
+
+def _legend(figure, top, caption):
+    """What brightness, outlines and bars mean, at the left below the panels."""
+    total, height = figure.get_size_inches()
+    width = min(LEGEND_BAR, total - 2 * MARGIN)
+    bar = _axes(figure, MARGIN, top + 0.2, width, 0.1)
+    ramp = DIM + (1 - DIM) * np.linspace(0, 1, 256)
+    bar.imshow(ramp[None], extent=(0, 1, 0, 1), aspect="auto", cmap="gray", vmin=0, vmax=1)
+    full = "the word's largest" if caption.scale == "word" else f"{caption.full[0]:.2g}"
+    bar.set_xticks([0, 1], [f"uniform {caption.uniform:.2g}", full])
+    for label, side in zip(bar.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_ha(side)
+    bar.set_yticks([])
+    bar.tick_params(length=2, pad=2, labelsize=7, width=0.6)
+    title = "cell's share of the word's attention"
+    lines = [
+        "outline: the fewest cells that hold half of it,",
+        "where they are at most a quarter of the cells",
+    ]
+    if caption.beside:
+        title = "cell's share of what the cells got"
+        lines.append("bar: all of a word's attention; grey: what cells got")
+    bar.set_title(title, fontsize=7, pad=3, loc="left")
+    beside = _legend_height(total) == LEGEND
+    x, y = (MARGIN + width + 0.25, top + 0.08) if beside else (MARGIN, top + LEGEND)
+    place = {"x": x / total, "y": 1 - y / height, "va": "top", "linespacing": 1.25}
+    figure.text(s="\n".join(lines), fontsize=7, **place)
+
+
+def _color_bar(axes, caption):
+    """The legend of the raw cells' colours, across the free place below the photograph."""
     axes.set_axis_off()
     bar = axes.inset_axes((0.1, 0.5, 0.8, 0.08))
     bar.imshow(COLORS(np.linspace(0, 1, 256))[None], extent=(0, 1, 0, 1), aspect="auto")
-    # by the square root, half way is a quarter
-    bar.set_xticks([0, 0.5, 1], ["0", f"{largest / 4:.2g}", f"{largest:.2g}"])
+    full = caption.full[0]
+    if caption.scale == "word":
+        bar.set_xticks([0, 1], ["0", "largest"])
+    else:
+        bar.set_xticks([0, 1], ["0", f"{full:.2g}"])
+        bar.axvline(caption.uniform / full, color="white", linewidth=1)
     bar.set_yticks([])
     bar.tick_params(length=2, pad=2, labelsize=7, width=0.6)
-    bar.set_title("attention weight\nper cell", fontsize=8, pad=3)
+    bar.set_title("raw cells", fontsize=8, pad=3)
 
 
 def _entropy_strip(axes, words, maps):

@@ -68,73 +68,235 @@ def test_peak_is_row_and_column_and_a_tie_has_none():
 
 
 @pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([[0.4, 0.3], [0.2, 0.1]], [[1, 1], [0, 0]]),  # 0.4 is too little
+        ([[0.5, 0.3], [0.2, 0]], [[1, 0], [0, 0]]),
+        ([[0.1, 0.1, 0.3], [0.3, 0.1, 0.1]], [[0, 0, 1], [1, 0, 0]]),
+        ([[1.0]], [[1]]),
+    ],
+)
+def test_half_of_the_weight_is_in_the_fewest_cells(weights, expected):
+    assert viz.half_cells(np.array(weights)).tolist() == np.array(expected, dtype=bool).tolist()
+
+
+def test_half_of_ten_equal_cells_is_five_in_spite_of_rounding():
+    assert viz.half_cells(np.full((2, 5), 0.1)).sum() == 5
+
+
+def test_brightness_grows_linearly_from_the_uniform_weight():
+    weights = np.array([0, 0.02, 0.04, 0.05, 0.08, 0.2])
+    expected = [0, 0, 1 / 3, 0.5, 1, 1]
+    assert viz.brightness(weights, 0.02, 0.08) == pytest.approx(expected)
+
+
+def test_full_brightness_is_the_largest_weight_and_at_least_four_times_uniform():
+    maps = np.stack([one_hot(0, 0, 4, 5), np.full((4, 5), 0.05)])
+    maps[0] = 0.4 * maps[0] + 0.6 / 20
+
+    def full(scale, maps=maps):
+        return viz.Caption(None, [], maps, {}, None, scale).full.tolist()
+
+    assert full("caption") == pytest.approx([0.43, 0.43])
+    assert full("word") == pytest.approx([0.43, 0.2])
+    assert full("caption", maps[1:]) == pytest.approx([0.2])
+    assert full("caption", np.ones((1, 1, 1))) == [1]  # no weight is above 1
+
+
+def test_a_map_near_uniform_gives_an_evenly_dimmed_photograph():
+    """Noise of 10 % must not be seen: no more than 3 % of the light comes and goes."""
+    grey = np.full((70, 70, 3), 100, dtype=np.uint8)
+    noisy = 1 + np.random.default_rng(4).uniform(-0.1, 0.1, (7, 7))
+    picture = overlay(grey, noisy / noisy.sum(), full=viz.FULL / 49)
+    assert picture.max() - picture.min() < 0.03
+    assert picture.mean() == pytest.approx(viz.DIM * 100 / 255, abs=0.01)
+    assert (overlay(grey, np.ones((1, 1)), full=1) == overlay(grey, np.ones((1, 1)), full=9)).all()
+
+
+def test_overlay_keeps_the_colours_where_the_word_looks_and_greys_the_rest():
+    red = np.full((70, 70, 3), (200, 40, 40), dtype=np.uint8)
+    picture = overlay(red, one_hot(3, 3), full=1)
+    assert picture[35, 35] == pytest.approx(np.array([200, 40, 40]) / 255, abs=0.02)
+    far = picture[0, 0]
+    grey = 0.299 * 200 + 0.701 * 40
+    mixed = viz.GREYED * grey + (1 - viz.GREYED) * np.array([200, 40, 40])
+    assert far == pytest.approx(viz.DIM * mixed / 255)
+
+
+@pytest.mark.parametrize(
     ("cell", "corner"), [((0, 0), (0, 0)), ((0, 6), (0, -1)), ((6, 0), (-1, 0)), ((6, 6), (-1, -1))]
 )
 def test_overlay_is_brightest_in_the_corner_attended_to(cell, corner):
     white = np.full((70, 140, 3), 255, dtype=np.uint8)  # the hardest background
-    picture = overlay(white, one_hot(*cell), largest=1)
+    picture = overlay(white, one_hot(*cell), full=1)
     light = picture.sum(axis=2)
     assert light[corner] == light.max() > 1.2 * light[35, 70]
     assert picture.min() >= 0 and picture.max() <= 1
 
 
 def test_one_colour_scale_serves_all_words(tmp_path):
-    """The overlay of a diffuse map is the darker the sharper the caption's sharpest map is."""
-    grey = np.full((30, 30, 3), 100, dtype=np.uint8)
-    diffuse = np.full((2, 2), 0.25)
-    light = [overlay(grey, diffuse, largest).mean() for largest in (0.25, 0.5, 1)]
-    assert light[0] > light[1] > light[2]
+    """A word's panel is the darker the sharper the caption's sharpest map is; not on its own scale."""
+    diffuse = 0.9 / 49 + 0.1 * one_hot(3, 3)
+
+    def light(sharpest, scale):
+        maps = np.stack([diffuse, (1 - sharpest) / 49 + sharpest * one_hot(1, 1)])
+        image = Image.new("RGB", (60, 60), (120, 120, 120))
+        caption = viz.Caption(np.asarray(image), ["x", "y"], maps, {}, None, scale)
+        return viz._figure(caption, advanced=False).axes[1].images[0].get_array().mean()
+
+    assert light(0.1, "caption") > light(0.3, "caption") > light(0.9, "caption")
+    assert light(0.1, "word") == light(0.9, "word") == light(0.1, "caption")
 
 
 def test_different_words_give_different_panels_and_equal_maps_equal_ones(tmp_path):
-    """Panels 2 x 2: photograph, first / second, third. A peak is the only yellow in the picture."""
+    """Panels 2 x 2: photograph, first / second, third. The photograph's colour is where a word looks."""
     image = Image.new("RGB", (100, 100), (90, 120, 150))
     maps = np.array([one_hot(*cell) for cell in ((1, 1), (5, 5), (1, 1))])
     figure = pixels(save_attention_viz(tmp_path, 1, image, ["x", "x", "x"], maps)[0])
-    bright = (figure.sum(axis=2) > 420) & (figure[..., 0] > figure[..., 2] + 60)  # yellow: a peak
-    rows, columns = np.nonzero(bright)
     side = viz.PANEL * viz.DPI
-    step = (viz.PANEL + viz.GAP) * viz.DPI
-    across = figure.shape[1] / 2
-    peaks = {
-        "first": (rows < figure.shape[0] / 2) & (columns > across),
-        "second": (rows > figure.shape[0] / 2) & (columns < across),
-        "third": (rows > figure.shape[0] / 2) & (columns > across),
-    }
-    centre = {name: (rows[where].mean(), columns[where].mean()) for name, where in peaks.items()}
-    four_cells = pytest.approx(4 / 7 * side, abs=3)
-    # The same map in the same column; the second map's peak four cells further right and down.
-    assert centre["first"][1] == pytest.approx(centre["third"][1], abs=2)
-    assert centre["second"][1] + step - centre["third"][1] == four_cells
-    assert centre["second"][0] - centre["third"][0] == four_cells
-    panel = bright[: int(figure.shape[0] / 2), : int(across)]
-    assert not panel.any()  # the photograph has no overlay
+
+    def bright(row, column):
+        """Rows and columns of a panel's bright pixels."""
+        top = viz.MARGIN + 0.2 + viz.TITLE + row * (viz.PANEL + viz.TITLE + viz.GAP)
+        left = viz.MARGIN + column * (viz.PANEL + viz.GAP)
+        top, left = round(top * viz.DPI), round(left * viz.DPI)
+        panel = figure[top : top + int(side), left : left + int(side)]
+        return np.nonzero((abs(panel - (90, 120, 150)) < 12).all(axis=2))
+
+    centres = [np.mean(bright(*place), axis=1) for place in ((0, 1), (1, 0), (1, 1))]
+    for centre, cell in zip(centres, (1.5, 5.5, 1.5), strict=True):
+        assert centre == pytest.approx(cell / 7 * side, abs=3)
+    assert len(bright(0, 0)[0]) > 0.98 * side**2  # the photograph is bright all over
+    assert len(bright(0, 1)[0]) < 0.02 * side**2
+
+
+def caption_of(words, maps, **changes):
+    """A Caption of the tests' photograph."""
+    caption = viz.Caption(np.asarray(photograph()), words, np.array(maps), {}, None, "caption")
+    return caption._replace(**changes)
 
 
 def test_what_the_advanced_picture_shows_of_each_word():
-    """Two words over 2 x 3 cells; the axes before matplotlib draws them."""
-    maps = np.array([[[0, 0, 0.8], [0.2, 0, 0]], [[0.5, 0.25, 0], [0, 0, 0.25]]])
-    words = ["a", "dog"]
-    figure = viz._figure(np.asarray(photograph()), words, maps, -2.5, advanced=True)
-    assert [text.get_text() for text in figure.texts] == ["a dog", "log_prob -2.50 nats"]
-    whole, legend, *panels, strip = figure.axes
+    """Three words over 2 x 3 cells; the axes before matplotlib draws them."""
+    maps = np.array(
+        [
+            [[0, 0, 0.8], [0.2, 0, 0]],
+            [[0.5, 0.25, 0], [0, 0, 0.25]],
+            [[0.25, 0.15, 0.15], [0.15, 0.15, 0.15]],
+        ]
+    )
+    caption = caption_of(["dog", "runs", "a"], maps, log_prob=-2.5)
+    figure = viz._figure(caption, advanced=True)
+    assert [text.get_text() for text in figure.texts][:2] == ["dog runs a", "log_prob -2.50 nats"]
+    whole, colors, *panels, legend, strip = figure.axes
     assert (whole.images[0].get_array() == np.asarray(photograph())).all()
-    labels = legend.child_axes[0].get_xticklabels()
-    assert [label.get_text() for label in labels] == ["0", "0.2", "0.8"]  # a quarter is half way
-    assert [panel.get_title() for panel in panels] == ["a", "", "dog", ""]
-    for number, peak in enumerate([(2.5 / 3, 0.5 / 2), (0.5 / 3, 0.5 / 2)]):
+    labels = colors.child_axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["0", "0.8"]
+    assert colors.child_axes[0].lines[0].get_xdata()[0] == pytest.approx(1 / 6 / 0.8)
+    assert [label.get_text() for label in legend.get_xticklabels()] == ["uniform 0.17", "0.8"]
+    assert [panel.get_title() for panel in panels] == ["dog", "", "runs", "", "a", ""]
+    for number, peak in enumerate([(2.5 / 3, 0.5 / 2), *[(0.5 / 3, 0.5 / 2)] * 2]):
         overlaid, raw = panels[2 * number : 2 * number + 2]
-        cells = viz.COLORS(np.sqrt(maps[number] / 0.8))[..., :3]
+        cells = viz.COLORS(maps[number] / 0.8)[..., :3]
         np.testing.assert_allclose(raw.images[0].get_array(), cells)
         mixed = overlay(np.asarray(photograph()), maps[number], 0.8)
         np.testing.assert_allclose(overlaid.images[0].get_array(), mixed)
-        for axes in (overlaid, raw):  # a ring of two colours
-            assert [line.get_xydata() for line in axes.lines] == [
-                pytest.approx(np.array([peak]))
-            ] * 2
+        rings = [pytest.approx(np.array([peak]))] * 2  # of two colours
+        assert [line.get_xydata() for line in raw.lines] == rings
+        # the last map's half is spread over half of the cells
+        assert [line.get_xydata() for line in overlaid.lines] == (rings if number < 2 else [])
     bars = [bar.get_height() for bar in strip.patches]
-    assert bars == pytest.approx([0.8 * np.log2(1 / 0.8) + 0.2 * np.log2(5), 1.5])
+    flat = 0.25 * np.log2(4) + 0.75 * np.log2(1 / 0.15)
+    assert bars == pytest.approx([0.8 * np.log2(1 / 0.8) + 0.2 * np.log2(5), 1.5, flat])
     assert strip.lines[0].get_ydata()[0] == pytest.approx(np.log2(6))
+
+
+def test_the_word_s_own_scale_is_told_beside_it():
+    maps = np.stack([0.9 / 49 + 0.1 * one_hot(3, 3), one_hot(1, 1)])
+    figure = viz._figure(caption_of(["a", "dog"], maps, scale="word"), advanced=False)
+    _, *panels, legend = figure.axes
+    assert [panel.texts[0].get_text() for panel in panels] == ["0.12", "1"]
+    labels = [label.get_text() for label in legend.get_xticklabels()]
+    assert labels == ["uniform 0.02", "the word's largest"]
+
+
+def test_an_outline_goes_around_few_cells_that_hold_half_and_a_flat_map_has_none():
+    """Cells (0, 1) and (1, 1) of 4 x 4: upper half of the second column, in two colours."""
+    sharp = np.zeros((4, 4))
+    sharp[:2, 1] = 0.3, 0.25
+    sharp[3] = 0.45 / 4
+    flat = np.full((4, 4), 1 / 16)
+    figure = viz._figure(caption_of(["dog", "the"], [sharp, flat]), advanced=False)
+    _, dog, the, _ = figure.axes
+    assert len(dog.collections) == 2 and len(the.collections) == 0
+    (line,) = dog.collections[0].get_paths()
+    corners = line.vertices.min(axis=0), line.vertices.max(axis=0)
+    assert np.array(corners) == pytest.approx(np.array([[0.25, 0], [0.5, 0.5]]), abs=1e-3)
+    length = np.hypot(*np.diff(line.vertices, axis=0).T).sum()
+    assert 1.2 < length < 1.5  # 2 x (1/4 + 1/2), but for rounded corners
+
+
+def test_what_no_cell_got_is_a_labelled_bar_under_each_word(tmp_path):
+    maps = np.stack([one_hot(1, 1), one_hot(2, 2)])
+    beside = {"picture": np.array([0.25, 0.1]), "language": np.array([0.5, 0])}
+    figure = viz._figure(caption_of(["a", "dog"], maps, beside=beside), advanced=False)
+    bars = figure.axes[2], figure.axes[4]
+    for bar, shares in zip(bars, ((0.25, 0.5), (0.1, 0)), strict=True):
+        whole, picture, language = bar.patches
+        assert whole.get_width() == 1 and picture.get_width() == shares[0]
+        assert (language.get_x(), language.get_width()) == shares
+    assert [text.get_text() for text in bars[0].texts] == ["picture 25%", "language 50%"]
+    path = save_attention_viz(tmp_path, 1, photograph(), ["a", "dog"], maps, beside=beside)[1]
+    with np.load(path) as raw:
+        assert raw["beside_names"].tolist() == ["picture", "language"]
+        assert raw["beside"].tolist() == [pytest.approx([0.25, 0.1]), [0.5, 0]]
+    path = save_attention_viz(tmp_path, 2, photograph(), ["a", "dog"], maps)[1]
+    with np.load(path) as raw:
+        assert "beside" not in raw
+
+
+@pytest.mark.parametrize("shares", [[0.5], [0.5, -0.1], [0.5, 1.2], [0.5, np.nan]])
+def test_shares_beside_the_cells_that_are_none_are_refused(tmp_path, shares):
+    maps = np.stack([one_hot(1, 1), one_hot(2, 2)])
+    with pytest.raises(ValueError, match="a share from 0 to 1 of 'language' for each of 2 words"):
+        save_attention_viz(
+            tmp_path, 1, photograph(), ["a", "dog"], maps, beside={"language": shares}
+        )
+
+
+@pytest.mark.parametrize("form", viz.FORMATS)
+def test_every_format_is_the_same_file_twice_and_has_its_text_as_text(tmp_path, form):
+    def draw(folder):
+        flags = {"advanced": True, "form": form, "beside": {"language": [0.25]}}
+        return save_attention_viz(
+            tmp_path / folder, 1, photograph(), ["zebra"], [one_hot(1, 1)], **flags
+        )
+
+    one, two = draw("one"), draw("two")
+    assert [path.name for path in one] == [
+        f"attention_viz_sample_1.{form}",
+        "attention_maps_sample_1.npz",
+        f"advanced_attention_viz_sample_1.{form}",
+    ]
+    for path in (0, 2):
+        data = one[path].read_bytes()
+        assert data == two[path].read_bytes()
+        start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[form]
+        assert data.startswith(start)
+        assert form != "svg" or (b">zebra</text>" in data and b"sans-serif" in data)
+        assert form != "pdf" or (b"/Type /Font /Subtype /Type0" in data and b"/Type3" not in data)
+
+
+@pytest.mark.parametrize("wrong", [{"scale": "image"}, {"form": "gif"}])
+def test_a_scale_or_form_that_there_is_not_is_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match="scale and form: expected one of"):
+        save_attention_viz(tmp_path, 1, photograph(), ["a"], [one_hot(0, 0)], **wrong)
+
+
+def test_pictures_carry_the_photographs_names_each_its_own():
+    paths = map(Path, ["a/dog.jpg", "b/Dog.png", "cat.tar.gz", "dog_2.jpg", "x/dog.jpg", "ä" * 150])
+    names = viz.picture_names(paths)
+    assert names == ["dog", "Dog_2", "cat.tar", "dog_2_2", "dog_3", "ä" * 100]
 
 
 def test_files_and_their_round_trip(tmp_path):
@@ -216,6 +378,12 @@ def test_a_font_that_has_the_missing_character_is_found_and_a_removed_one_passed
     monkeypatch.setattr(viz.fontManager, "ttflist", [gone, *stix])
     assert viz._fonts_for("dog") == ["DejaVu Sans"]
     assert viz._fonts_for("dog \u20d2") == ["DejaVu Sans", "STIXGeneral"]
+
+
+def test_a_character_that_another_font_has_is_drawn_with_that_font(tmp_path):
+    words, maps = ["dog \u20d2"], [one_hot(1, 1)]
+    path = save_attention_viz(tmp_path, 1, photograph(), words, maps, form="pdf")[0]
+    assert b"STIXGeneral" in path.read_bytes() and b"DejaVuSans" in path.read_bytes()
 
 
 def test_a_font_installed_since_matplotlib_listed_its_fonts_is_found(monkeypatch, tmp_path):
