@@ -350,6 +350,11 @@ PICTURES = {
     "attention_viz_samples": Option(SIZE, 3, "how many images to draw", modes=(TRAIN, TEST), needs=DRAWN),
     "advanced_attention_viz": Option(bool, False,
         "also raw maps, entropy and peaks", needs=ATTENTION, stored=(TRAIN,)),
+    "viz_scale": Option(("caption", "word"), "caption",
+        "whose largest weight gets full brightness: the caption's, so that its words can be compared, or each "
+        "word's own", needs=DRAWN),
+    "viz_format": Option(("png", "pdf", "svg"), "png",
+        "of the pictures; in pdf and svg text stays text", needs=DRAWN),
 }  # fmt: skip
 
 

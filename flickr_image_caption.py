@@ -695,9 +695,14 @@ class Captioner:
         return [self.vocabulary.words[token] for token in hypothesis.tokens]
 
     def attention_grid(self, hypothesis):
-        """Its attention to the cells as an array (T, h, w)."""
+        """Where its words looked, as an array (T, h, w): shares of each word's attention."""
         cells = hypothesis.attention[:, : math.prod(self.encoder.grid)]
         return cells.unflatten(1, self.encoder.grid).numpy()
+
+    def attention_beside(self, hypothesis):
+        """The shares of each word's attention that no cell got: arrays (T,) by name."""
+        columns = hypothesis.attention[:, math.prod(self.encoder.grid) :].T.numpy()
+        return dict(zip(self.decoder.beside_cells, columns, strict=True))
 
 
 def load_captioner(path, device="auto", precision="auto"):
@@ -1566,6 +1571,7 @@ def finish_run(run):
         chunks = features.stream([images])
         hypotheses = run.captioner.caption_features(chunks, options.decoding, options.run.seed)
         draw_attention(run.folder, run.captioner, features.paths, hypotheses, options)
+        print(pictures_note(run.folder, options))
     print(
         f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"
         f"test it: {next_command(run, '--mode', 'test', '--model_path', best)}"
@@ -1575,21 +1581,31 @@ def finish_run(run):
 # ------------------------------------------------------------------------ test and caption new images
 
 
-def draw_attention(folder, captioner, paths, hypotheses, options, first=1):
-    """A picture for each image's best hypothesis, numbered from `first`: its attention per word."""
+def draw_attention(folder, captioner, paths, hypotheses, options, names=None):
+    """A picture for each image's best hypothesis: its attention per word. Numbered without names."""
     import attention_visualization  # matplotlib takes a second, and few runs draw
 
     pictures = image_loading.open_images(paths)
-    for number, (picture, (best, *_)) in enumerate(zip(pictures, hypotheses), start=first):  # noqa: B905
+    for name, picture, (best, *_) in zip(names or itertools.count(1), pictures, hypotheses):  # noqa: B905
         attention_visualization.save_attention_viz(
             folder,
-            number,
+            name,
             picture,
             captioner.words(best),
             captioner.attention_grid(best),
             advanced=options.pictures.advanced_attention_viz,
             log_prob=best.log_prob,
+            beside=captioner.attention_beside(best),
+            scale=options.pictures.viz_scale,
+            form=options.pictures.viz_format,
         )
+
+
+def pictures_note(folder, options):
+    """Where the attention pictures are, for the console."""
+    return printable(
+        f"attention pictures: {folder / f'*attention_viz_*.{options.pictures.viz_format}'}"
+    )
 
 
 def output_folder(options):
@@ -1625,6 +1641,7 @@ def test(options, hardware, checkpoint):
     if options.pictures.save_attention_viz:
         paths = features.paths[: options.pictures.attention_viz_samples]
         draw_attention(folder, captioner, paths, hypotheses, options)
+        print(pictures_note(folder, options))
     scores |= {
         "dataset_type": options.data.dataset_type,
         "split": split,
@@ -1692,7 +1709,11 @@ def measure_attention(captioner, features, best, seed):
 def caption(options, hardware, checkpoint):
     """Print captions of pictures, past files that are none. Returns the status, 1 if there were."""
     paths = [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
-    folder = output_folder(options) if options.pictures.save_attention_viz else None
+    folder, names = None, ()
+    if options.pictures.save_attention_viz:
+        from attention_visualization import picture_names
+
+        folder, names = output_folder(options), picture_names(paths)
     captioner = open_captioner(options, hardware, checkpoint)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
@@ -1713,8 +1734,11 @@ def caption(options, hardware, checkpoint):
             print_captions(captioner, path, image, options.output.json)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            draw_attention(folder, captioner, readable, hypotheses, options, first=drawn + 1)
-            drawn += len(readable)
+            chosen = [names[position] for position in positions]
+            draw_attention(folder, captioner, readable, hypotheses, options, chosen)
+            drawn += len(chosen)
+    if drawn:
+        print(pictures_note(folder, options), file=sys.stderr)  # stdout has captions alone
     return status
 
 

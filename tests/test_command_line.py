@@ -163,13 +163,13 @@ def lengths(*flags):
     return [len(text.split()) for text in texts(*flags)]
 
 
-def drawn(*flags):
-    """What test mode hands to the picture drawer: a list of `advanced`, one per picture."""
+def drawn(*flags, keyword="advanced"):
+    """What test mode hands to the picture drawer as `keyword`, one per picture."""
     seen = []
     shop = Path("data").resolve().parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_visualization, "save_attention_viz",
-                      lambda *_, advanced, **__: seen.append(advanced))  # fmt: skip
+                      lambda *_, **given: seen.append(given[keyword]))  # fmt: skip
         succeed(
             "--mode test --algorithm greedy --output_dir out --model_path",
             shop / "attention/best.pt",
@@ -339,7 +339,7 @@ def image_size_is_what_the_encoder_sees():
         f"--mode caption --images {picture} --save_attention_viz",
     ):
         succeed(mode, "--output_dir out --model_path", best)
-        with np.load("out/attention_maps_sample_1.npz") as drawn:
+        with np.load(next(Path("out").glob("attention_maps_*.npz"))) as drawn:
             assert drawn["maps"].shape[1:] == (3, 3)
         shutil.rmtree("out")
     refused(
@@ -788,16 +788,30 @@ def output_dir_holds_what_is_written():
     )
     written = {path.name for path in Path("new/folder").iterdir()}
     assert written == {"test_metrics.json", "test_captions.json"}
-    images = f"--images data/sample/Images/{listed('test')[0]}"
+    name = listed("test")[0]
     succeed("--mode caption --save_attention_viz --output_dir other --model_path",
-            shop / "attention/best.pt", images)  # fmt: skip
-    assert Path("other/attention_viz_sample_1.png").is_file()
+            shop / "attention/best.pt", f"--images data/sample/Images/{name}")  # fmt: skip
+    assert Path(f"other/attention_viz_{Path(name).stem}.png").is_file()
 
 
 def pictures_are_drawn_as_asked():
     assert drawn() == [] and drawn("--save_attention_viz") == [False] * 3
     assert drawn("--save_attention_viz --attention_viz_samples 2") == [False] * 2
     assert drawn("--advanced_attention_viz --attention_viz_samples 1") == [True]
+
+
+def viz_scale_says_whose_largest_weight_is_bright():
+    flags = "--save_attention_viz --attention_viz_samples 1"
+    assert drawn(flags, keyword="scale") == ["caption"]
+    assert drawn(f"{flags} --viz_scale word", keyword="scale") == ["word"]
+
+
+def viz_format_is_that_of_the_pictures():
+    path = Path("data").resolve().parent / "attention/best.pt"
+    out = succeed("--mode test --save_attention_viz --attention_viz_samples 1 --algorithm greedy",
+                  "--viz_format svg --output_dir out --model_path", path)  # fmt: skip
+    assert "attention pictures: out/*attention_viz_*.svg\n" in out
+    assert [file.name for file in Path("out").glob("*viz*")] == ["attention_viz_sample_1.svg"]
 
 
 FLAG_EFFECTS = {
@@ -875,6 +889,8 @@ FLAG_EFFECTS = {
     "--save_attention_viz": pictures_are_drawn_as_asked,
     "--attention_viz_samples": pictures_are_drawn_as_asked,
     "--advanced_attention_viz": pictures_are_drawn_as_asked,
+    "--viz_scale": viz_scale_says_whose_largest_weight_is_bright,
+    "--viz_format": viz_format_is_that_of_the_pictures,
 }
 
 
@@ -1099,6 +1115,8 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--advanced_attention_viz": "--advanced_attention_viz belongs to --decoder attention, not lstm",
     "--decoder attention --attention_viz_samples 2":
         "--attention_viz_samples needs --save_attention_viz",
+    "--decoder attention --viz_scale word": "--viz_scale needs --save_attention_viz",
+    "--decoder attention --viz_format pdf": "--viz_format needs --save_attention_viz",
     "--no_feature_cache --cache_dir x": "--cache_dir does nothing with --no_feature_cache",
     "--no_feature_cache --cache_dtype float32":
         "--cache_dtype does nothing with --no_feature_cache",

@@ -1423,14 +1423,23 @@ def test_more_pictures_than_are_decoded_together_are_captioned_in_their_order(sh
     assert outcome.err.count("\n") == 1 and "none.jpg: not a readable image" in outcome.err
 
 
-def test_attention_pictures_are_numbered_on_from_chunk_to_chunk(shop, monkeypatch):
+def test_attention_pictures_carry_the_photographs_names_from_chunk_to_chunk(shop, monkeypatch):
+    """Two of the same name, in two folders, get two pictures; one that is no picture none."""
     monkeypatch.setattr(fic, "DECODE_CHUNK", 2)
-    images = [f"data/sample/Images/{name}" for name in listed("test")[:3]]
+    images = [f"data/sample/Images/{name}" for name in listed("test")[:2]]
+    stems = [Path(image).stem for image in images]
     Path("none.jpg").write_text("no picture")
+    Path("other").mkdir()
+    shutil.copy(images[0], "other")
+    same = Path("other", Path(images[0]).name)
     flags = "--mode caption --num_workers 0 --save_attention_viz --output_dir out --model_path"
-    program(flags, shop / "attention/best.pt", "--images", images[0], "none.jpg", *images[1:])
-    numbered = {path.name for path in Path("out").glob("attention_viz_sample_*.png")}
-    assert numbered == {f"attention_viz_sample_{number}.png" for number in (1, 2, 3)}
+    outcome = program(
+        flags, shop / "attention/best.pt", "--images", images[0], "none.jpg", images[1], same
+    )
+    names = {path.name for path in Path("out").glob("attention_viz_*.png")}
+    assert names == {f"attention_viz_{stem}.png" for stem in (*stems, f"{stems[0]}_2")}
+    where = "attention pictures: out/*attention_viz_*.png\n"
+    assert outcome.err.endswith(where) and "attention pictures" not in outcome.out
 
 
 @pytest.mark.slow
@@ -1487,14 +1496,14 @@ def test_best_pt_alone_captions_pictures_where_there_is_nothing_else(shop, monke
 # ------------------------------------------------------------------------------------------------- attention pictures
 
 
-def check_pictures(folder, numbers, advanced=False):
-    """Pictures and raw maps of these numbers, and of no other; each map (h, w) sums to 1 and they differ by word."""
-    kinds = ("attention_viz_sample", "advanced_attention_viz_sample")[: 1 + advanced]
-    expected = {f"{kind}_{number}.png" for kind in kinds for number in numbers}
-    expected |= {f"attention_maps_sample_{number}.npz" for number in numbers}
-    assert {path.name for path in Path(folder).iterdir() if "sample_" in path.name} == expected
-    for number in numbers:
-        raw = np.load(Path(folder) / f"attention_maps_sample_{number}.npz")
+def check_pictures(folder, names, advanced=False):
+    """Pictures and raw maps of these names, and of no other; each map (h, w) sums to 1 and they differ by word."""
+    kinds = ("attention_viz", "advanced_attention_viz")[: 1 + advanced]
+    expected = {f"{kind}_{name}.png" for kind in kinds for name in names}
+    expected |= {f"attention_maps_{name}.npz" for name in names}
+    assert {path.name for path in Path(folder).iterdir() if "attention_" in path.name} == expected
+    for name in names:
+        raw = np.load(Path(folder) / f"attention_maps_{name}.npz")
         assert raw["maps"].shape == (len(raw["words"]), 7, 7) and len(raw["words"]) >= 2
         assert raw["maps"].sum(axis=(1, 2)) == pytest.approx(1, abs=1e-4)
         assert (
@@ -1502,7 +1511,7 @@ def check_pictures(folder, numbers, advanced=False):
             and np.abs(raw["maps"][0] - raw["maps"][1]).max() > 0
         )
         assert not set(raw["words"]) & set(caption_batches.Vocabulary.SPECIALS)
-        with Image.open(Path(folder) / f"attention_viz_sample_{number}.png") as picture:
+        with Image.open(Path(folder) / f"attention_viz_{name}.png") as picture:
             assert picture.width > 300
 
 
@@ -1510,19 +1519,21 @@ def test_training_draws_attention_pictures_without_a_display(monkeypatch):
     """plt.show() once stopped the training loop; pyplot, which it belongs to, is not even imported."""
     pyplot = sys.modules.pop("matplotlib.pyplot", None)
     monkeypatch.delenv("DISPLAY", raising=False)
-    folder = train(ATTENTION, "--save_attention_viz --attention_viz_samples 2 --min_length 3")
+    out = succeed(TINY, ATTENTION, "--save_attention_viz --attention_viz_samples 2 --min_length 3")
+    folder = run_dir(out)
+    assert f"attention pictures: {folder}/*attention_viz_*.png\n" in out
     assert "matplotlib.pyplot" not in sys.modules
     if pyplot:
         sys.modules["matplotlib.pyplot"] = pyplot
     assert "_att_" in folder.name
-    check_pictures(folder, [1, 2])
+    check_pictures(folder, ["sample_1", "sample_2"])
 
 
 def test_test_mode_draws_the_first_images_of_the_split(shop):
     out = succeed("--mode test --min_length 3 --advanced_attention_viz --attention_viz_samples 1 --output_dir found",
                   "--model_path", shop / "attention/best.pt")  # fmt: skip
-    assert "CIDEr" in out
-    check_pictures("found", [1], advanced=True)
+    assert "CIDEr" in out and "attention pictures: found/*attention_viz_*.png\n" in out
+    check_pictures("found", ["sample_1"], advanced=True)
     words = np.load("found/attention_maps_sample_1.npz")["words"]
     assert " ".join(words) == read_json("found/test_captions.json")[0]["caption"]
 
@@ -1531,11 +1542,11 @@ def test_caption_mode_draws_every_picture(shop):
     images = [f"data/sample/Images/{name}" for name in listed("test")[:2]]
     out = succeed("--mode caption --min_length 3 --save_attention_viz --output_dir found --images", *images,
                   "--model_path", shop / "attention/best.pt")  # fmt: skip
-    check_pictures("found", [1, 2])
-    for number, line in enumerate(out.splitlines(), start=1):
-        raw = np.load(f"found/attention_maps_sample_{number}.npz")
+    check_pictures("found", [Path(image).stem for image in images])
+    for image, line in zip(images, out.splitlines(), strict=True):
+        raw = np.load(f"found/attention_maps_{Path(image).stem}.npz")
         assert " ".join(raw["words"]) == line.split("\t")[1]
-        with Image.open(images[number - 1]) as photograph:
+        with Image.open(image) as photograph:
             assert np.array_equal(raw["photograph"], np.asarray(photograph.convert("RGB")))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import flickr_image_caption as program
 from caption_batches import CaptionBatches
-from caption_decoding import generate
+from caption_decoding import Hypothesis, generate
 from caption_options import parse_args
 from download_datasets import load_encoder_weights
 from flickr_image_caption import (
@@ -960,3 +960,18 @@ def test_training_may_change_nothing_of_the_encoder_yet(small):
     encoder, features = Encoder("mobilenet_v3_small", small, "random"), torch.randn(2, 49, 576)
     assert encoder.tail(features) is features
     assert not list(encoder.tail.parameters())
+
+
+def test_columns_beside_the_cells_are_shares_and_the_map_sums_to_1_without_them():
+    """Two words over 1 x 2 cells; the second one looked at no cell at all."""
+    attention = torch.tensor([[0.3, 0.1, 0.2, 0.4], [0.0, 0.0, 0.0, 1.0]])
+    hypothesis = Hypothesis([4, 5], -1.0, -1.0, True, attention)
+    decoder = SimpleNamespace(beside_cells=("picture", "language"))
+    captioner = SimpleNamespace(encoder=SimpleNamespace(grid=[1, 2]), decoder=decoder)
+    grid = program.Captioner.attention_grid(captioner, hypothesis)
+    assert grid.tolist() == [[pytest.approx([0.75, 0.25])], [[0.5, 0.5]]]
+    beside = program.Captioner.attention_beside(captioner, hypothesis)
+    assert {name: shares.tolist() for name, shares in beside.items()} == {
+        "picture": pytest.approx([0.2, 0]),
+        "language": pytest.approx([0.4, 1]),
+    }
