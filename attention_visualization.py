@@ -323,15 +323,18 @@ def _reduced(photograph):
 
 def _draw(caption, form, *, advanced):
     """The picture as the bytes of a file."""
+    fonts = _fonts_for("".join(caption.words))
     style = {
         # the last for readers of an svg who lack the others
-        "font.family": [*_fonts_for("".join(caption.words)), "sans-serif"],
+        "font.family": [*fonts, "sans-serif"],
         "font.size": 9,
         "text.color": INK,
         "text.parse_math": False,  # a word may hold a dollar sign
         "text.usetex": False,
         "axes.linewidth": 0.6,
-        "pdf.fonttype": 42,  # TrueType, which editors and publishers take
+        # TrueType, which editors and publishers take; but matplotlib also writes as such what is
+        # none, such as Noto's fonts of Chinese, whose characters are then not drawn
+        "pdf.fonttype": 42 if fonts == ["DejaVu Sans"] else 3,
         "svg.fonttype": "none",
         "svg.hashsalt": "attention",  # ids are random without it
     }

@@ -384,6 +384,7 @@ def test_a_character_that_another_font_has_is_drawn_with_that_font(tmp_path):
     words, maps = ["dog \u20d2"], [one_hot(1, 1)]
     path = save_attention_viz(tmp_path, 1, photograph(), words, maps, form="pdf")[0]
     assert b"STIXGeneral" in path.read_bytes() and b"DejaVuSans" in path.read_bytes()
+    assert b"/Type3" in path.read_bytes()  # which has the outlines of any kind of font
 
 
 def test_a_font_installed_since_matplotlib_listed_its_fonts_is_found(monkeypatch, tmp_path):
