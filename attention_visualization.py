@@ -18,8 +18,8 @@ A word's panel is the photograph, at full brightness where the word looked and d
 elsewhere. Brightness grows linearly from the uniform weight, 1 / P for P cells, to the largest of
 the caption, so that panels can be compared, or of the word (`scale`). It is never stretched
 further than to FULL times uniform: a decoder that looks nowhere in particular gives an evenly
-dimmed photograph, and not its noise. An outline holds the fewest cells that weigh half together,
-where these are few. What a word took from no cell is a bar under its panel.
+dimmed photograph, and not its noise; nor does a word that hardly looked light up. An outline holds
+the fewest cells that weigh half together, where these are few. What a word took from no cell is a bar under its panel.
 
 Axes: T words, h x w = P grid cells, H x W pixels. The encoder sees the whole photograph, so a grid
 covers all of it. After figures 2 and 3 of Xu et al. 2015, Show, Attend and Tell, who smooth with a
@@ -90,9 +90,15 @@ class Caption(NamedTuple):
         return 1 / math.prod(self.maps.shape[1:])
 
     @property
+    def weights(self):
+        """(T, h, w) what each cell got of a word's attention: all of it but for what no cell got."""
+        of_cells = 1 - sum(self.beside.values(), np.zeros(len(self.maps)))
+        return self.maps * of_cells[:, None, None]
+
+    @property
     def full(self):
         """(T,) weights that get full brightness."""
-        largest = self.maps.max(axis=(1, 2), initial=0)
+        largest = self.weights.max(axis=(1, 2), initial=0)
         if self.scale == "caption":
             largest = np.full_like(largest, largest.max(initial=0))
         return largest.clip(min(FULL * self.uniform, 1))
@@ -265,7 +271,7 @@ def overlay(photograph, attention_map, full):
 
     Args:
         photograph: (H, W, 3) uint8.
-        attention_map: (h, w) float, sums to 1.
+        attention_map: (h, w) float, weights that sum to at most 1.
         full: the weight that leaves the photograph as it is; the uniform one dims it most.
     Returns: (H, W, 3) float in 0..1.
     """
@@ -458,20 +464,21 @@ def _heading(figure, caption, log_prob):
 def _word_panels(upper, lower, caption, number, width):
     """The overlay of word `number` with the word above; on `lower`, if any, its raw cells."""
     attention_map, full = caption.maps[number], caption.full[number]
+    weights = caption.weights[number]
     per_word = caption.scale == "word"
     word = _shortened(caption.words[number], width - (0.7 if per_word else 0))
     upper.set_title(word, pad=3, fontsize=9)
     if per_word:  # the word's own scale
         corner = {"transform": upper.transAxes, "ha": "right", "va": "bottom"}
         upper.text(1, 1.02, f"{full:.2g}", fontsize=6.5, color=FAINT, **corner)
-    _show(upper, overlay(caption.photograph, attention_map, full))
+    _show(upper, overlay(caption.photograph, weights, full))
     within = half_cells(attention_map)
     outlined = within.mean() <= OUTLINED
     if outlined:
         _outline(upper, within)
     if lower is None:
         return
-    _show(lower, COLORS(attention_map / full)[..., :3], "nearest")
+    _show(lower, COLORS(weights / full)[..., :3], "nearest")
     peak = map_peak(attention_map)
     if peak is not None:
         x, y = (peak[1] + 0.5) / attention_map.shape[1], (peak[0] + 0.5) / attention_map.shape[0]

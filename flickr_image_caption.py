@@ -695,9 +695,9 @@ class Captioner:
         return [self.vocabulary.words[token] for token in hypothesis.tokens]
 
     def attention_grid(self, hypothesis):
-        """Where its words looked, as an array (T, h, w): shares of each word's attention."""
-        cells = hypothesis.attention[:, : math.prod(self.encoder.grid)]
-        return cells.unflatten(1, self.encoder.grid).numpy()
+        """Where its words looked, as an array (T, h, w): each map sums to 1 over the cells."""
+        maps = attention_measures.cell_maps(hypothesis.attention, math.prod(self.encoder.grid))
+        return maps.unflatten(1, self.encoder.grid).numpy()
 
     def attention_beside(self, hypothesis):
         """The shares of each word's attention that no cell got: arrays (T,) by name."""

@@ -103,6 +103,17 @@ def test_full_brightness_is_the_largest_weight_and_at_least_four_times_uniform()
     assert full("caption", np.ones((1, 1, 1))) == [1]  # no weight is above 1
 
 
+def test_a_word_that_hardly_looked_does_not_light_up():
+    """Of its attention the cells got a tenth: all of that in one cell is little beside the other word's."""
+    maps = np.stack([one_hot(0, 0, 4, 5), one_hot(3, 4, 4, 5)])
+    beside = {"language": np.array([0.9, 0.2])}
+    caption = viz.Caption(None, ["of", "dog"], maps, beside, None, "caption")
+    assert caption.weights.sum(axis=(1, 2)) == pytest.approx([0.1, 0.8])
+    assert caption.full.tolist() == pytest.approx([0.8, 0.8])
+    light = viz.brightness(caption.weights, caption.uniform, caption.full[0])
+    assert light[:, [0, 3], [0, 4]].tolist() == [pytest.approx([1 / 15, 0]), pytest.approx([0, 1])]
+
+
 def test_a_map_near_uniform_gives_an_evenly_dimmed_photograph():
     """Noise of 10 % must not be seen: no more than 3 % of the light comes and goes."""
     grey = np.full((70, 70, 3), 100, dtype=np.uint8)
