@@ -16,10 +16,11 @@ and the last file is enough to draw the pictures again, in any style:
 
 A word's panel is the photograph, at full brightness where the word looked and darker and greyer
 elsewhere. Brightness grows linearly from the uniform weight, 1 / P for P cells, to the largest of
-the caption, so that panels can be compared, or of the word (`scale`). It is never stretched
-further than to FULL times uniform: a decoder that looks nowhere in particular gives an evenly
-dimmed photograph, and not its noise; nor does a word that hardly looked light up. An outline holds
-the fewest cells that weigh half together, where these are few. What a word took from no cell is a bar under its panel.
+the caption, so that panels can be compared, or of the word (`scale`), but to no less and no more
+than FULL times uniform: a decoder that looks nowhere in particular gives an evenly dimmed
+photograph, and not its noise; a word that hardly looked does not light up; and one very sharp map
+leaves the others visible. An outline holds the fewest cells that weigh half together, where these
+are heavy. What a word took from no cell is a bar under its panel.
 
 Axes: T words, h x w = P grid cells, H x W pixels. The encoder sees the whole photograph, so a grid
 covers all of it. After figures 2 and 3 of Xu et al. 2015, Show, Attend and Tell, who smooth with a
@@ -55,8 +56,8 @@ SCALES = ("caption", "word")
 COLORS = matplotlib.colormaps["inferno"]
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601
 DIM, GREYED = 0.4, 0.85  # brightness, and share of grey, where a word did not look
-FULL = 4  # times uniform: least weight that gets full brightness
-OUTLINED = 0.25  # most of the grid that an outline takes; half the weight is then twice uniform
+FULL = 4, 8  # times uniform: least and most weight that full brightness asks for
+OUTLINED = 3  # times uniform: what outlined cells weigh at least, on average
 
 # Inches
 PANEL = 1.7  # side of a square panel
@@ -98,10 +99,14 @@ class Caption(NamedTuple):
     @property
     def full(self):
         """(T,) weights that get full brightness."""
+        least, most = (min(times * self.uniform, 1) for times in FULL)
+        return self.largest.clip(least, most)
+
+    @property
+    def largest(self):
+        """(T,) largest weight of the caption, or with the scale "word" of each word."""
         largest = self.weights.max(axis=(1, 2), initial=0)
-        if self.scale == "caption":
-            largest = np.full_like(largest, largest.max(initial=0))
-        return largest.clip(min(FULL * self.uniform, 1))
+        return largest if self.scale == "word" else np.full_like(largest, largest.max(initial=0))
 
 
 def save_attention_viz(
@@ -473,12 +478,12 @@ def _word_panels(upper, lower, caption, number, width):
         upper.text(1, 1.02, f"{full:.2g}", fontsize=6.5, color=FAINT, **corner)
     _show(upper, overlay(caption.photograph, weights, full))
     within = half_cells(attention_map)
-    outlined = within.mean() <= OUTLINED
+    outlined = weights[within].mean() >= OUTLINED * caption.uniform
     if outlined:
         _outline(upper, within)
     if lower is None:
         return
-    _show(lower, COLORS(weights / full)[..., :3], "nearest")
+    _show(lower, COLORS(weights / caption.largest[number])[..., :3], "nearest")
     peak = map_peak(attention_map)
     if peak is not None:
         x, y = (peak[1] + 0.5) / attention_map.shape[1], (peak[0] + 0.5) / attention_map.shape[0]
@@ -527,7 +532,9 @@ def _legend(figure, top, caption):
     bar = _axes(figure, MARGIN, top + 0.2, width, 0.1)
     ramp = DIM + (1 - DIM) * np.linspace(0, 1, 256)
     bar.imshow(ramp[None], extent=(0, 1, 0, 1), aspect="auto", cmap="gray", vmin=0, vmax=1)
-    full = "the word's largest" if caption.scale == "word" else f"{caption.full[0]:.2g}"
+    full = "each word's own" if caption.scale == "word" else f"{caption.full[0]:.2g}"
+    if caption.largest[0] > caption.full[0] and caption.scale == "caption":
+        full += " and more"
     bar.set_xticks([0, 1], [f"uniform {caption.uniform:.2g}", full])
     for label, side in zip(bar.get_xticklabels(), ("left", "right"), strict=True):
         label.set_ha(side)
@@ -535,11 +542,10 @@ def _legend(figure, top, caption):
     bar.tick_params(length=2, pad=2, labelsize=7, width=0.6)
     title = "cell's share of the word's attention"
     lines = [
-        "outline: the fewest cells that hold half of it,",
-        "where they are at most a quarter of the cells",
+        "outline: the fewest cells that hold half of what cells got,",
+        f"where they weigh {OUTLINED} times uniform",
     ]
     if caption.beside:
-        title = "cell's share of what the cells got"
         lines.append("bar: all of a word's attention; grey: what cells got")
     bar.set_title(title, fontsize=7, pad=3, loc="left")
     beside = _legend_height(total) == LEGEND
@@ -553,12 +559,12 @@ def _color_bar(axes, caption):
     axes.set_axis_off()
     bar = axes.inset_axes((0.1, 0.5, 0.8, 0.08))
     bar.imshow(COLORS(np.linspace(0, 1, 256))[None], extent=(0, 1, 0, 1), aspect="auto")
-    full = caption.full[0]
+    largest = caption.largest[0]
     if caption.scale == "word":
         bar.set_xticks([0, 1], ["0", "largest"])
     else:
-        bar.set_xticks([0, 1], ["0", f"{full:.2g}"])
-        bar.axvline(caption.uniform / full, color="white", linewidth=1)
+        bar.set_xticks([0, 1], ["0", f"{largest:.2g}"])
+        bar.axvline(caption.uniform / largest, color="white", linewidth=1)
     bar.set_yticks([])
     bar.tick_params(length=2, pad=2, labelsize=7, width=0.6)
     bar.set_title("raw cells", fontsize=8, pad=3)
