@@ -82,7 +82,7 @@ from runtime import (
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
-ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # 8 by measurement; 32 is a guess
+ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # measured, but for mps: docs/PERFORMANCE.md
 READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
 DECODE_CHUNK = 100  # images decoded together
 ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other heights are slower
