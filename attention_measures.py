@@ -165,7 +165,8 @@ def measure(decoder, chunks, hypotheses, vocabulary, hardware, seed=0):
     kinds = [kind_of(vocabulary.words[word]) for word in words.tolist()]
     distances, num_cells = torch.cat(distances), features.size(1)
     deletion, insertion = falls_by_kind(lost, kinds), falls_by_kind(gained, kinds)
-    beside = zip(decoder.beside_cells, attention[:, num_cells:].T, strict=True)
+    names = decoder.beside_cells if attention.size(1) > num_cells else ()  # maps by gradients
+    beside = zip(names, attention[:, num_cells:].T, strict=True)
     beside = {name: by_kind(shares, kinds) for name, shares in beside}
     return {
         "images": images,

@@ -27,6 +27,7 @@ TRAIN, TEST, CAPTION = MODES = ("train", "test", "caption")
 DECODERS = ("lstm", "attention")
 ATTENTIONS = ("additive", "adaptive")
 ALGORITHMS = ("greedy", "beam", "sample")
+VIZ_METHODS = ("attention", "gradient")
 
 # torchvision family: the modules from the picture to the last grid before pooling, and its members
 ENCODER_FAMILIES = {
@@ -346,10 +347,14 @@ OUTPUT = {
 }  # fmt: skip
 PICTURES = {
     "save_attention_viz": Option(bool, False,
-        "draw where the decoder looked, word by word", needs=ATTENTION, stored=(TRAIN,)),
+        "draw where each word comes from, by --viz_method; of lstm by gradient only", stored=(TRAIN,)),
+    "viz_method": Option(VIZ_METHODS, "attention",
+        "maps that are drawn, and measured in test mode. attention: where the decoder looked; gradient: "
+        "cells that make a word likelier, of any decoder; lstm, too, is given grids then",
+        stored=(TRAIN,)),
     "attention_viz_samples": Option(SIZE, 3, "how many images to draw", modes=(TRAIN, TEST), needs=DRAWN),
     "advanced_attention_viz": Option(bool, False,
-        "also raw maps, entropy and peaks", needs=ATTENTION, stored=(TRAIN,)),
+        "also raw maps, entropy and peaks", stored=(TRAIN,)),
     "viz_scale": Option(("caption", "word"), "caption",
         "whose largest weight gets full brightness: the caption's, so that its words can be compared, or each "
         "word's own", needs=DRAWN),
@@ -565,6 +570,7 @@ def settle(typed, stored):
             if values[other] not in wanted:
                 raise ValueError(f"--{name} {needed(other, wanted, values[other])}")
     check_contradictions(values, new_plan=not stored)
+    check_maps(values, "viz_method" in typed)
     return group_options(values, typed)
 
 
@@ -606,10 +612,6 @@ def check_contradictions(values, new_plan):
             f"--num_captions {values['num_captions']} is more than "
             f"--algorithm {values['algorithm']} finds ({most})"
         )
-    if values["save_attention_viz"] and values["decoder"] != "attention":
-        raise ValueError(
-            f"--save_attention_viz belongs to --decoder attention, not {values['decoder']}"
-        )
     heads, adaptive = values["attention_heads"], values["attention"] == "adaptive"
     for name in ("attention_dim", "hidden_size"):
         if values["decoder"] == "attention" and adaptive and values[name] % heads:
@@ -631,6 +633,18 @@ def check_contradictions(values, new_plan):
         raise ValueError(
             f"--warmup_epochs {values['warmup_epochs']} must be below --epochs {values['epochs']}"
         )
+
+
+def check_maps(values, method_typed):
+    """Raises: ValueError naming the option that asks for maps that there are not, or does nothing."""
+    drawn, mode, decoder = values["save_attention_viz"], values["mode"], values["decoder"]
+    if decoder != "attention" and values["viz_method"] == "attention" and (drawn or method_typed):
+        asked = ("viz_method attention", "save_attention_viz", "advanced_attention_viz")
+        asked = asked[drawn + values["advanced_attention_viz"]]
+        hint = "--viz_method gradient maps any decoder"
+        raise ValueError(f"--{asked} belongs to --decoder attention, not {decoder}: {hint}")
+    if method_typed and not drawn and mode != TEST:
+        raise ValueError(f"--viz_method needs --save_attention_viz in --mode {mode}")
 
 
 def group_options(values, typed):

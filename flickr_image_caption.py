@@ -58,6 +58,7 @@ import caption_data
 import caption_splits
 import checkpoints
 import experiment_utils
+import gradient_maps
 import image_loading
 import metrics_utils
 import process_group
@@ -671,12 +672,15 @@ class Captioner:
             seed: of --algorithm sample.
         Raises: ValueError naming the first file that is not a readable image.
         """
+        return list(self.caption_features([self.encode(images)], decoding, seed))
+
+    def encode(self, images):
+        """Features (N, P, F) of images as `caption` takes them."""
         if not isinstance(images, torch.Tensor):
             every = [range(len(images))]
             (images,) = image_loading.load_batches(images, self.encoder.image_size, every)
         with torch.inference_mode():
-            features = self.encoder(images)
-        return list(self.caption_features([features], decoding, seed))
+            return self.encoder(images)
 
     def caption_features(self, chunks, decoding, seed=0):
         """Yield each image's hypotheses from chunks of encoded images (n, P, F)."""
@@ -690,6 +694,15 @@ class Captioner:
                 )
             yield from hypotheses
 
+    def map_by_gradients(self, chunks, best):
+        """Yield the best hypothesis of each image of the chunks (n, P, F), with gradient maps."""
+        remaining = iter(best)
+        for features in chunks:
+            features = self.encoder.tail(features)
+            captions = list(itertools.islice(remaining, len(features)))
+            how = self.vocabulary, self.hardware
+            yield from gradient_maps.gradient_maps(self.decoder, features, captions, *how)
+
     def words(self, hypothesis):
         """A hypothesis as a list of words, one for each row of its attention."""
         return [self.vocabulary.words[token] for token in hypothesis.tokens]
@@ -702,7 +715,8 @@ class Captioner:
     def attention_beside(self, hypothesis):
         """The shares of each word's attention that no cell got: arrays (T,) by name."""
         columns = hypothesis.attention[:, math.prod(self.encoder.grid) :].T.numpy()
-        return dict(zip(self.decoder.beside_cells, columns, strict=True))
+        names = self.decoder.beside_cells if len(columns) else ()  # maps by gradients have none
+        return dict(zip(names, columns, strict=True))
 
 
 def load_captioner(path, device="auto", precision="auto"):
@@ -1348,11 +1362,11 @@ def set_up(options, hardware, checkpoint=None):
     dataset = open_dataset(options, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
     encoder = open_encoder(options, hardware, checkpoint)
-    reads_grid = decoder_class(options.as_dict()).reads_grid
+    decoder_type = decoder_class(options.as_dict())
     open_split = functools.partial(open_features, options, hardware, encoder, dataset)
     flip = options.training.horizontal_flip
-    table, features = open_split("train", reads_grid, mirrored=flip)
-    val_table, val_features = open_split("val", reads_grid)
+    table, features = open_split("train", decoder_type.reads_grid, mirrored=flip)
+    val_table, val_features = open_split("val", needs_grid(decoder_type, options))
     texts = list(itertools.chain.from_iterable(table.captions))
     experiment_utils.set_seed(options.run.seed)
     if checkpoint:
@@ -1570,6 +1584,9 @@ def finish_run(run):
         images = torch.arange(min(options.pictures.attention_viz_samples, len(features.paths)))
         chunks = features.stream([images])
         hypotheses = run.captioner.caption_features(chunks, options.decoding, options.run.seed)
+        if options.pictures.viz_method == "gradient":
+            written, chunks = [image[0] for image in hypotheses], features.stream([images])
+            hypotheses = zip(run.captioner.map_by_gradients(chunks, written))
         draw_attention(run.folder, run.captioner, features.paths, hypotheses, options)
         print(pictures_note(run.folder, options))
     print(
@@ -1582,7 +1599,7 @@ def finish_run(run):
 
 
 def draw_attention(folder, captioner, paths, hypotheses, options, names=None):
-    """A picture for each image's best hypothesis: its attention per word. Numbered without names."""
+    """A picture for each image's best hypothesis: its map per word. Numbered without names."""
     import attention_visualization  # matplotlib takes a second, and few runs draw
 
     pictures = image_loading.open_images(paths)
@@ -1608,6 +1625,22 @@ def pictures_note(folder, options):
     )
 
 
+def needs_grid(decoder, options):
+    """Whether the decoder or its maps are made of grids; says so if it is the maps alone."""
+    maps_alone = options.pictures.viz_method == "gradient" and not decoder.reads_grid
+    if maps_alone:
+        print("--viz_method gradient reads grids, of which the decoder needs the means only")
+    return maps_alone or decoder.reads_grid
+
+
+def map_first_by_gradients(captioner, features, best, number):
+    """Best hypotheses of a split's images, of which the first have gradient maps."""
+    number, each = min(number, len(best)), attention_measures.CHUNK
+    rows = torch.arange(number).split(each)
+    chunks = Progress(features.stream(rows), "mapping by gradients", len(rows), "images", each)
+    return [*captioner.map_by_gradients(chunks, best[:number]), *best[number:]]
+
+
 def output_folder(options):
     """Where files go: --output_dir, not yet made, or the checkpoint's folder. Raises: ValueError."""
     folder = Path(options.output.output_dir or Path(options.run.model_path).parent)
@@ -1624,7 +1657,7 @@ def test(options, hardware, checkpoint):
     print(*map(printable, dataset.notes), sep="\n")
     if dataset.foreign:
         warn(dataset.foreign)
-    split, reads_grid = options.output.split, captioner.decoder.reads_grid
+    split, reads_grid = options.output.split, needs_grid(captioner.decoder, options)
     table, features = open_features(
         options, hardware, captioner.encoder, dataset, split, reads_grid
     )
@@ -1632,15 +1665,18 @@ def test(options, hardware, checkpoint):
     chunks = features.stream(torch.arange(len(table)).split(DECODE_CHUNK))
     hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
     hypotheses = list(Progress(hypotheses, "testing", len(table), "images"))
-    best = [image[0] for image in hypotheses]
+    best, method = [image[0] for image in hypotheses], options.pictures.viz_method
+    if method == "gradient":
+        number = max(attention_measures.MEASURED_IMAGES, options.pictures.attention_viz_samples)
+        best = map_first_by_gradients(captioner, features, best, len(best) if boxes else number)
     scores, rows = score_split(captioner, dataset, table, best, boxes)
     if best[0].attention is not None:
         measured = measure_attention(captioner, features, best, options.run.seed)
-        scores["attention"] = scores.get("attention", {}) | measured
+        scores["attention"] = {"method": method} | scores.get("attention", {}) | measured
     folder.mkdir(parents=True, exist_ok=True)
     if options.pictures.save_attention_viz:
         paths = features.paths[: options.pictures.attention_viz_samples]
-        draw_attention(folder, captioner, paths, hypotheses, options)
+        draw_attention(folder, captioner, paths, zip(best), options)
         print(pictures_note(folder, options))
     scores |= {
         "dataset_type": options.data.dataset_type,
@@ -1728,12 +1764,16 @@ def caption(options, hardware, checkpoint):
         if not positions:
             continue
         readable = [paths[position] for position in positions]
-        pixels = torch.from_numpy(pixels)
-        hypotheses = captioner.caption(pixels, options.decoding, options.run.seed)
+        features = [captioner.encode(torch.from_numpy(pixels))]
+        hypotheses = captioner.caption_features(features, options.decoding, options.run.seed)
+        hypotheses = list(hypotheses)
         for path, image in zip(readable, hypotheses, strict=True):
             print_captions(captioner, path, image, options.output.json)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+            if options.pictures.viz_method == "gradient":
+                best = [image[0] for image in hypotheses]
+                hypotheses = zip(captioner.map_by_gradients(features, best))
             chosen = [names[position] for position in positions]
             draw_attention(folder, captioner, readable, hypotheses, options, chosen)
             drawn += len(chosen)

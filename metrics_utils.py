@@ -461,14 +461,14 @@ def scores_table(scores):
 
 def _attention_lines(attention):
     """What `peak_in_box` and `attention_measures.measure` found, as a console's lines."""
-    lines = []
+    lines, method = [], attention.get("method", "attention")
     if attention.get("ratio") is not None:
         share, ratio = attention["peak_in_box"], attention["ratio"]
-        lines.append(f"  attention peak in its noun's box: {share:.3f}, {ratio:.1f} times chance")
+        lines.append(f"  {method} peak in its noun's box: {share:.3f}, {ratio:.1f} times chance")
     if not attention.get("words"):
         return lines
     lines += [
-        f"  attention of {attention['images']} images: entropy as a share of uniform, and nats that a",
+        f"  {method} maps of {attention['images']} images: entropy as a share of uniform, and nats that a",
         "  word loses with its map's heaviest 20 % of cells, or with as many random ones",
         f"    {'':15}{'words':>7}{'entropy':>9}{'heaviest':>10}{'random':>8}",
     ]

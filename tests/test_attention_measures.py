@@ -256,6 +256,14 @@ def test_what_stands_beside_the_cells_is_a_share_of_the_word():
     assert found["deletion"]["0.1"]["nouns"]["map"] == pytest.approx(FALL, abs=1e-5)
 
 
+def test_maps_by_gradients_have_nothing_beside_the_cells():
+    decoder = OneCell()
+    decoder.beside_cells = ("language",)
+    found = measured([looking_at(7)], decoder)
+    assert "beside_cells" not in found
+    assert found["deletion"]["0.1"]["nouns"]["map"] == pytest.approx(FALL, abs=1e-5)
+
+
 def test_distance_is_between_maps_of_different_words():
     """Of three pairs, that of "dog" twice does not count; half of the weight differs in the others."""
     caption = looking_at(7, tokens=(DOG, DOG, GRASS))

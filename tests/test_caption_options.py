@@ -1,5 +1,6 @@
 """caption_options.py: where a value comes from, what is refused, and what a checkpoint may decide."""
 
+import contextlib
 import functools
 import inspect
 import re
@@ -72,7 +73,9 @@ def needs_of(name, values):
     for other, wanted in option.needs.items():
         if values.get(other, DEFAULTS[other]) not in wanted:
             values |= needs_of(other, values) | {other: wanted[0]}
-    if name == "advanced_attention_viz":
+    if name in ("save_attention_viz", "advanced_attention_viz", "viz_method"):
+        values["decoder"] = "attention"
+    if name in ("advanced_attention_viz", "viz_method"):
         values["save_attention_viz"] = True
     return values
 
@@ -348,7 +351,21 @@ def test_the_documentation_spells_the_presets_out():
         ),
         ("--attention_dim 5", "--attention_dim belongs to --decoder attention, not lstm"),
         ("--alpha_c 0.5 --decoder lstm", "--alpha_c belongs to --decoder attention, not lstm"),
-        ("--save_attention_viz", "--save_attention_viz belongs to --decoder attention, not lstm"),
+        (
+            "--save_attention_viz",
+            "--save_attention_viz belongs to --decoder attention, not lstm: --viz_method gradient "
+            "maps any decoder",
+        ),
+        (
+            "--viz_method attention --advanced_attention_viz",
+            "--advanced_attention_viz belongs to --decoder attention, not lstm: --viz_method "
+            "gradient maps any decoder",
+        ),
+        ("--viz_method gradient", "--viz_method needs --save_attention_viz in --mode train"),
+        (
+            "--decoder attention --viz_method attention",
+            "--viz_method needs --save_attention_viz in --mode train",
+        ),
         (
             "--decoder attention --attention_viz_samples 3",
             "--attention_viz_samples needs --save_attention_viz",
@@ -715,6 +732,29 @@ def test_a_checkpoint_that_contradicts_itself_is_refused_by_its_name(stored, mes
     options = parse_args(["--resume", "last.pt"])
     with pytest.raises(ValueError, match=rf"^last\.pt: its configuration .*{message}"):
         caption_options.inherit(options, "last.pt", caption_options.DEFAULTS | stored)
+
+
+def test_gradients_map_any_decoder():
+    for decoder in caption_options.DECODERS:
+        typed = f"--decoder {decoder} --viz_method gradient --save_attention_viz".split()
+        assert parse_args(typed).pictures.viz_method == "gradient"
+
+
+@pytest.mark.parametrize(
+    ("mode", "typed", "decoder", "message"),
+    [
+        (TEST, "--viz_method gradient", "lstm", None),  # it is measured
+        (TEST, "--viz_method attention", "attention", None),
+        (TEST, "--viz_method attention", "lstm", "--viz_method attention belongs to --decoder"),
+        (TEST, "", "lstm", None),
+        (CAPTION, "--viz_method gradient", "lstm", "--viz_method needs --save_attention_viz in"),
+        (CAPTION, "--viz_method gradient --save_attention_viz", "lstm", None),
+    ],
+)
+def test_a_method_of_maps_acts_where_they_are_drawn_or_measured(mode, typed, decoder, message):
+    expected = pytest.raises(ValueError, match=message) if message else contextlib.nullcontext()
+    with expected:
+        resumed(DEFAULTS | {"decoder": decoder}, mode, typed)
 
 
 def test_an_output_folder_that_nothing_would_be_written_to_is_refused():

@@ -814,6 +814,26 @@ def viz_format_is_that_of_the_pictures():
     assert [file.name for file in Path("out").glob("*viz*")] == ["attention_viz_sample_1.svg"]
 
 
+def viz_method_chooses_the_maps():
+    """The same captions with others, in test mode's numbers and caption mode's pictures."""
+    path, found = Path("data").resolve().parent / "attention/best.pt", []
+    picture = f"--images data/sample/Images/{listed('test')[0]}"
+    for method in ("attention", "gradient"):
+        flags = (
+            f"--viz_method {method} --algorithm greedy --output_dir {method} --model_path {path}"
+        )
+        succeed("--mode test", flags)
+        found.append(read_json(f"{method}/test_metrics.json"))
+        assert found[-1]["attention"]["method"] == method
+        succeed("--mode caption --save_attention_viz", picture, flags)
+    scores = [row["CIDEr"] for row in found], [row["attention"]["entropy_share"] for row in found]
+    assert scores[0][0] == scores[0][1] and scores[1][0] != scores[1][1]
+    name = f"attention_maps_{Path(listed('test')[0]).stem}.npz"
+    raw = [np.load(f"{method}/{name}") for method in ("attention", "gradient")]
+    assert raw[0]["words"].tolist() == raw[1]["words"].tolist()
+    assert np.abs(raw[0]["maps"] - raw[1]["maps"]).max() > 0.01
+
+
 FLAG_EFFECTS = {
     "--mode": mode_chooses_what_runs,
     "--preset": preset_gives_what_is_not_typed,
@@ -887,6 +907,7 @@ FLAG_EFFECTS = {
     "--json": images_are_captioned_and_json_is_json,
     "--output_dir": output_dir_holds_what_is_written,
     "--save_attention_viz": pictures_are_drawn_as_asked,
+    "--viz_method": viz_method_chooses_the_maps,
     "--attention_viz_samples": pictures_are_drawn_as_asked,
     "--advanced_attention_viz": pictures_are_drawn_as_asked,
     "--viz_scale": viz_scale_says_whose_largest_weight_is_bright,
@@ -1111,8 +1132,11 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--decoder attention --attention_heads 2":
         "--attention_heads belongs to --attention adaptive, not additive",
     "--alpha_c 1": "--alpha_c belongs to --decoder attention, not lstm",
-    "--save_attention_viz": "--save_attention_viz belongs to --decoder attention, not lstm",
-    "--advanced_attention_viz": "--advanced_attention_viz belongs to --decoder attention, not lstm",
+    "--save_attention_viz": "--save_attention_viz belongs to --decoder attention, not lstm: "
+        "--viz_method gradient maps any decoder",
+    "--advanced_attention_viz": "--advanced_attention_viz belongs to --decoder attention, not lstm: "
+        "--viz_method gradient maps any decoder",
+    "--viz_method gradient": "--viz_method needs --save_attention_viz in --mode train",
     "--decoder attention --attention_viz_samples 2":
         "--attention_viz_samples needs --save_attention_viz",
     "--decoder attention --viz_scale word": "--viz_scale needs --save_attention_viz",

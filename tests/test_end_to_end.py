@@ -1596,6 +1596,75 @@ def test_attention_is_measured_in_test_mode(ensemble, shop, monkeypatch):
     assert re.search(rf"^    all +{len(maps)} +{numbers}$", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+def test_maps_by_gradients_are_measured_for_any_decoder(decoder, shop, monkeypatch):
+    """As the pictures have them, peaks in boxes too; its captions stay what they were."""
+    monkeypatch.setattr(attention_visualization, "_draw", lambda *_, **__: b"")  # the maps suffice
+    monkeypatch.setattr(attention_measures, "MEASURED_IMAGES", 3)
+    flags = f"--mode test --min_length 2 {own_copy()} --model_path {shop / decoder / 'best.pt'}"
+    drawn = "--viz_method gradient --save_attention_viz --attention_viz_samples 4"
+    Path("data_copy/boxes.json").unlink()
+    out = succeed(flags, "--output_dir plain")
+    assert "reads grids" not in out
+    out = succeed(flags, drawn, "--output_dir found")
+    assert ("--viz_method gradient reads grids" in out) == (decoder == "lstm")
+    raw = [np.load(f"found/attention_maps_sample_{n}.npz") for n in (1, 2, 3, 4)]
+    maps = np.concatenate([each["maps"] for each in raw[:3]]).reshape(-1, 49)
+    found = read_json("found/test_metrics.json")["attention"]
+    entropy = -(maps * np.log(np.maximum(maps, 1e-30))).sum(1).mean() / np.log(49)
+    assert found["method"] == "gradient" and found["words"]["all"] == len(maps)
+    assert found["entropy_share"]["all"] == pytest.approx(entropy, rel=1e-4)
+    fall = found["deletion"]["0.2"]["all"]
+    assert fall["map"] > fall["random"] and "peak_in_box" not in found
+    assert "  gradient maps of 3 images: entropy" in out
+    captions = [read_json(f"{folder}/test_captions.json") for folder in ("plain", "found")]
+    assert [row["caption"] for row in captions[0]] == [row["caption"] for row in captions[1]]
+
+    boxes = {
+        row["file_name"]: [{"names": [str(each["words"][0])], "box": [0, 0, 1, 1]}]
+        for row, each in zip(captions[1], raw, strict=True)
+    }
+    Path("data_copy/boxes.json").write_text(json.dumps(boxes))
+    succeed(flags, "--viz_method gradient --output_dir boxes")  # of all four pictures
+    found = read_json("boxes/test_metrics.json")["attention"]
+    nouns = sum((each["words"] == each["words"][0]).sum() for each in raw)
+    assert found["nouns"] == nouns and found["peak_in_box"] == 1 and found["images"] == 3
+
+
+def test_an_ensemble_without_attention_is_mapped_by_gradients(shop):
+    members = [shop / "lstm/best.pt", shop / "lstm/model_epoch_4.pt"]
+    succeed(
+        "--mode test --viz_method gradient --output_dir found --model_path",
+        members[0],
+        "--ensemble",
+        members[1],
+    )
+    found = read_json("found/test_metrics.json")["attention"]
+    assert found["method"] == "gradient" and 0 < found["entropy_share"]["all"] < 1
+
+
+def test_maps_by_gradients_are_drawn_of_lstm_in_training_and_caption_mode(shop):
+    """Training reads means for itself and grids of the validation images that it draws."""
+    drawn = "--viz_method gradient --save_attention_viz --min_length 3"
+    out = succeed(TINY, "--decoder lstm", drawn, "--attention_viz_samples 2")
+    folder = run_dir(out)
+    check_pictures(folder, [1, 2])
+    assert f"--mode test --model_path {folder / 'best.pt'}" in out
+    assert out.count("--viz_method gradient reads grids") == 1
+    image = f"data/sample/Images/{listed('test')[0]}"
+    out = succeed(
+        "--mode caption",
+        drawn,
+        "--output_dir found --images",
+        image,
+        "--model_path",
+        folder / "best.pt",
+    )
+    check_pictures("found", [1])
+    words = np.load("found/attention_maps_sample_1.npz")["words"]
+    assert " ".join(words) == out.strip().split("\t")[1]
+
+
 def test_only_the_first_images_are_measured(shop, monkeypatch):
     monkeypatch.setattr(attention_measures, "MEASURED_IMAGES", 3)
     succeed(

@@ -410,7 +410,7 @@ def test_the_console_s_table_of_attention():
     }
     lines = scores_table(scores | {"attention": attention}).splitlines()
     assert lines[-7:] == [
-        "  attention of 2 images: entropy as a share of uniform, and nats that a",
+        "  attention maps of 2 images: entropy as a share of uniform, and nats that a",
         "  word loses with its map's heaviest 20 % of cells, or with as many random ones",
         "                     words  entropy  heaviest  random",
         "    all                 12    0.750     1.500   0.250",
