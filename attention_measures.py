@@ -118,7 +118,7 @@ def newly_uniform(history):
         for row in history
         if row["epoch"] >= UNIFORM_EPOCH and (row.get("attention_entropy") or 0) > UNIFORM_SHARE
     ]
-    return uniform[:1] == [history[-1]["epoch"]]
+    return len(uniform) == 1 and uniform[0] == history[-1]["epoch"]
 
 
 # ---------------------------------------------------------------------------- deletion and insertion
