@@ -1027,6 +1027,7 @@ def test_the_specified_resume_and_test_commands():
 OTHER_ARCHITECTURE = {
     "decoder": "attention", "encoder": "resnet18", "image_size": 96, "coarse_size": 64,
     "freq_threshold": 2, "embed_size": 17, "hidden_size": 17, "num_layers": 2, "attention_dim": 9,
+    "attention": "adaptive", "attention_heads": 2,
 }  # fmt: skip
 
 
@@ -1038,7 +1039,8 @@ def test_every_option_that_a_checkpoint_fixes_is_tried():
 @pytest.mark.parametrize("name", OTHER_ARCHITECTURE)
 def test_another_architecture_encoder_or_vocabulary_on_resume_is_an_error(name, shop):
     before, typed = snapshot(), f"--{name} {OTHER_ARCHITECTURE[name]}"
-    path = shop / ("attention" if name == "attention_dim" else "lstm") / "model_epoch_4.pt"
+    kind = {"attention_dim": "attention", "attention": "attention", "attention_heads": "adaptive"}
+    path = shop / kind.get(name, "lstm") / "model_epoch_4.pt"
     outcome = program("--model_path", path, "--epochs 1", typed)
     assert outcome.status == 2 and outcome.err.count("\n") == 1
     assert f"{typed} (stored: {load(path)['config'][name]})" in outcome.err
