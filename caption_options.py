@@ -80,8 +80,8 @@ SCHEDULES = {
 
 LAPTOP = {  # what the README shows: 12 to 22 minutes on two CPU cores
     "encoder": "mobilenet_v2", "encoder_weights": "imagenet", "image_size": 320, "coarse_size": 224,
-    "decoder": "attention", "attention": "adaptive", "embed_size": 256, "hidden_size": 512,
-    "num_layers": 1, "attention_dim": 256, "drop_prob": 0.4, "patch_dropout": 0.5, "batch_size": 256,
+    "decoder": "attention", "embed_size": 256, "hidden_size": 512, "num_layers": 1,
+    "attention_dim": 256, "drop_prob": 0.4, "patch_dropout": 0.5, "batch_size": 256,
     "learning_rate": 0.003, "weight_decay": 0.5, "label_smoothing": 0.1, "horizontal_flip": True,
     "use_scheduler": True, "scheduler_type": "one_cycle", "warmup_epochs": 1, "epochs": 15,
     "keep_checkpoints": 1, "num_workers": 0,
@@ -256,7 +256,7 @@ MODEL = {
     "num_layers": Option(LAYERS, 3, "stacked LSTM layers", needs=RNN, stored=FIXED),
     "attention": Option(ATTENTIONS, "additive",
         "additive: the LSTM looks before each word, by a small network; adaptive: each word looks once "
-        "it is read, by dot products, or at nothing; quicker, and its maps can be trusted",
+        "it is read, by dot products, or at nothing, and training has no loop over steps",
         needs=ATTENTION, stored=FIXED),
     "attention_heads": Option(number(int, 1, 64), 4,
         "looks of one word, each at places of its own; divides --attention_dim and --hidden_size",

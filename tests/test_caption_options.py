@@ -282,7 +282,7 @@ def test_what_is_typed_comes_before_the_preset_and_that_before_the_default():
 @pytest.mark.parametrize(
     ("typed", "left_out"),
     [
-        ("--decoder lstm", {"attention", "attention_dim", "patch_dropout"}),
+        ("--decoder lstm", {"attention_dim", "patch_dropout"}),
         ("--scheduler_type step", {"warmup_epochs"}),
         ("--epochs 1", {"warmup_epochs"}),
         ("--image_size 160", {"coarse_size"}),
@@ -798,8 +798,7 @@ def test_a_checkpoint_from_before_there_were_kinds_of_attention_is_additive():
     assert resumed(stored | {"decoder": "attention"}, typed="").model.attention == "additive"
 
 
-def test_the_good_recipes_attend():
-    for preset in ("laptop", "best"):
-        assert parse_args(["--preset", preset]).model.attention == "adaptive"
-    assert parse_args(["--preset", "laptop", "--attention", "additive"]).training.alpha_c == 1
-    assert parse_args(["--preset", "laptop", "--decoder", "lstm"]).model.attention == "additive"
+def test_a_preset_takes_either_kind_of_attention():
+    assert parse_args(["--preset", "laptop"]).model.attention == "additive"
+    adaptive = parse_args(["--preset", "laptop", "--attention", "adaptive"])
+    assert adaptive.model.attention == "adaptive" and adaptive.model.attention_dim == 256
