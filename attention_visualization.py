@@ -540,7 +540,7 @@ def _legend(figure, top, caption):
         label.set_ha(side)
     bar.set_yticks([])
     bar.tick_params(length=2, pad=2, labelsize=7, width=0.6)
-    title = "cell's share of the word's attention"
+    title = "a cell's share of the word"
     lines = [
         "outline: the fewest cells that hold half of what cells got,",
         f"where they weigh {OUTLINED} times uniform",

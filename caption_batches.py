@@ -129,10 +129,8 @@ class Batch(NamedTuple):
     caption_index: torch.Tensor  # (tokens,) int64, 0..B-1: which caption a token belongs to
     inputs: torch.Tensor  # (tokens,) int64: <SOS> and the words
     targets: torch.Tensor  # (tokens,) int64: the words and <EOS>, each what follows its input
-    image_tokens: (
-        torch.Tensor
-    )  # (N, L) int64: the tokens of each image's captions, filled up with 0
-    token_place: torch.Tensor  # (tokens,) int64: where in image_tokens, flattened, a token stands
+    image_tokens: torch.Tensor  # (N, L) int64: each image's tokens, filled up with 0
+    token_place: torch.Tensor  # (tokens,) int64: a token's place in image_tokens, flattened
     batch_sizes: torch.Tensor  # (T,) int64, on the CPU: captions that have a step t
     num_tokens: int  # of all processes' shares together
     num_captions: int

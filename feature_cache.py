@@ -282,7 +282,7 @@ def _fill(
     unreadable |= known_faults
     lacking = [place for place in np.flatnonzero(rows < 0).tolist() if place not in unreadable]
     todo = {stamps[place]: paths[place] for place in lacking}
-    in_shards = bool(paths) and isinstance(paths[0], ShardImage)
+    in_shards = image_loading.in_shards(paths)
     if todo and in_shards:
         todo |= _others_in_shards(store, paths[0].shards)
     _check_room(store.file, len(todo))

@@ -342,9 +342,8 @@ def step_lstm(lstm, inputs, state):
     shape = inputs.shape[:2]
     state = tuple(part.flatten(0, 1).transpose(0, 1).contiguous() for part in state)
     output, state = run_lstm(lstm, inputs.flatten(0, 1).unsqueeze(1), state)
-    return output.view(*shape, -1), tuple(
-        part.transpose(0, 1).unflatten(0, shape) for part in state
-    )
+    state = tuple(part.transpose(0, 1).unflatten(0, shape) for part in state)
+    return output.view(*shape, -1), state
 
 
 class Decoder(nn.Module):
@@ -456,7 +455,30 @@ class LSTMDecoder(Decoder):
         return self.head(output + skipped), (skipped, layers), None
 
 
-class AttentionDecoder(Decoder):
+class GridDecoder(Decoder):
+    """A decoder whose words look at cells: what it has of each, and the cells that training hides."""
+
+    def __init__(
+        self, feature_dim, vocab_size, embed_size, hidden_size, drop_prob, value_size, patch_dropout
+    ):
+        super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
+        self.patch_dropout = patch_dropout
+        self.project_values = nn.Linear(feature_dim, value_size)
+
+    def visible(self, features):
+        """In training without a share of the cells: (N, P, F) -> (N, P', F)."""
+        dropping = self.training and self.patch_dropout
+        return drop_patches(features, self.patch_dropout) if dropping else features
+
+    def values(self, features):
+        """Standardised features (N, P, F) -> (N, P, value_size), what a context is a mean of."""
+        values = self.project_values(features)
+        if self.training:  # one mask for all cells of an image
+            values = values * self.dropout(values.new_ones(values.size(0), 1, values.size(-1)))
+        return values
+
+
+class AttentionDecoder(GridDecoder):
     """LSTM that attends to the grid before each word. Source: [2] sections 3.1.2 and 4.2.
 
     Departures: the context is a mean of projected cells, gated unit by unit; the deep output layer
@@ -476,9 +498,8 @@ class AttentionDecoder(Decoder):
         attention_dim,
         patch_dropout=0.0,
     ):
-        super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
-        self.patch_dropout = patch_dropout
-        self.project_values = nn.Linear(feature_dim, embed_size)
+        sizes = feature_dim, vocab_size, embed_size, hidden_size
+        super().__init__(*sizes, drop_prob, embed_size, patch_dropout)
         self.attention = AdditiveAttention(feature_dim, hidden_size, attention_dim)
         self.gate = RepeatedLinear(hidden_size, embed_size)
         self.init_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
@@ -496,9 +517,7 @@ class AttentionDecoder(Decoder):
         With --patch_dropout alphas are over the cells that were kept, fewer than P.
         """
         num_captions = len(batch.image_index)
-        if self.training and self.patch_dropout:
-            features = drop_patches(features, self.patch_dropout)
-        state = self.start(features)  # once per image
+        state = self.start(self.visible(features))  # once per image
         state = map_tensors(lambda part: part.index_select(0, batch.image_index), state)  # (B, ...)
         words = self.embed(batch.inputs)  # (tokens, E)
         word_gates = self.word_gates(self.locked_dropout(words, batch.caption_index, num_captions))
@@ -521,13 +540,11 @@ class AttentionDecoder(Decoder):
     def start(self, features):
         """features (N, P, F) -> state: keys and values, and LSTM layers from the mean feature."""
         features = self.standardise(features)
-        values = self.project_values(features)  # (N, P, E)
-        if self.training:  # one mask for all cells of an image
-            values = values * self.dropout(values.new_ones(values.size(0), 1, values.size(-1)))
+        per_image = self.attention.keys(features), self.values(features)
         mean = self.dropout(features.mean(1, keepdim=True))  # (N, 1, F)
         hidden = self.init_hidden(mean).tanh().chunk(len(self.layers), dim=-1)
         cell = self.init_cell(mean).tanh().chunk(len(self.layers), dim=-1)
-        return (self.attention.keys(features), values), tuple(zip(hidden, cell, strict=True))
+        return per_image, tuple(zip(hidden, cell, strict=True))
 
     def attend(self, query, keys, values):
         """query (N, K, H) -> gated context (N, K, E), alphas (N, K, P). Source: [2] section 4.2.1."""
@@ -558,7 +575,7 @@ class AttentionDecoder(Decoder):
         return self.head(output), state, alphas
 
 
-class AdaptiveDecoder(Decoder):
+class AdaptiveDecoder(GridDecoder):
     """One LSTM reads the words, each of them then looks at the grid, a second LSTM writes. Source: [5] section 3.
 
     Departures: the mean feature is nowhere, so that the picture is known by looking only; the second
@@ -583,13 +600,12 @@ class AdaptiveDecoder(Decoder):
         attention_heads,
         patch_dropout=0.0,
     ):
-        super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
-        self.patch_dropout = patch_dropout
+        sizes = feature_dim, vocab_size, embed_size, hidden_size
+        super().__init__(*sizes, drop_prob, hidden_size, patch_dropout)
         between_layers = drop_prob if num_layers > 1 else 0.0
         self.reader = nn.LSTM(
             embed_size, hidden_size, num_layers, batch_first=True, dropout=between_layers
         )
-        self.project_values = nn.Linear(feature_dim, hidden_size)
         self.attention = AdaptiveAttention(feature_dim, hidden_size, attention_dim, attention_heads)
         self.writer = nn.LSTM(hidden_size, hidden_size, batch_first=True)
         self.deep_output = nn.Linear(embed_size + hidden_size, hidden_size)  # of word and context
@@ -597,12 +613,11 @@ class AdaptiveDecoder(Decoder):
     def forward(self, features, batch):
         """features (N, P, F), batch -> logits (tokens, V), None."""
         num_captions, sizes = len(batch.image_index), batch.batch_sizes
-        if self.training and self.patch_dropout:
-            features = drop_patches(features, self.patch_dropout)
+        per_image = self.look(self.visible(features))
         words = self.embed(batch.inputs)  # (tokens, E)
         inputs = self.locked_dropout(words, batch.caption_index, num_captions)
         read = run_lstm(self.reader, PackedSequence(inputs, sizes))[0].data  # (tokens, H)
-        context, _ = self.attention(read[batch.image_tokens], *self.look(features))  # (N, L, H)
+        context, _ = self.attention(read[batch.image_tokens], *per_image)  # (N, L, H)
         context = context.flatten(0, 1).index_select(0, batch.token_place)  # (tokens, H)
         seen = self.locked_dropout(read + context, batch.caption_index, num_captions)
         output = run_lstm(self.writer, PackedSequence(seen, sizes))[0].data
@@ -612,10 +627,7 @@ class AdaptiveDecoder(Decoder):
     def look(self, features):
         """features (N, P, F) -> keys and values (N, heads, P, ...), once per image."""
         features = self.standardise(features)
-        values = self.project_values(features)  # (N, P, H)
-        if self.training:  # one mask for all cells of an image
-            values = values * self.dropout(values.new_ones(values.size(0), 1, values.size(-1)))
-        return self.attention.keys(features), self.attention.split(values)
+        return self.attention.keys(features), self.attention.split(self.values(features))
 
     def start(self, features):
         """features (N, P, F) -> state: keys and values, and the LSTMs before any word."""
@@ -694,14 +706,15 @@ class Captioner:
                 )
             yield from hypotheses
 
-    def map_by_gradients(self, chunks, best):
-        """Yield the best hypothesis of each image of the chunks (n, P, F), with gradient maps."""
-        remaining = iter(best)
-        for features in chunks:
-            features = self.encoder.tail(features)
+    def with_maps(self, method, chunks, best):
+        """The best hypothesis of each image of the chunks (n, P, F), with --viz_method's maps."""
+        if method == "attention":
+            return best
+        mapped, remaining, how = [], iter(best), (self.vocabulary, self.hardware)
+        for features in map(self.encoder.tail, chunks):
             captions = list(itertools.islice(remaining, len(features)))
-            how = self.vocabulary, self.hardware
-            yield from gradient_maps.gradient_maps(self.decoder, features, captions, *how)
+            mapped += gradient_maps.gradient_maps(self.decoder, features, captions, *how)
+        return mapped
 
     def words(self, hypothesis):
         """A hypothesis as a list of words, one for each row of its attention."""
@@ -1584,10 +1597,9 @@ def finish_run(run):
         images = torch.arange(min(options.pictures.attention_viz_samples, len(features.paths)))
         chunks = features.stream([images])
         hypotheses = run.captioner.caption_features(chunks, options.decoding, options.run.seed)
-        if options.pictures.viz_method == "gradient":
-            written, chunks = [image[0] for image in hypotheses], features.stream([images])
-            hypotheses = zip(run.captioner.map_by_gradients(chunks, written))
-        draw_attention(run.folder, run.captioner, features.paths, hypotheses, options)
+        best_of_each, chunks = [image[0] for image in hypotheses], features.stream([images])
+        best_of_each = run.captioner.with_maps(options.pictures.viz_method, chunks, best_of_each)
+        draw_attention(run.folder, run.captioner, features.paths, best_of_each, options)
         print(pictures_note(run.folder, options))
     print(
         f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"
@@ -1599,20 +1611,20 @@ def finish_run(run):
 
 
 def draw_attention(folder, captioner, paths, hypotheses, options, names=None):
-    """A picture for each image's best hypothesis: its map per word. Numbered without names."""
+    """A picture for the hypothesis of each path: its map per word. Numbered without names."""
     import attention_visualization  # matplotlib takes a second, and few runs draw
 
     pictures = image_loading.open_images(paths)
-    for name, picture, (best, *_) in zip(names or itertools.count(1), pictures, hypotheses):  # noqa: B905
+    for name, picture, hypothesis in zip(names or itertools.count(1), pictures, hypotheses):  # noqa: B905
         attention_visualization.save_attention_viz(
             folder,
             name,
             picture,
-            captioner.words(best),
-            captioner.attention_grid(best),
+            captioner.words(hypothesis),
+            captioner.attention_grid(hypothesis),
             advanced=options.pictures.advanced_attention_viz,
-            log_prob=best.log_prob,
-            beside=captioner.attention_beside(best),
+            log_prob=hypothesis.log_prob,
+            beside=captioner.attention_beside(hypothesis),
             scale=options.pictures.viz_scale,
             form=options.pictures.viz_format,
         )
@@ -1633,12 +1645,11 @@ def needs_grid(decoder, options):
     return maps_alone or decoder.reads_grid
 
 
-def map_first_by_gradients(captioner, features, best, number):
-    """Best hypotheses of a split's images, of which the first have gradient maps."""
-    number, each = min(number, len(best)), attention_measures.CHUNK
+def first_features(features, number, title):
+    """Yield features of a split's first images in chunks (n, P, F), behind a progress bar."""
+    each = attention_measures.CHUNK
     rows = torch.arange(number).split(each)
-    chunks = Progress(features.stream(rows), "mapping by gradients", len(rows), "images", each)
-    return [*captioner.map_by_gradients(chunks, best[:number]), *best[number:]]
+    yield from Progress(features.stream(rows), title, len(rows), "images", each)
 
 
 def output_folder(options):
@@ -1666,9 +1677,10 @@ def test(options, hardware, checkpoint):
     hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
     hypotheses = list(Progress(hypotheses, "testing", len(table), "images"))
     best, method = [image[0] for image in hypotheses], options.pictures.viz_method
-    if method == "gradient":
-        number = max(attention_measures.MEASURED_IMAGES, options.pictures.attention_viz_samples)
-        best = map_first_by_gradients(captioner, features, best, len(best) if boxes else number)
+    number = max(attention_measures.MEASURED_IMAGES, options.pictures.attention_viz_samples)
+    number = len(best) if boxes else min(number, len(best))  # of images whose maps are looked at
+    chunks = first_features(features, number, "mapping by gradients")
+    best = [*captioner.with_maps(method, chunks, best[:number]), *best[number:]]
     scores, rows = score_split(captioner, dataset, table, best, boxes)
     if best[0].attention is not None:
         measured = measure_attention(captioner, features, best, options.run.seed)
@@ -1676,7 +1688,7 @@ def test(options, hardware, checkpoint):
     folder.mkdir(parents=True, exist_ok=True)
     if options.pictures.save_attention_viz:
         paths = features.paths[: options.pictures.attention_viz_samples]
-        draw_attention(folder, captioner, paths, zip(best), options)
+        draw_attention(folder, captioner, paths, best, options)
         print(pictures_note(folder, options))
     scores |= {
         "dataset_type": options.data.dataset_type,
@@ -1734,9 +1746,8 @@ def score_split(captioner, dataset, table, best, boxes=None):
 
 def measure_attention(captioner, features, best, seed):
     """What `attention_measures.measure` finds in the best hypotheses of a split's first images."""
-    best, each = best[: attention_measures.MEASURED_IMAGES], attention_measures.CHUNK
-    rows = torch.arange(len(best)).split(each)
-    chunks = Progress(features.stream(rows), "measuring attention", len(rows), "images", each)
+    best = best[: attention_measures.MEASURED_IMAGES]
+    chunks = first_features(features, len(best), "measuring attention")
     chunks = map(captioner.encoder.tail, chunks)
     decoder, words, hardware = captioner.decoder, captioner.vocabulary, captioner.hardware
     return attention_measures.measure(decoder, chunks, best, words, hardware, seed)
@@ -1771,11 +1782,10 @@ def caption(options, hardware, checkpoint):
             print_captions(captioner, path, image, options.output.json)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            if options.pictures.viz_method == "gradient":
-                best = [image[0] for image in hypotheses]
-                hypotheses = zip(captioner.map_by_gradients(features, best))
+            best = [image[0] for image in hypotheses]
+            best = captioner.with_maps(options.pictures.viz_method, features, best)
             chosen = [names[position] for position in positions]
-            draw_attention(folder, captioner, readable, hypotheses, options, chosen)
+            draw_attention(folder, captioner, readable, best, options, chosen)
             drawn += len(chosen)
     if drawn:
         print(pictures_note(folder, options), file=sys.stderr)  # stdout has captions alone

@@ -359,10 +359,10 @@ def open_images(paths: Sequence[Path] | Sequence[ShardImage]) -> Iterator[Image.
     ShardImages must come from the same shards, which are read once, before the first image.
     """
     contents = {}
-    if _in_shards(paths):
+    if in_shards(paths):
         contents = dict(read(paths[0].shards.urls, [path.name for path in paths]))
     for path in paths:
-        content = contents.get(path.name, b"") if _in_shards(paths) else None
+        content = contents.get(path.name, b"") if in_shards(paths) else None
         image = open_image(path, content, DRAWN_PIXELS)
         image.thumbnail((DRAWN_PIXELS, DRAWN_PIXELS))
         yield image
@@ -500,7 +500,7 @@ def decode_images(
         and {position: reason} of the unreadable ones.
     Raises: OSError when a shard cannot be read.
     """
-    if _in_shards(paths):
+    if in_shards(paths):
         dataset = ShardImages(paths, image_size)
         batches = _data_loader(dataset, min(num_workers, len(dataset.urls)), batch_size=batch_size)
     else:
@@ -538,7 +538,7 @@ def find_unreadable(
     For runs without a feature cache, which would meet them while it is filled. `what`: what a
     progress bar calls them.
     """
-    if _in_shards(paths):
+    if in_shards(paths):
         raise ValueError(
             f"--no_feature_cache: {paths[0].shards} are shards, which are read in order only: "
             "leave it out"
@@ -554,7 +554,8 @@ def find_unreadable(
     return unreadable
 
 
-def _in_shards(paths: Sequence) -> bool:
+def in_shards(paths: Sequence) -> bool:
+    """Whether these images are members of shards."""
     return bool(paths) and isinstance(paths[0], ShardImage)
 
 

@@ -802,3 +802,10 @@ def test_a_preset_takes_either_kind_of_attention():
     assert parse_args(["--preset", "laptop"]).model.attention == "additive"
     adaptive = parse_args(["--preset", "laptop", "--attention", "adaptive"])
     assert adaptive.model.attention == "adaptive" and adaptive.model.attention_dim == 256
+
+
+def test_the_pictures_scales_and_formats_are_the_drawing_rooms():
+    import attention_visualization
+
+    assert TABLE["viz_scale"].kind == attention_visualization.SCALES
+    assert TABLE["viz_format"].kind == attention_visualization.FORMATS
