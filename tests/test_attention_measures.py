@@ -138,6 +138,7 @@ def attention_decoder(kind="additive"):
     decoder.calibrate([2 + 3 * torch.randn(50, 12, 5)])
     with torch.no_grad():
         decoder.head.weight *= 5
+        decoder.project_values.weight *= 3  # each cell counts, also in a mean with a blind decoder
     return decoder
 
 
