@@ -259,7 +259,7 @@ MODEL = {
         "it is read, by dot products, or at nothing, and training has no loop over steps",
         needs=ATTENTION, stored=FIXED),
     "attention_heads": Option(number(int, 1, 64), 4,
-        "looks of one word, each at places of its own; divides --attention_dim and --hidden_size",
+        "looks of one word, each at places of its own; divides --attention_dim and --embed_size",
         needs=ADAPTIVE, stored=FIXED),
     "attention_dim": Option(UNITS, 512, "units that compare cells", needs=ATTENTION, stored=FIXED),
     "drop_prob": Option(DROPOUT, 0.3, "dropout probability in training", modes=(TRAIN,), needs=RNN),
@@ -613,7 +613,7 @@ def check_contradictions(values, new_plan):
             f"--algorithm {values['algorithm']} finds ({most})"
         )
     heads, adaptive = values["attention_heads"], values["attention"] == "adaptive"
-    for name in ("attention_dim", "hidden_size"):
+    for name in ("attention_dim", "embed_size"):
         if values["decoder"] == "attention" and adaptive and values[name] % heads:
             raise ValueError(f"--attention_heads {heads} does not divide --{name} {values[name]}")
     if values["mode"] == CAPTION and values["output_dir"] and not values["save_attention_viz"]:

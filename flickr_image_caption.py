@@ -12,7 +12,8 @@ Shapes: N images, B captions, K hypotheses per image, P grid cells (7 * 7), F fe
 [1] Vinyals et al. 2015, Show and Tell.   [2] Xu et al. 2015, Show, Attend and Tell.
 [3] Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
 [4] Vaswani et al. 2017, Attention Is All You Need.   [5] Lu et al. 2017, Knowing When to Look.
-[6] Anderson et al. 2018, Bottom-Up and Top-Down Attention.
+[6] Anderson et al. 2018, Bottom-Up and Top-Down Attention.   [7] Henry et al. 2020, Query-Key
+Normalization for Transformers.   [8] Kobayashi et al. 2020, Attention is Not Only a Weight.
 """
 
 from caption_options import (
@@ -278,16 +279,20 @@ class AdaptiveAttention(nn.Module):
     """Scaled dot products, several heads; a word may look at no cell. Sources: [4] section 3.2; [5] section 3.2.
 
     What a word does not look for in the picture, it has from the words before it: one more thing to
-    look at, the sentinel, which is made from the LSTM's output. Departure: [5] makes it from the memory.
+    look at, the sentinel, which is made from the LSTM's output. Departures: [5] makes it from the
+    memory; queries and keys have one length, learned ([7] section 3), so that weight decay does not
+    blur the maps; a cell's key is what sets it apart from its picture's other cells.
     """
 
     def __init__(self, feature_dim, query_dim, attention_dim, heads):
         super().__init__()
         self.heads = heads
-        self.project_keys = nn.Linear(feature_dim, attention_dim)
+        self.project_keys = nn.Linear(feature_dim, attention_dim, bias=False)
         self.project_query = nn.Linear(query_dim, attention_dim)
         self.sentinel_key = nn.Linear(query_dim, attention_dim)
         self.sentinel_value = nn.Linear(query_dim, query_dim)
+        self.norm_query = nn.RMSNorm(attention_dim // heads)
+        self.norm_key = nn.RMSNorm(attention_dim // heads)
 
     def split(self, x):
         """(N, L, D) -> (N, heads, L, D / heads)."""
@@ -295,20 +300,26 @@ class AdaptiveAttention(nn.Module):
 
     def keys(self, features):
         """features (N, P, F) -> keys (N, heads, P, A / heads), once per image."""
-        return self.split(self.project_keys(features))
+        keys = self.project_keys(features)
+        return self.norm_key(self.split(keys - keys.mean(1, keepdim=True)))
 
     def forward(self, query, keys, values):
-        """query (N, L, H), keys and values (N, heads, P, ...) -> context (N, L, H), alphas (N, L, P + 1).
+        """query (N, L, H), keys and values (N, heads, P, ...) -> context (N, L, H), shares (N, L, P + 1).
 
-        Each row of alphas sums to 1: the heads' mean weights of the cells, and last the sentinel's.
+        The shares are the cells' and last the sentinel's, and sum to 1: how much of the context each
+        accounts for, its weighted value along the context. A weight alone says where a word looked,
+        also where nothing was to be seen. After [8] section 3, who take the value's length.
         """
-        scaled = self.split(self.project_query(query)) / math.sqrt(keys.size(-1))
-        sentinel = (scaled * self.split(self.sentinel_key(query))).sum(-1, keepdim=True)
-        scores = torch.cat([scaled @ keys.transpose(-1, -2), sentinel], dim=-1)
-        alphas = scores.float().softmax(dim=-1)  # (N, heads, L, P + 1)
-        cells, sentinel = alphas.type_as(values).split([keys.size(2), 1], dim=-1)
-        context = cells @ values + sentinel * self.split(self.sentinel_value(query))
-        return context.transpose(1, 2).flatten(2), alphas.mean(1)
+        scaled = self.norm_query(self.split(self.project_query(query))) / math.sqrt(keys.size(-1))
+        sentinel = self.norm_key(self.split(self.sentinel_key(query)))
+        sentinel = (scaled * sentinel).sum(-1, keepdim=True)
+        weights = torch.cat([scaled @ keys.transpose(-1, -2), sentinel], dim=-1).float().softmax(-1)
+        cells, language = weights.type_as(values).split([keys.size(2), 1], dim=-1)
+        sentinel = self.split(self.sentinel_value(query))
+        context = cells @ values + language * sentinel  # (N, heads, L, H / heads)
+        along = [context @ values.transpose(-1, -2), (context * sentinel).sum(-1, keepdim=True)]
+        parts = (weights * torch.cat(along, dim=-1)).sum(1).clamp_min(0)
+        return context.transpose(1, 2).flatten(2), F.normalize(parts, p=1, dim=-1)
 
 
 # -------------------------------------------------------------------------------------- the decoders
@@ -364,13 +375,13 @@ class Decoder(nn.Module):
     reads_grid = True
     beside_cells = ()
 
-    def __init__(self, feature_dim, vocab_size, embed_size, hidden_size, drop_prob):
+    def __init__(self, feature_dim, vocab_size, embed_size, output_size, drop_prob):
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_std", torch.ones(feature_dim))
         self.embed = nn.Embedding(vocab_size, embed_size)
         self.dropout = nn.Dropout(drop_prob)
-        self.head = nn.Linear(hidden_size, vocab_size)
+        self.head = nn.Linear(output_size, vocab_size)
 
     def calibrate(self, chunks):
         """Take each channel's mean and deviation from training images, in chunks (n, P, F)."""
@@ -456,14 +467,14 @@ class LSTMDecoder(Decoder):
 
 
 class GridDecoder(Decoder):
-    """A decoder whose words look at cells: what it has of each, and the cells that training hides."""
+    """A decoder whose words look at cells, some of which training hides."""
 
     def __init__(
-        self, feature_dim, vocab_size, embed_size, hidden_size, drop_prob, value_size, patch_dropout
+        self, feature_dim, vocab_size, embed_size, output_size, drop_prob, patch_dropout, value_bias
     ):
-        super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
+        super().__init__(feature_dim, vocab_size, embed_size, output_size, drop_prob)
         self.patch_dropout = patch_dropout
-        self.project_values = nn.Linear(feature_dim, value_size)
+        self.project_values = nn.Linear(feature_dim, embed_size, bias=value_bias)
 
     def visible(self, features):
         """In training without a share of the cells: (N, P, F) -> (N, P', F)."""
@@ -471,7 +482,7 @@ class GridDecoder(Decoder):
         return drop_patches(features, self.patch_dropout) if dropping else features
 
     def values(self, features):
-        """Standardised features (N, P, F) -> (N, P, value_size), what a context is a mean of."""
+        """Standardised features (N, P, F) -> (N, P, E), what a context is a mean of."""
         values = self.project_values(features)
         if self.training:  # one mask for all cells of an image
             values = values * self.dropout(values.new_ones(values.size(0), 1, values.size(-1)))
@@ -499,7 +510,7 @@ class AttentionDecoder(GridDecoder):
         patch_dropout=0.0,
     ):
         sizes = feature_dim, vocab_size, embed_size, hidden_size
-        super().__init__(*sizes, drop_prob, embed_size, patch_dropout)
+        super().__init__(*sizes, drop_prob, patch_dropout, value_bias=True)
         self.attention = AdditiveAttention(feature_dim, hidden_size, attention_dim)
         self.gate = RepeatedLinear(hidden_size, embed_size)
         self.init_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
@@ -580,7 +591,8 @@ class AdaptiveDecoder(GridDecoder):
 
     Departures: the mean feature is nowhere, so that the picture is known by looking only; the second
     LSTM (as in [6]) remembers what was seen. Nothing that was seen goes back to the reader, so in
-    training each part is one call for all steps.
+    training each part is one call for all steps. What is read, seen and written has the size of a
+    word's embedding, and the words are chosen there ([2] equation 7).
     """
 
     options = (
@@ -600,15 +612,16 @@ class AdaptiveDecoder(GridDecoder):
         attention_heads,
         patch_dropout=0.0,
     ):
-        sizes = feature_dim, vocab_size, embed_size, hidden_size
-        super().__init__(*sizes, drop_prob, hidden_size, patch_dropout)
+        sizes = feature_dim, vocab_size, embed_size, embed_size
+        # without a bias: the mean feature is worth nothing
+        super().__init__(*sizes, drop_prob, patch_dropout, value_bias=False)
+        self.reader = nn.LSTM(embed_size, embed_size, batch_first=True)
+        self.attention = AdaptiveAttention(feature_dim, embed_size, attention_dim, attention_heads)
         between_layers = drop_prob if num_layers > 1 else 0.0
-        self.reader = nn.LSTM(
+        self.writer = nn.LSTM(
             embed_size, hidden_size, num_layers, batch_first=True, dropout=between_layers
         )
-        self.attention = AdaptiveAttention(feature_dim, hidden_size, attention_dim, attention_heads)
-        self.writer = nn.LSTM(hidden_size, hidden_size, batch_first=True)
-        self.deep_output = nn.Linear(embed_size + hidden_size, hidden_size)  # of word and context
+        self.project_output = nn.Linear(hidden_size, embed_size)
 
     def forward(self, features, batch):
         """features (N, P, F), batch -> logits (tokens, V), None."""
@@ -616,12 +629,12 @@ class AdaptiveDecoder(GridDecoder):
         per_image = self.look(self.visible(features))
         words = self.embed(batch.inputs)  # (tokens, E)
         inputs = self.locked_dropout(words, batch.caption_index, num_captions)
-        read = run_lstm(self.reader, PackedSequence(inputs, sizes))[0].data  # (tokens, H)
-        context, _ = self.attention(read[batch.image_tokens], *per_image)  # (N, L, H)
-        context = context.flatten(0, 1).index_select(0, batch.token_place)  # (tokens, H)
+        read = run_lstm(self.reader, PackedSequence(inputs, sizes))[0].data  # (tokens, E)
+        context, _ = self.attention(read[batch.image_tokens], *per_image)  # (N, L, E)
+        context = context.flatten(0, 1).index_select(0, batch.token_place)  # (tokens, E)
         seen = self.locked_dropout(read + context, batch.caption_index, num_captions)
-        output = run_lstm(self.writer, PackedSequence(seen, sizes))[0].data
-        output = output + self.deep_output(torch.cat([words, context], dim=-1))
+        output = run_lstm(self.writer, PackedSequence(seen, sizes))[0].data  # (tokens, H)
+        output = self.project_output(output) + words + context
         return self.head(self.locked_dropout(output, batch.caption_index, num_captions)), None
 
     def look(self, features):
@@ -631,18 +644,21 @@ class AdaptiveDecoder(GridDecoder):
 
     def start(self, features):
         """features (N, P, F) -> state: keys and values, and the LSTMs before any word."""
-        none = features.new_zeros(len(features), 1, self.reader.num_layers, self.reader.hidden_size)
-        return self.look(features), ((none, none), (none[:, :, :1], none[:, :, :1]))
+        before = [
+            features.new_zeros(len(features), 1, lstm.num_layers, lstm.hidden_size)
+            for lstm in (self.reader, self.writer)
+        ]
+        return self.look(features), tuple((zeros, zeros) for zeros in before)
 
     def step(self, tokens, state):
-        """tokens (N, K), state -> logits (N, K, V), state, alphas (N, K, P + 1)."""
+        """tokens (N, K), state -> logits (N, K, V), state, shares (N, K, P + 1)."""
         per_image, (reader, writer) = state
         words = self.embed(tokens)
         read, reader = step_lstm(self.reader, words, reader)
-        context, alphas = self.attention(read, *per_image)
+        context, shares = self.attention(read, *per_image)
         output, writer = step_lstm(self.writer, read + context, writer)
-        output = output + self.deep_output(torch.cat([words, context], dim=-1))
-        return self.head(output), (per_image, (reader, writer)), alphas
+        logits = self.head(self.project_output(output) + words + context)
+        return logits, (per_image, (reader, writer)), shares
 
 
 DECODERS = {"lstm": LSTMDecoder, "additive": AttentionDecoder, "adaptive": AdaptiveDecoder}

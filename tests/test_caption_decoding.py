@@ -606,7 +606,7 @@ def test_an_ensembles_forward_is_the_mean_of_its_members_probabilities_and_maps(
 
 def test_a_member_that_must_look_at_cells_looks_at_nothing_beside_them():
     torch.manual_seed(0)
-    sizes = {"embed_size": 5, "hidden_size": 6, "num_layers": 1, "drop_prob": 0.0}
+    sizes = {"embed_size": 6, "hidden_size": 6, "num_layers": 1, "drop_prob": 0.0}
     additive = program.AttentionDecoder(4, 9, **sizes, attention_dim=4)
     adaptive = program.AdaptiveDecoder(4, 9, **sizes, attention_dim=4, attention_heads=2)
     ensemble = Ensemble([additive.eval(), adaptive.eval()])

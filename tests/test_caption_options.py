@@ -781,7 +781,7 @@ def test_a_second_look_must_be_smaller_than_the_first(capsys):
     assert "--coarse_size 96 must be below the image size, 96" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "size"), [("attention_dim", 30), ("hidden_size", 50)])
+@pytest.mark.parametrize(("name", "size"), [("attention_dim", 30), ("embed_size", 50)])
 def test_heads_divide_what_they_share(name, size, capsys):
     typed = ["--decoder", "attention", "--attention", "adaptive", f"--{name}", str(size)]
     assert parse_args([*typed, "--attention_heads", "2"]).model.attention_heads == 2

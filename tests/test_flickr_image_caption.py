@@ -31,6 +31,7 @@ from repeated_linear import RepeatedLinear
 
 VOCAB_SIZE, CHANNELS, CELLS = 13, 6, 9
 EMBED, HIDDEN, COMPARE = 5, 8, 4  # --embed_size --hidden_size --attention_dim
+EVEN = 6  # --embed_size of the adaptive decoder, whose two heads share it
 LENGTHS = torch.tensor([5, 2, 6, 1, 3, 6, 4])
 IMAGE_INDEX = torch.tensor([2, 0, 3, 0, 2, 2, 1])  # several captions per image, in no order
 VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
@@ -47,7 +48,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def make_decoder(kind, num_layers, drop_prob=0.0, seed=0, scale=3.0, **more):
     """A decoder in eval mode; `scale` makes its random weights large enough for captions to differ."""
     torch.manual_seed(seed)
-    sizes = {"embed_size": EMBED, "hidden_size": HIDDEN, "num_layers": num_layers}
+    embed_size = EVEN if kind == "adaptive" else EMBED
+    sizes = {"embed_size": embed_size, "hidden_size": HIDDEN, "num_layers": num_layers}
     sizes |= {"attention_dim": COMPARE, "patch_dropout": 0.0, "drop_prob": drop_prob, **more}
     named = {"decoder": "lstm"} if kind == "lstm" else {"decoder": "attention"}
     named |= {"attention": "adaptive" if kind == "adaptive" else "additive", "attention_heads": 2}
@@ -243,34 +245,44 @@ def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_lay
 def test_the_adaptive_decoder_is_scaled_dot_products_and_a_sentinel_written_out_plainly(num_layers):
     decoder, (features, captions) = make_decoder("adaptive", num_layers), make_data()
     grid, tokens, attention = features[1], captions[2, :6], decoder.attention
-    logits, alphas = run_steps(decoder, grid, tokens)
+    logits, shares = run_steps(decoder, grid, tokens)
     words = decoder.embed.weight[tokens]
-    read = decoder.reader(words)[0]  # (T, H)
+    read = decoder.reader(words)[0]  # (T, E)
+    keys = [attention.project_keys(cell) for cell in grid]
+    keys = [key - sum(keys) / CELLS for key in keys]  # what sets a cell apart
+
+    def normed(norm, vector):  # Henry et al. 2020, section 3, with a gain for each unit
+        return norm.weight * vector / vector.square().mean().sqrt()
+
     contexts = []
     for step, query in enumerate(read):
-        shares, heads = torch.zeros(CELLS + 1), []
+        parts, heads, width = torch.zeros(CELLS + 1), [], EVEN // 2
         for head in range(2):  # Vaswani et al. 2017, section 3.2: softmax(q k / sqrt(d)) v
-            keyed, valued = slice(2 * head, 2 * head + 2), slice(4 * head, 4 * head + 4)
-            looked = attention.project_query(query)[keyed]
-            keys = [attention.project_keys(cell)[keyed] for cell in grid]
+            keyed, valued = slice(2 * head, 2 * head + 2), slice(width * head, width * (head + 1))
+            looked = normed(attention.norm_query, attention.project_query(query)[keyed])
+            compared = [*keys, attention.sentinel_key(query)]
+            compared = [normed(attention.norm_key, key[keyed]) for key in compared]
             values = [decoder.project_values(cell)[valued] for cell in grid]
-            keys.append(attention.sentinel_key(query)[keyed])
             values.append(attention.sentinel_value(query)[valued])
-            energies = torch.stack([looked @ key / 2**0.5 for key in keys])
+            energies = torch.stack([looked @ key / 2**0.5 for key in compared])
             weights = energies.exp() / energies.exp().sum()
-            shares += weights / 2
-            heads.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
-        torch.testing.assert_close(alphas[step], shares, atol=1e-5, rtol=0)
-        contexts.append(torch.cat(heads))
+            taken = [weight * value for weight, value in zip(weights, values, strict=True)]
+            heads.append(sum(taken))
+            parts += torch.stack([each @ heads[-1] for each in taken])
+        context = torch.cat(heads)
+        torch.testing.assert_close(parts.sum(), context @ context)  # shares of the context's square
+        parts = parts.clamp_min(0)
+        torch.testing.assert_close(shares[step], parts / parts.sum(), atol=1e-5, rtol=0)
+        contexts.append(context)
     contexts = torch.stack(contexts)
-    written = decoder.writer(read + contexts)[0] + decoder.deep_output(
-        torch.cat([words, contexts], 1)
-    )
-    torch.testing.assert_close(logits, decoder.head(written), atol=1e-5, rtol=0)
+    written = decoder.writer(read + contexts)[0]
+    # Xu et al. 2015, equation 7
+    deep = decoder.project_output(written) + words + contexts
+    torch.testing.assert_close(logits, decoder.head(deep), atol=1e-5, rtol=1e-4)
 
 
 def test_adaptive_attention_sums_to_1_with_the_sentinel_and_words_differ_in_what_they_look_at():
-    decoder, (features, captions) = make_decoder("adaptive", 1, scale=4.0), make_data()
+    decoder, (features, captions) = make_decoder("adaptive", 1, scale=2.0), make_data()
     assert decoder.beside_cells == ("language",)
     alphas = torch.stack([run_steps(decoder, image, captions[2])[1] for image in features])
     assert alphas.shape == (4, 7, CELLS + 1)
@@ -287,9 +299,9 @@ def test_the_adaptive_decoder_knows_the_picture_by_looking_only():
     with torch.no_grad():
         for projection in (decoder.attention.project_query, decoder.attention.sentinel_key):
             projection.weight.zero_()
-            projection.bias.fill_(20.0)
+            projection.bias.fill_(1.0)
+        decoder.attention.norm_query.weight.fill_(100.0)
         decoder.attention.project_keys.weight.zero_()
-        decoder.attention.project_keys.bias.zero_()
     logits = [run_steps(decoder, image, captions[2])[0] for image in features]
     torch.testing.assert_close(logits[0], logits[1])
     torch.testing.assert_close(logits[0], logits[3])
@@ -347,16 +359,16 @@ def test_every_size_counts(kind, num_layers):
     )  # biases of a layer above the first: torch's LSTM has two
     lstm = {  # weights and two biases for each of four gates
         "lstm": 4 * HIDDEN * (EMBED + HIDDEN + 2), "attention": 4 * HIDDEN * (2 * EMBED + HIDDEN + 2),
-        "adaptive": 4 * HIDDEN * (EMBED + HIDDEN + 2) + 4 * HIDDEN * (2 * HIDDEN + 2),
+        "adaptive": 4 * EVEN * (2 * EVEN + 2) + 4 * HIDDEN * (EVEN + HIDDEN + 2),
     }[kind] + (num_layers - 1) * 4 * HIDDEN * (2 * HIDDEN + upper)  # fmt: skip
     image = {
         "lstm": CHANNELS * EMBED + EMBED + EMBED * HIDDEN,
         "attention": (CHANNELS * EMBED + EMBED) + (CHANNELS * COMPARE + COMPARE) + HIDDEN * COMPARE + COMPARE
         + (HIDDEN * EMBED + EMBED) + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EMBED + 1) * HIDDEN,
-        "adaptive": (CHANNELS + 1) * (HIDDEN + COMPARE) + 2 * (HIDDEN + 1) * COMPARE + (HIDDEN + 1) * HIDDEN
-        + (EMBED + HIDDEN + 1) * HIDDEN,
+        "adaptive": CHANNELS * (EVEN + COMPARE) + 2 * (EVEN + 1) * COMPARE + (EVEN + 1) * EVEN
+        + COMPARE + (HIDDEN + 1) * EVEN,  # COMPARE gains: 2 of each head's 2 units
     }[kind]  # fmt: skip
-    words = VOCAB_SIZE * EMBED + (HIDDEN + 1) * VOCAB_SIZE
+    words = VOCAB_SIZE * (2 * EVEN + 1 if kind == "adaptive" else EMBED + HIDDEN + 1)
     decoder = make_decoder(kind, num_layers)
     assert sum(parameter.numel() for parameter in decoder.parameters()) == lstm + image + words
 
@@ -397,7 +409,7 @@ def test_dropout_acts_on_every_layers_input_in_training_only(kind, num_layers):
             dropped[name] *= 2  # its other half is its own output one step ago
     assert dropped == pytest.approx(dict.fromkeys(modules, 0.5), abs=0.05)
     if kind != "attention" and num_layers > 1:  # between its layers, where no hook reaches
-        assert (decoder.lstm if kind == "lstm" else decoder.reader).dropout == 0.5
+        assert (decoder.lstm if kind == "lstm" else decoder.writer).dropout == 0.5
     decoder.eval()
     first, second = (run_decoder(decoder, features, captions)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -509,7 +521,7 @@ def test_weight_matrices_decay_and_embeddings_and_biases_do_not(kind, num_layers
     assert sorted(grouped) == sorted(map(id, decoder.parameters()))
     names = {id(parameter): name for name, parameter in decoder.named_parameters()}
     undecayed = {names[id(parameter)] for parameter in others["params"]}
-    assert undecayed == {"embed.weight"} | {name for name in names.values() if "bias" in name}
+    assert undecayed == {"embed.weight"} | {n for n in names.values() if "bias" in n or "norm" in n}
 
 
 # ---------------------------------------------------------------------------------- the training step
