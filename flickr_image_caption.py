@@ -1647,10 +1647,9 @@ def draw_attention(folder, captioner, paths, hypotheses, options, names=None):
 
 
 def pictures_note(folder, options):
-    """Where the attention pictures are, for the console."""
-    return printable(
-        f"attention pictures: {folder / f'*attention_viz_*.{options.pictures.viz_format}'}"
-    )
+    """Where the pictures are and what drew their maps, for the console."""
+    method, files = options.pictures.viz_method, f"*attention_viz_*.{options.pictures.viz_format}"
+    return printable(f"{method} pictures: {folder / files}")
 
 
 def needs_grid(decoder, options):

@@ -822,7 +822,8 @@ def viz_method_chooses_the_maps():
         flags = (
             f"--viz_method {method} --algorithm greedy --output_dir {method} --model_path {path}"
         )
-        succeed("--mode test", flags)
+        out = succeed("--mode test --save_attention_viz --attention_viz_samples 1", flags)
+        assert f"{method} pictures: {method}/*attention_viz_*.png\n" in out
         found.append(read_json(f"{method}/test_metrics.json"))
         assert found[-1]["attention"]["method"] == method
         succeed("--mode caption --save_attention_viz", picture, flags)
