@@ -292,7 +292,8 @@ class AdaptiveAttention(nn.Module):
         self.sentinel_key = nn.Linear(query_dim, attention_dim)
         self.sentinel_value = nn.Linear(query_dim, query_dim)
         self.norm_query = nn.RMSNorm(attention_dim // heads)
-        self.norm_key = nn.RMSNorm(attention_dim // heads)
+        # eps: of a cell all but like its picture's mean, the direction is its rounding's
+        self.norm_key = nn.RMSNorm(attention_dim // heads, eps=1e-2)
 
     def split(self, x):
         """(N, L, D) -> (N, heads, L, D / heads)."""

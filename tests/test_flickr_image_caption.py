@@ -252,7 +252,7 @@ def test_the_adaptive_decoder_is_scaled_dot_products_and_a_sentinel_written_out_
     keys = [key - sum(keys) / CELLS for key in keys]  # what sets a cell apart
 
     def normed(norm, vector):  # Henry et al. 2020, section 3, with a gain for each unit
-        return norm.weight * vector / vector.square().mean().sqrt()
+        return norm.weight * vector / (vector.square().mean() + (norm.eps or 0)).sqrt()
 
     contexts = []
     for step, query in enumerate(read):
