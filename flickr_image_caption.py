@@ -279,9 +279,9 @@ class AdaptiveAttention(nn.Module):
     """Scaled dot products, several heads; a word may look at no cell. Sources: [4] section 3.2; [5] section 3.2.
 
     What a word does not look for in the picture, it has from the words before it: one more thing to
-    look at, the sentinel, which is made from the LSTM's output. Departures: [5] makes it from the
-    memory; queries and keys have one length, learned ([7] section 3), so that weight decay does not
-    blur the maps; a cell's key is what sets it apart from its picture's other cells.
+    look at, the sentinel, which is made from the LSTM's output; [5] makes it from the memory.
+    Queries and keys are normalised, so that weight decay does not blur the maps: as [7] section 3,
+    but with a learned gain for each unit. A key is of what sets a cell apart from its picture's mean.
     """
 
     def __init__(self, feature_dim, query_dim, attention_dim, heads):
@@ -292,7 +292,7 @@ class AdaptiveAttention(nn.Module):
         self.sentinel_key = nn.Linear(query_dim, attention_dim)
         self.sentinel_value = nn.Linear(query_dim, query_dim)
         self.norm_query = nn.RMSNorm(attention_dim // heads)
-        # eps: of a cell all but like its picture's mean, the direction is its rounding's
+        # where a cell is all but the mean, what sets it apart is rounding: eps keeps that small
         self.norm_key = nn.RMSNorm(attention_dim // heads, eps=1e-2)
 
     def split(self, x):
@@ -305,22 +305,27 @@ class AdaptiveAttention(nn.Module):
         return self.norm_key(self.split(keys - keys.mean(1, keepdim=True)))
 
     def forward(self, query, keys, values):
-        """query (N, L, H), keys and values (N, heads, P, ...) -> context (N, L, H), shares (N, L, P + 1).
+        """query (N, L, E), keys and values (N, heads, P, ...) -> context (N, L, E), shares (N, L, P + 1).
 
-        The shares are the cells' and last the sentinel's, and sum to 1: how much of the context each
-        accounts for, its weighted value along the context. A weight alone says where a word looked,
-        also where nothing was to be seen. After [8] section 3, who take the value's length.
+        Each row of shares sums to 1: how much of the context each cell, and last the sentinel, accounts
+        for; training asks for none. That is its weighted value along the context: the weight alone says
+        where a word looked, also where nothing was to be seen. After [8] section 3, where it is the
+        value's length.
         """
-        scaled = self.norm_query(self.split(self.project_query(query))) / math.sqrt(keys.size(-1))
-        sentinel = self.norm_key(self.split(self.sentinel_key(query)))
-        sentinel = (scaled * sentinel).sum(-1, keepdim=True)
-        weights = torch.cat([scaled @ keys.transpose(-1, -2), sentinel], dim=-1).float().softmax(-1)
-        cells, language = weights.type_as(values).split([keys.size(2), 1], dim=-1)
-        sentinel = self.split(self.sentinel_value(query))
-        context = cells @ values + language * sentinel  # (N, heads, L, H / heads)
-        along = [context @ values.transpose(-1, -2), (context * sentinel).sum(-1, keepdim=True)]
-        parts = (weights * torch.cat(along, dim=-1)).sum(1).clamp_min(0)
-        return context.transpose(1, 2).flatten(2), F.normalize(parts, p=1, dim=-1)
+        query_of_heads = self.norm_query(self.split(self.project_query(query)))
+        own_key = self.norm_key(self.split(self.sentinel_key(query)))
+        own_value = self.split(self.sentinel_value(query))
+        own_score = (query_of_heads * own_key).sum(-1, keepdim=True)
+        scores = torch.cat([query_of_heads @ keys.transpose(-1, -2), own_score], dim=-1)
+        weights = (scores.float() / math.sqrt(keys.size(-1))).softmax(dim=-1)
+        of_cells, own = weights.type_as(values).split([keys.size(2), 1], dim=-1)
+        of_heads = of_cells @ values + own * own_value  # (N, heads, L, E / heads)
+        context = of_heads.transpose(1, 2).flatten(2)
+        if self.training:
+            return context, None
+        own_along = (of_heads * own_value).sum(-1, keepdim=True)
+        along = torch.cat([of_heads @ values.transpose(-1, -2), own_along], dim=-1)
+        return context, F.normalize((weights * along).sum(1).clamp_min(0), p=1, dim=-1)
 
 
 # -------------------------------------------------------------------------------------- the decoders
