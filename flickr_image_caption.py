@@ -302,7 +302,7 @@ class AdaptiveAttention(nn.Module):
     def keys(self, features):
         """features (N, P, F) -> keys (N, heads, P, A / heads), once per image."""
         keys = self.project_keys(features)
-        return self.norm_key(self.split(keys - keys.mean(1, keepdim=True)))
+        return self.norm_key(self.split(keys - keys.mean(1, keepdim=True)).float())
 
     def forward(self, query, keys, values):
         """query (N, L, E), keys and values (N, heads, P, ...) -> context (N, L, E), shares (N, L, P + 1).
@@ -312,8 +312,8 @@ class AdaptiveAttention(nn.Module):
         where a word looked, also where nothing was to be seen. After [8] section 3, where it is the
         value's length.
         """
-        query_of_heads = self.norm_query(self.split(self.project_query(query)))
-        own_key = self.norm_key(self.split(self.sentinel_key(query)))
+        query_of_heads = self.norm_query(self.split(self.project_query(query)).float())
+        own_key = self.norm_key(self.split(self.sentinel_key(query)).float())
         own_value = self.split(self.sentinel_value(query))
         own_score = (query_of_heads * own_key).sum(-1, keepdim=True)
         scores = torch.cat([query_of_heads @ keys.transpose(-1, -2), own_score], dim=-1)
@@ -476,11 +476,23 @@ class GridDecoder(Decoder):
     """A decoder whose words look at cells, some of which training hides."""
 
     def __init__(
-        self, feature_dim, vocab_size, embed_size, output_size, drop_prob, patch_dropout, value_bias
+        self,
+        feature_dim,
+        vocab_size,
+        embed_size,
+        hidden_size,
+        num_layers,
+        drop_prob,
+        patch_dropout,
+        *,
+        output_size,
+        value_bias,
     ):
         super().__init__(feature_dim, vocab_size, embed_size, output_size, drop_prob)
-        self.patch_dropout = patch_dropout
+        self.patch_dropout, self.num_layers = patch_dropout, num_layers
         self.project_values = nn.Linear(feature_dim, embed_size, bias=value_bias)
+        self.init_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
+        self.init_cell = nn.Linear(feature_dim, num_layers * hidden_size)
 
     def visible(self, features):
         """In training without a share of the cells: (N, P, F) -> (N, P', F)."""
@@ -493,6 +505,17 @@ class GridDecoder(Decoder):
         if self.training:  # one mask for all cells of an image
             values = values * self.dropout(values.new_ones(values.size(0), 1, values.size(-1)))
         return values
+
+    def first_state(self, features):
+        """Standardised features (N, P, F) -> hidden state and cell, (N, 1, L, H) each, from their mean.
+
+        Source: [2] section 3.1.2, with one layer for each.
+        """
+        mean = self.dropout(features.mean(1, keepdim=True))  # (N, 1, F)
+        states = self.init_hidden(mean), self.init_cell(mean)
+        return tuple(
+            x.type_as(features).tanh().unflatten(-1, (self.num_layers, -1)) for x in states
+        )
 
 
 class AttentionDecoder(GridDecoder):
@@ -515,12 +538,10 @@ class AttentionDecoder(GridDecoder):
         attention_dim,
         patch_dropout=0.0,
     ):
-        sizes = feature_dim, vocab_size, embed_size, hidden_size
-        super().__init__(*sizes, drop_prob, patch_dropout, value_bias=True)
+        sizes = feature_dim, vocab_size, embed_size, hidden_size, num_layers
+        super().__init__(*sizes, drop_prob, patch_dropout, output_size=hidden_size, value_bias=True)
         self.attention = AdditiveAttention(feature_dim, hidden_size, attention_dim)
         self.gate = RepeatedLinear(hidden_size, embed_size)
-        self.init_hidden = nn.Linear(feature_dim, num_layers * hidden_size)
-        self.init_cell = nn.Linear(feature_dim, num_layers * hidden_size)
         self.word_gates = nn.Linear(embed_size, 4 * hidden_size)  # the first layer's, for words
         below = [embed_size] + [hidden_size] * (num_layers - 1)
         self.layers = nn.ModuleList(
@@ -558,9 +579,7 @@ class AttentionDecoder(GridDecoder):
         """features (N, P, F) -> state: keys and values, and LSTM layers from the mean feature."""
         features = self.standardise(features)
         per_image = self.attention.keys(features), self.values(features)
-        mean = self.dropout(features.mean(1, keepdim=True))  # (N, 1, F)
-        hidden = self.init_hidden(mean).tanh().chunk(len(self.layers), dim=-1)
-        cell = self.init_cell(mean).tanh().chunk(len(self.layers), dim=-1)
+        hidden, cell = (state.unbind(2) for state in self.first_state(features))
         return per_image, tuple(zip(hidden, cell, strict=True))
 
     def attend(self, query, keys, values):
@@ -595,10 +614,10 @@ class AttentionDecoder(GridDecoder):
 class AdaptiveDecoder(GridDecoder):
     """One LSTM reads the words, each of them then looks at the grid, a second LSTM writes. Source: [5] section 3.
 
-    Departures: the mean feature is nowhere, so that the picture is known by looking only; the second
-    LSTM (as in [6]) remembers what was seen. Nothing that was seen goes back to the reader, so in
-    training each part is one call for all steps. What is read, seen and written has the size of a
-    word's embedding, and the words are chosen there ([2] equation 7).
+    Departures: the second LSTM (as in [6]) remembers what was seen, and begins with the mean feature.
+    Nothing that was seen goes back to the reader, which does not know the picture, so in training each
+    part is one call for all steps. What is read, seen and written has the size of a word's embedding,
+    and the words are chosen there ([2] equation 7).
     """
 
     options = (
@@ -618,9 +637,10 @@ class AdaptiveDecoder(GridDecoder):
         attention_heads,
         patch_dropout=0.0,
     ):
-        sizes = feature_dim, vocab_size, embed_size, embed_size
-        # without a bias: the mean feature is worth nothing
-        super().__init__(*sizes, drop_prob, patch_dropout, value_bias=False)
+        sizes = feature_dim, vocab_size, embed_size, hidden_size, num_layers
+        super().__init__(  # a cell that is like the mean of all pictures gives nothing
+            *sizes, drop_prob, patch_dropout, output_size=embed_size, value_bias=False
+        )
         self.reader = nn.LSTM(embed_size, embed_size, batch_first=True)
         self.attention = AdaptiveAttention(feature_dim, embed_size, attention_dim, attention_heads)
         between_layers = drop_prob if num_layers > 1 else 0.0
@@ -632,29 +652,25 @@ class AdaptiveDecoder(GridDecoder):
     def forward(self, features, batch):
         """features (N, P, F), batch -> logits (tokens, V), None."""
         num_captions, sizes = len(batch.image_index), batch.batch_sizes
-        per_image = self.look(self.visible(features))
+        per_image, (_, first) = self.start(self.visible(features))
+        first = (x.index_select(0, batch.image_index).squeeze(1) for x in first)  # (B, L, H) each
+        first = tuple(x.transpose(0, 1).contiguous() for x in first)
         words = self.embed(batch.inputs)  # (tokens, E)
         inputs = self.locked_dropout(words, batch.caption_index, num_captions)
         read = run_lstm(self.reader, PackedSequence(inputs, sizes))[0].data  # (tokens, E)
         context, _ = self.attention(read[batch.image_tokens], *per_image)  # (N, L, E)
         context = context.flatten(0, 1).index_select(0, batch.token_place)  # (tokens, E)
         seen = self.locked_dropout(read + context, batch.caption_index, num_captions)
-        output = run_lstm(self.writer, PackedSequence(seen, sizes))[0].data  # (tokens, H)
+        output = run_lstm(self.writer, PackedSequence(seen, sizes), first)[0].data  # (tokens, H)
         output = self.project_output(output) + words + context
         return self.head(self.locked_dropout(output, batch.caption_index, num_captions)), None
 
-    def look(self, features):
-        """features (N, P, F) -> keys and values (N, heads, P, ...), once per image."""
-        features = self.standardise(features)
-        return self.attention.keys(features), self.attention.split(self.values(features))
-
     def start(self, features):
-        """features (N, P, F) -> state: keys and values, and the LSTMs before any word."""
-        before = [
-            features.new_zeros(len(features), 1, lstm.num_layers, lstm.hidden_size)
-            for lstm in (self.reader, self.writer)
-        ]
-        return self.look(features), tuple((zeros, zeros) for zeros in before)
+        """features (N, P, F) -> state: keys and values (N, heads, P, ...), and the LSTMs before any word."""
+        features = self.standardise(features)
+        keys, values = self.attention.keys(features), self.attention.split(self.values(features))
+        unread = features.new_zeros(len(features), 1, 1, self.reader.hidden_size)
+        return (keys, values), ((unread, unread), self.first_state(features))
 
     def step(self, tokens, state):
         """tokens (N, K), state -> logits (N, K, V), state, shares (N, K, P + 1)."""
