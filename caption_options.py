@@ -80,11 +80,11 @@ SCHEDULES = {
 
 LAPTOP = {  # what the README shows: 12 to 22 minutes on two CPU cores
     "encoder": "mobilenet_v2", "encoder_weights": "imagenet", "image_size": 320, "coarse_size": 224,
-    "decoder": "attention", "embed_size": 256, "hidden_size": 512, "num_layers": 1,
-    "attention_dim": 256, "drop_prob": 0.4, "patch_dropout": 0.5, "batch_size": 256,
+    "decoder": "attention", "attention": "adaptive", "embed_size": 256, "hidden_size": 512,
+    "num_layers": 1, "attention_dim": 256, "drop_prob": 0.4, "patch_dropout": 0.5, "batch_size": 256,
     "learning_rate": 0.003, "weight_decay": 0.5, "label_smoothing": 0.1, "horizontal_flip": True,
     "use_scheduler": True, "scheduler_type": "one_cycle", "warmup_epochs": 1, "epochs": 15,
-    "keep_checkpoints": 1, "num_workers": 0,
+    "val_beam_size": 5, "length_penalty": 0.8, "keep_checkpoints": 1, "num_workers": 0,
 }  # fmt: skip
 PRESETS = {  # what --preset gives options that are not typed
     "laptop": LAPTOP,

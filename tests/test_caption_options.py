@@ -282,7 +282,8 @@ def test_what_is_typed_comes_before_the_preset_and_that_before_the_default():
 @pytest.mark.parametrize(
     ("typed", "left_out"),
     [
-        ("--decoder lstm", {"attention_dim", "patch_dropout"}),
+        ("--decoder lstm", {"attention", "attention_dim", "patch_dropout"}),
+        ("--attention additive", set()),
         ("--scheduler_type step", {"warmup_epochs"}),
         ("--epochs 1", {"warmup_epochs"}),
         ("--image_size 160", {"coarse_size"}),
@@ -799,9 +800,10 @@ def test_a_checkpoint_from_before_there_were_kinds_of_attention_is_additive():
 
 
 def test_a_preset_takes_either_kind_of_attention():
-    assert parse_args(["--preset", "laptop"]).model.attention == "additive"
-    adaptive = parse_args(["--preset", "laptop", "--attention", "adaptive"])
-    assert adaptive.model.attention == "adaptive" and adaptive.model.attention_dim == 256
+    assert parse_args(["--preset", "laptop"]).model.attention == "adaptive"
+    additive = parse_args(["--preset", "laptop", "--attention", "additive"])
+    assert additive.model.attention == "additive" and additive.model.attention_dim == 256
+    assert additive.training.alpha_c == DEFAULTS["alpha_c"]
 
 
 def test_the_pictures_scales_and_formats_are_the_drawing_rooms():
