@@ -30,11 +30,6 @@ CHUNK = 20  # images measured together: words of like lengths fill a batch
 BATCH_BYTES = 2**26  # of altered features (R, P, F) computed at once
 FRACTIONS = (0.1, 0.2, 0.5)  # of the cells, deleted or inserted
 UNIFORM_SHARE, UNIFORM_EPOCH = 0.97, 2  # from that epoch on maps above that share are warned of
-COLOURS = {
-    "beige", "black", "blond", "blonde", "blue", "brown", "gold", "golden", "gray", "green", "grey",
-    "maroon", "orange", "pink", "purple", "red", "silver", "tan", "turquoise", "violet", "white",
-    "yellow",
-}  # fmt: skip
 
 # ------------------------------------------------------------------------------------ kinds of words
 
@@ -51,7 +46,7 @@ def kind_of(word):
 
     if word in STOP_WORDS:
         return "function words"
-    if word in COLOURS:
+    if word in metrics_utils.COLOURS:
         return "colours"
     return {"n": "nouns", "v": "verbs"}.get(_part_of_speech(word), "others")
 

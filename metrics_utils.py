@@ -33,6 +33,11 @@ METEOR_VARIANT = (
 )
 ROUGE_BETA = 1.2  # [4]: recall weighs more than precision
 CIDER_SIGMA = 6.0  # [3]: words, width of the length penalty
+COLOURS = {
+    "beige", "black", "blond", "blonde", "blue", "brown", "gold", "golden", "gray", "green", "grey",
+    "maroon", "orange", "pink", "purple", "red", "silver", "tan", "turquoise", "violet", "white",
+    "yellow",
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
@@ -393,7 +398,7 @@ def wordnet_is_available():
 
 
 def peak_in_box(records):
-    """How often the attention peak of a noun falls on its object.
+    """How often the attention peak of a noun falls on its object, and that of a colour before it.
 
     Args:
         records: tuples (words, maps, boxes), one per caption. words: T str; maps: (T, h, w)
@@ -402,20 +407,28 @@ def peak_in_box(records):
     Returns:
         {"peak_in_box": share of nouns whose peak's cell has its centre in a box of that name,
         "chance": mean share of the picture that the noun's boxes cover, "ratio": the first over the
-        second, "nouns": words that name a box}. The first three are None where no word names a box.
+        second, "nouns": words that name a box, "colour_peak_in_box": the first of the colours right
+        before them, "colours": how many those are}. A share of no words is None.
     """
-    hits, shares = [], []
+    hits, shares, colour_hits = [], [], []
     for words, maps, boxes in records:
-        for word, attention in zip(words, maps, strict=True):
+        for place, word in enumerate(words):
             named = np.array([box["box"] for box in boxes if word in box["names"]])  # (M, 4)
-            if len(named):
-                hits.append(is_covered(named, *_peak(attention)).item())
-                shares.append(union_area(named))
-    if not hits:
-        return {"peak_in_box": None, "chance": None, "ratio": None, "nouns": 0}
-    rate, chance = float(np.mean(hits)), float(np.mean(shares))
-    ratio = rate / chance if chance else None
-    return {"peak_in_box": rate, "chance": chance, "ratio": ratio, "nouns": len(hits)}
+            if not len(named):
+                continue
+            hits.append(is_covered(named, *_peak(maps[place])).item())
+            shares.append(union_area(named))
+            if place and words[place - 1] in COLOURS:
+                colour_hits.append(is_covered(named, *_peak(maps[place - 1])).item())
+    rate, chance = (float(np.mean(each)) if hits else None for each in (hits, shares))
+    return {
+        "peak_in_box": rate,
+        "chance": chance,
+        "ratio": rate / chance if chance else None,
+        "nouns": len(hits),
+        "colour_peak_in_box": float(np.mean(colour_hits)) if colour_hits else None,
+        "colours": len(colour_hits),
+    }
 
 
 def _peak(attention):
@@ -465,6 +478,8 @@ def _attention_lines(attention):
     if attention.get("ratio") is not None:
         share, ratio = attention["peak_in_box"], attention["ratio"]
         lines.append(f"  {method} peak in its noun's box: {share:.3f}, {ratio:.1f} times chance")
+        if attention["colours"]:
+            lines.append(f"    of the colour before it: {attention['colour_peak_in_box']:.3f}")
     if not attention.get("words"):
         return lines
     lines += [

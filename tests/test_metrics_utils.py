@@ -316,13 +316,29 @@ def test_peak_in_box_by_hand():
         {"names": ["ball"], "box": [0.5, 0, 1, 0.5]},
         {"names": ["ball"], "box": [0.75, 0, 1, 1]},  # half of it lies in the other ball's box
     ]
-    result = peak_in_box([(["a", "puppy", "and", "ball"], maps, boxes), (["sky"], maps[:1], boxes)])
+    words = [
+        "red",
+        "puppy",
+        "red",
+        "ball",
+    ]  # the peaks of "red" are the first cell's, at (1/8, 1/4)
+    result = peak_in_box([(words, maps, boxes), (["sky"], maps[:1], boxes)])
     assert result == {
         "peak_in_box": 1 / 2,
         "chance": pytest.approx(0.2475),
         "ratio": pytest.approx(0.5 / 0.2475),
         "nouns": 2,
+        "colour_peak_in_box": 0,
+        "colours": 2,
     }
+    maps[2, 1, 3] = 0.2  # the second "red" peaks at (7/8, 3/4), in a ball's box
+    result = peak_in_box([(words, maps, boxes), (["blue", "sky"], maps[:2], boxes)])
+    assert (result["colour_peak_in_box"], result["colours"]) == (1 / 2, 2)
+    words[2] = "round"
+    assert peak_in_box([(words, maps, boxes)])["colours"] == 1
+
+
+NO_COLOURS = {"colour_peak_in_box": None, "colours": 0}
 
 
 @pytest.mark.parametrize(("box", "hit"), [([0, 0, 0.125, 1], 0), ([0.125, 0.25, 1, 1], 1)])
@@ -370,19 +386,21 @@ def test_foreign_boxes_are_one_line_that_names_the_file(tmp_path, content, messa
 
 def test_peak_in_box_without_nouns():
     result = peak_in_box([(["a"], np.ones((1, 2, 2)), [])])
-    assert result == {"peak_in_box": None, "chance": None, "ratio": None, "nouns": 0}
+    nothing = {"peak_in_box": None, "chance": None, "ratio": None, "nouns": 0}
+    assert result == nothing | NO_COLOURS
 
 
 def test_a_box_without_area_has_no_ratio():
     boxes = [{"names": ["dog"], "box": [0.5, 0.5, 0.5, 0.5]}]
     result = peak_in_box([(["dog"], np.ones((1, 2, 2)), boxes)])
-    assert result == {"peak_in_box": 0, "chance": 0, "ratio": None, "nouns": 1}
+    assert result == {"peak_in_box": 0, "chance": 0, "ratio": None, "nouns": 1} | NO_COLOURS
 
 
 def test_the_console_s_table():
     scores = dict(zip(METRIC_NAMES, (0.6, 0.4, 0.3, 0.2, None, 0.45, 0.5, 0.75), strict=True))
     scores |= {"intervals": {"BLEU-4": [0.1, 0.25]}, "caption_length": 9.5, "share_copied": None}
     attention = {"peak_in_box": 0.5, "chance": 0.25, "ratio": 2.0, "nouns": 4}
+    attention |= {"colour_peak_in_box": 0.75, "colours": 3}
     lines = scores_table(scores | {"attention": attention}).splitlines()
     assert lines[4:6] == [
         "  BLEU-4           0.2000  [0.1000, 0.2500]",
@@ -391,9 +409,12 @@ def test_the_console_s_table():
     assert lines[9:] == [
         "  caption_length   9.5",
         "  attention peak in its noun's box: 0.500, 2.0 times chance",
+        "    of the colour before it: 0.750",
     ]
+    uncoloured = scores_table(scores | {"attention": attention | NO_COLOURS})
+    assert uncoloured == "\n".join(lines[:-1])
     unmeasured = scores_table(scores | {"attention": attention | {"chance": 0, "ratio": None}})
-    assert unmeasured == scores_table(scores) == "\n".join(lines[:-1])
+    assert unmeasured == scores_table(scores) == "\n".join(lines[:-2])
 
 
 def test_the_console_s_table_of_attention():
