@@ -62,6 +62,7 @@ import experiment_utils
 import gradient_maps
 import image_loading
 import metrics_utils
+import packed_lstm
 import process_group
 from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
@@ -343,11 +344,13 @@ def drop_patches(features, share):
 
 
 def run_lstm(lstm, inputs, state=None):
-    """What `lstm` returns, computed as the rest is.
+    """What `lstm` returns, computed as the rest is, and on a CPU with a quicker backward pass.
 
     But for CUDA under bfloat16: torch's autocast has cuDNN's LSTM compute in float16 there, where
     small gradients vanish because nothing scales them. It computes in TF32 instead.
     """
+    if isinstance(inputs, PackedSequence) and inputs.data.device.type == "cpu":
+        return packed_lstm.run(lstm, inputs, state)
     if not (inputs.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16):
         return lstm(inputs, state)
     with torch.autocast("cuda", enabled=False):
