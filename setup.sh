@@ -41,7 +41,7 @@ case "${1:-}" in
         echo "encoder: VGG-11 with random, untrained weights drawn from --seed 0, so nothing is downloaded."
         echo "         The drawn scenes are plain enough for them; photographs need --encoder_weights imagenet."
         python flickr_image_caption.py --dataset_type sample --decoder attention --attention adaptive --encoder vgg11 --encoder_weights random \
-            --embed_size 256 --hidden_size 256 --attention_dim 128 --num_layers 1 --drop_prob 0.5 --batch_size 64 \
+            --image_size 320 --embed_size 256 --hidden_size 256 --attention_dim 128 --num_layers 1 --drop_prob 0.5 --batch_size 64 \
             --learning_rate 0.003 --use_scheduler --scheduler_type one_cycle --warmup_epochs 2 --epochs 20 \
             --keep_checkpoints 1
         python flickr_image_caption.py --mode test --model_path saved_models/sample/vgg11_attention \
