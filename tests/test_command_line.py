@@ -477,15 +477,18 @@ def attention_is_of_the_kind_that_is_named():
 def attention_heads_look_each_at_a_part_of_the_features():
     for heads in (1, 2, 8):
         decoder = ready(DECODERS["adaptive"], f"--attention_heads {heads}").captioner.decoder
-        assert decoder.look(torch.zeros(3, 4, 1024))[0].shape == (3, heads, 4, 8 // heads)
+        (keys, _), _ = decoder.start(torch.zeros(3, 4, 1024))
+        assert keys.shape == (3, heads, 4, 8 // heads)
 
 
 def num_layers_are_built_by_every_decoder():
     for name, flags in DECODERS.items():
         one, two = (ready(flags, f"--num_layers {n}") for n in (1, 2))
         extra = 4 * 16 * (16 + 16) + 4 * 16  # the second LSTM's weights and bias
-        # its first state; torch's second bias
-        extra += 2 * (1024 + 1) * 16 if name == "attention" else 4 * 16
+        extra += (
+            2 * (1024 + 1) * 16 if name != "lstm" else 0
+        )  # its first state, from the mean feature
+        extra += 4 * 16 if name != "attention" else 0  # torch's second bias
         assert len(weights(two)) - len(weights(one)) == extra
 
 
