@@ -1553,25 +1553,29 @@ def test_caption_mode_draws_every_picture(shop):
 
 
 def test_boxes_beside_the_captions_give_a_peak_in_box_rate(shop, monkeypatch):
-    """Of one word of each caption, whose box is the picture's left three eighths, columns 0 to 2 of 7."""
+    """Of one word of each caption, whose box is the columns up to its first peak, or those beside it."""
     monkeypatch.setattr(attention_visualization, "_draw", lambda *_, **__: b"")  # the maps suffice
     flags, path = own_copy(), shop / "attention/best.pt"
     test, maps = f"--mode test --min_length 2 {flags}", "--save_attention_viz"
     succeed(test, maps, "--attention_viz_samples 4 --output_dir found --model_path", path)
-    boxes, hits = {}, []
+    boxes, hits, shares = {}, [], []
     for number, row in enumerate(read_json("found/test_captions.json"), start=1):
         raw = np.load(f"found/attention_maps_sample_{number}.npz")
         word = str(raw["words"][number % 2])
-        boxes[row["file_name"]] = [{"names": [word, "thing"], "box": [0, 0, 0.375, 1]}]
-        peaks = raw["maps"].reshape(-1, 49).argmax(1) % 7
-        hits.extend(peaks[raw["words"] == word] < 3)
+        peaks = (raw["maps"].reshape(-1, 49).argmax(1) % 7)[raw["words"] == word]
+        columns = [range(peaks[0] + 1), range(peaks[0]) or range(1, 7)][number % 2]
+        box = [columns.start / 7, 0, columns.stop / 7, 1]
+        boxes[row["file_name"]] = [{"names": [word, "thing"], "box": box}]
+        hits.extend(peak in columns for peak in peaks)
+        shares.extend(len(columns) / 7 for _ in peaks)
     Path("data_copy/boxes.json").write_text(json.dumps(boxes))
     out = succeed(test, "--output_dir again --model_path", path)
     found, rate = read_json("again/test_metrics.json")["attention"], sum(hits) / len(hits)
+    chance = sum(shares) / len(shares)
     assert found["nouns"] == len(hits) >= 4 and 0 < rate < 1
-    expected = {"peak_in_box": rate, "chance": 0.375, "ratio": rate / 0.375, "nouns": len(hits)}
+    expected = {"peak_in_box": rate, "chance": chance, "ratio": rate / chance, "nouns": len(hits)}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert f"attention peak in its noun's box: {rate:.3f}, {rate / 0.375:.1f} times chance" in out
+    assert f"attention peak in its noun's box: {rate:.3f}, {rate / chance:.1f} times chance" in out
     succeed(f"--mode test {flags} --output_dir lstm --model_path", shop / "lstm/best.pt")
     assert "attention" not in read_json("lstm/test_metrics.json")
 
