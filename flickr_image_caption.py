@@ -478,19 +478,8 @@ class LSTMDecoder(Decoder):
 class GridDecoder(Decoder):
     """A decoder whose words look at cells, some of which training hides."""
 
-    def __init__(
-        self,
-        feature_dim,
-        vocab_size,
-        embed_size,
-        hidden_size,
-        num_layers,
-        drop_prob,
-        patch_dropout,
-        *,
-        output_size,
-        value_bias,
-    ):
+    def __init__(self, sizes, drop_prob, patch_dropout, *, output_size, value_bias):
+        feature_dim, vocab_size, embed_size, hidden_size, num_layers = sizes
         super().__init__(feature_dim, vocab_size, embed_size, output_size, drop_prob)
         self.patch_dropout, self.num_layers = patch_dropout, num_layers
         self.project_values = nn.Linear(feature_dim, embed_size, bias=value_bias)
@@ -542,7 +531,7 @@ class AttentionDecoder(GridDecoder):
         patch_dropout=0.0,
     ):
         sizes = feature_dim, vocab_size, embed_size, hidden_size, num_layers
-        super().__init__(*sizes, drop_prob, patch_dropout, output_size=hidden_size, value_bias=True)
+        super().__init__(sizes, drop_prob, patch_dropout, output_size=hidden_size, value_bias=True)
         self.attention = AdditiveAttention(feature_dim, hidden_size, attention_dim)
         self.gate = RepeatedLinear(hidden_size, embed_size)
         self.word_gates = nn.Linear(embed_size, 4 * hidden_size)  # the first layer's, for words
@@ -642,7 +631,7 @@ class AdaptiveDecoder(GridDecoder):
     ):
         sizes = feature_dim, vocab_size, embed_size, hidden_size, num_layers
         super().__init__(  # a cell that is like the mean of all pictures gives nothing
-            *sizes, drop_prob, patch_dropout, output_size=embed_size, value_bias=False
+            sizes, drop_prob, patch_dropout, output_size=embed_size, value_bias=False
         )
         self.reader = nn.LSTM(embed_size, embed_size, batch_first=True)
         self.attention = AdaptiveAttention(feature_dim, embed_size, attention_dim, attention_heads)

@@ -33,7 +33,7 @@ METEOR_VARIANT = (
 )
 ROUGE_BETA = 1.2  # [4]: recall weighs more than precision
 CIDER_SIGMA = 6.0  # [3]: words, width of the length penalty
-COLOURS = {
+COLOURS = {  # in English captions
     "beige", "black", "blond", "blonde", "blue", "brown", "gold", "golden", "gray", "green", "grey",
     "maroon", "orange", "pink", "purple", "red", "silver", "tan", "turquoise", "violet", "white",
     "yellow",

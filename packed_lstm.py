@@ -50,10 +50,11 @@ class LayerSteps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates, weight, hidden, cell, sizes):
         exact = torch.promote_types(gates.dtype, torch.float32)
-        gates, dtype = gates.to(exact, copy=True), gates.dtype
-        hidden, cell = hidden.to(dtype), cell.to(exact)
-        first, outputs, cells = (hidden, cell), [], []
-        hidden, cell = hidden.clone(), cell.clone()
+        dtype = gates.dtype
+        gates = gates.to(exact, copy=True)  # becomes what each gate lets through
+        first_hidden, first_cell = hidden.to(dtype), cell.to(exact)
+        hidden, cell = first_hidden.clone(), first_cell.clone()
+        outputs, cells = [], []
         for step in gates.split(sizes):
             alive = slice(len(step))  # captions that have ended keep their last state
             step += hidden[alive] @ weight.t()
@@ -66,7 +67,7 @@ class LayerSteps(torch.autograd.Function):
             hidden[alive] = o * cells[-1].tanh()
             outputs.append(hidden[alive].clone())
         output, cells = torch.cat(outputs), torch.cat(cells)
-        ctx.save_for_backward(weight, gates, cells, output, *first)
+        ctx.save_for_backward(weight, gates, cells, output, first_hidden, first_cell)
         ctx.sizes = sizes
         return output, hidden, cell
 
@@ -75,8 +76,8 @@ class LayerSteps(torch.autograd.Function):
     def backward(ctx, d_output, d_hidden, d_cell):
         weight, gates, cells, output, first_hidden, first_cell = ctx.saved_tensors
         exact, dtype = gates.dtype, output.dtype
-        d_gates, d_hidden, d_cell = torch.empty_like(gates), d_hidden.to(exact), d_cell.clone()
-        d_hidden = d_hidden.clone()
+        d_hidden, d_cell = d_hidden.to(exact, copy=True), d_cell.clone()
+        d_gates = torch.empty_like(gates)
         before = [first_cell, *cells.split(ctx.sizes)]
         parts = (gates, cells, d_output, d_gates)
         steps = zip(*(part.split(ctx.sizes) for part in parts), before, strict=False)
