@@ -231,7 +231,7 @@ def new_run(kind, hardware, *typed):
         options=options,
         captioner=program.Captioner(encoder, decoder, None, hardware),
         objective=program.CrossEntropyObjective(options.training),
-        state=program.TrainState(decoder, options, hardware, plan, order="any"),
+        state=program.new_state(decoder, options, hardware, plan, order="any"),
         model=decoder,
     )
 

@@ -82,6 +82,7 @@ from runtime import (
     to_device,
     until_stopped,
 )
+from train_state import TrainState, scale_rate
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
@@ -936,124 +937,15 @@ def warn_about_schedule(schedule, plan):
 
 # ------------------------------------------------------------------------------------ training state
 
-SCHEDULER_PROGRESS = (
-    "last_epoch", "_step_count", "_last_lr", "base_lrs", "best", "num_bad_epochs", "cooldown_counter",
-    "_schedule_phases",
-)  # fmt: skip
-EARLY_STOPPING = ("best_loss", "epochs_without_improvement")
-EPOCH_START = {"captions": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rate": 0.0}
 
-
-class TrainState:
-    """What a checkpoint must hold so that a resumed run is the run that was never stopped.
-
-    plan: {"epochs": the last epoch, "batches": those of an epoch, "steps": those of one_cycle,
-        "schedule": its name or None}.
-    order: what decides the order of an epoch's captions, as `Split.order`.
-    loop: `epoch`, `step`, `best_score`, `best_loss`, `epochs_without_improvement`, and the position
-        inside an epoch: EPOCH_START's captions seen, their loss in nats and tokens, seconds, rate
-        it began at.
-    """
-
-    def __init__(self, decoder, options, hardware, plan, order):
-        groups = decoder.param_groups(options.training.weight_decay)
-        rate = options.training.learning_rate
-        self.plan, self.order, self.history = plan, order, []
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
-        self.scheduler = build_scheduler(self.optimizer, options, plan)
-        scales = hardware.precision == "float16"
-        self.scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
-        self.loop = {"epoch": 0, "step": 0, "best_score": None, "best_loss": math.inf}
-        self.loop |= EPOCH_START | {"epochs_without_improvement": 0}
-
-    def state_dict(self):
-        """Plain values and tensors: part of a checkpoint."""
-        loop = self.loop
-        return {
-            "plan": self.plan,
-            "epoch": loop["epoch"],
-            "step": loop["step"],
-            "best_score": loop["best_score"],
-            "early_stopping": {name: loop[name] for name in EARLY_STOPPING},
-            "data_position": {name: loop[name] for name in EPOCH_START} | {"order": self.order},
-            "history": self.history,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler and self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random_state": experiment_utils.random_state(),
-        }
-
-    def load_state_dict(self, state):
-        """Take over what `state_dict` gave. The plan, and what options decide, stay this run's.
-
-        Raises: ValueError inside an epoch whose captions come in another order now.
-        """
-        best, position = state["best_score"], state["data_position"]
-        self.loop |= {"epoch": state["epoch"], "step": state["step"]}
-        self.loop["best_score"] = best if best is None else float(best)
-        early = state["early_stopping"]
-        self.loop["best_loss"] = float(early["best_loss"])
-        self.loop["epochs_without_improvement"] = int(early["epochs_without_improvement"])
-        self.loop |= {name: type(zero)(position[name]) for name, zero in EPOCH_START.items()}
-        if self.loop["captions"] and position["order"] not in (self.order, None):
-            raise ValueError(
-                "--resume goes on inside an epoch, but --seed, --max_train_images or the data give "
-                "its captions another order: give what the run was begun with, or resume from a "
-                "model_epoch_N.pt"
-            )
-        self.history = [dict(row) for row in state["history"]]
-        planned = self.optimizer.state_dict()["param_groups"]  # as this run's options have them
-        changes = self.plan["schedule"] not in (None, state["plan"]["schedule"])
-        groups = planned if changes else state["optimizer"]["param_groups"]
-        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
-        for group, plan in zip(self.optimizer.param_groups, planned, strict=True):
-            group["weight_decay"] = plan["weight_decay"]
-        if self.scheduler and not changes:
-            stored = state["scheduler"].items()
-            progress = {name: value for name, value in stored if name in SCHEDULER_PROGRESS}
-            self.scheduler.load_state_dict(progress)
-            if self.plan["steps"] != state["plan"]["steps"]:
-                stretch_one_cycle(self.scheduler, self.plan["steps"] / state["plan"]["steps"])
-        if state["scaler"]:  # empty without float16
-            self.scaler.load_state_dict(state["scaler"])
-        experiment_utils.set_random_state(state["random_state"])
-
-    def step_finished(self):
-        """After a batch: one_cycle's rate moves; past its plan it stays."""
-        scheduler = self.scheduler if self.plan["schedule"] == "one_cycle" else None
-        if scheduler and scheduler.last_epoch + 1 < scheduler.total_steps:
-            scheduler.step()
-
-    def epoch_finished(self, row):
-        """After validation: the other schedules' rate moves. Returns whether this is the best epoch.
-
-        That is the one of highest CIDEr, and of those that share it the one of lowest loss. Early
-        stopping counts CIDEr alone.
-        """
-        schedule, loop = self.plan["schedule"], self.loop
-        if schedule == "reduce_lr_on_plateau":
-            self.scheduler.step(row["val_loss"])
-        elif schedule not in (None, "one_cycle"):
-            self.scheduler.step()
-        loop |= EPOCH_START | {"epoch": loop["epoch"] + 1}
-        score, best = row["CIDEr"], loop["best_score"]
-        improved = best is None or score > best
-        is_best = improved or (score == best and row["val_loss"] < loop["best_loss"])
-        if is_best:
-            loop |= {"best_score": score, "best_loss": row["val_loss"]}
-        stale = loop["epochs_without_improvement"] + 1
-        loop["epochs_without_improvement"] = 0 if improved else stale
-        return is_best
-
-
-def stretch_one_cycle(scheduler, factor):
-    """Make every phase of a plan longer by a factor; the position in it stays where it was.
-
-    That is what other batches need: as many captions as before now take more steps, or fewer.
-    """
-    for phase in scheduler._schedule_phases:
-        phase["end_step"] = (phase["end_step"] + 1) * factor - 1
-    scheduler.last_epoch = int(scheduler.last_epoch * factor)
+def new_state(decoder, options, hardware, plan, order):
+    """The TrainState before the first step; plan and order as there."""
+    groups = decoder.param_groups(options.training.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=options.training.learning_rate, fused=True)
+    scheduler = build_scheduler(optimizer, options, plan)
+    scales = hardware.precision == "float16"
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
+    return TrainState(optimizer, scheduler, scaler, plan, order)
 
 
 def make_plan(options, batches, checkpoint=None):
@@ -1096,15 +988,6 @@ def change_course(state, options, checkpoint):
         print(f"--scheduler_type {schedule} is new to this run: its schedule starts now")
     elif options.training.learning_rate != old_rate:
         scale_rate(state, options.training.learning_rate / old_rate)
-
-
-def scale_rate(state, factor):
-    """Multiply everything that the schedule computes the rate from."""
-    for group in state.optimizer.param_groups:
-        for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
-            group[name] *= factor
-    if hasattr(state.scheduler, "base_lrs"):
-        state.scheduler.base_lrs = [rate * factor for rate in state.scheduler.base_lrs]
 
 
 # ----------------------------------------------------------------------------------------------- data
@@ -1466,12 +1349,12 @@ def make_state(decoder, options, hardware, training, checkpoint):
     """The state of a new run, or the checkpoint's. `training`: the Split that it goes through."""
     batches = training.batches
     if not checkpoint:
-        return TrainState(decoder, options, hardware, make_plan(options, batches), training.order)
+        return new_state(decoder, options, hardware, make_plan(options, batches), training.order)
     with checkpoints.checkpoint_errors(options.run.model_path):
         plan = make_plan(options, batches, checkpoint)
         epochs = plan["epochs"] - checkpoint["epoch"]  # a schedule that begins now has these
         options = options._replace(training=options.training._replace(epochs=epochs))
-        state = TrainState(decoder, options, hardware, plan, training.order)
+        state = new_state(decoder, options, hardware, plan, training.order)
         state.load_state_dict(checkpoint)
         change_course(state, options, checkpoint)
         seen = state.loop["captions"]

@@ -289,7 +289,7 @@ def test_a_state_that_was_loaded_is_the_state_that_was_given(tmp_path, name, don
     given = copy.deepcopy(run.state.state_dict())
     torch.manual_seed(99)
     decoder = start(settled, tmp_path).captioner.decoder
-    other = program.TrainState(decoder, settled, CPU, dict(given["plan"]), run.state.order)
+    other = program.new_state(decoder, settled, CPU, dict(given["plan"]), run.state.order)
     other.load_state_dict(given)
     assert_same(other.state_dict(), given)
     assert other.loop == run.state.loop
@@ -306,7 +306,7 @@ def test_a_state_of_another_precision_goes_on_in_float16_and_back(tmp_path, prec
     for hardware in (Hardware(device, precision), Hardware(device, "float16")) * 2:
         decoder = start(settled, tmp_path).captioner.decoder
         plan = dict(run.state.plan)
-        states.append(program.TrainState(decoder, settled, hardware, plan, run.state.order))
+        states.append(program.new_state(decoder, settled, hardware, plan, run.state.order))
         states[-1].load_state_dict((states[-2] if states[1:] else run.state).state_dict())
     assert [state.scaler.is_enabled() for state in states] == [False, True, False, True]
     assert states[-1].scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
@@ -317,7 +317,7 @@ def test_the_loss_scale_of_float16_goes_on(tmp_path):
     settled = options("none")
     run, half = start(settled, tmp_path), Hardware(torch.device("cpu"), "float16")
     states = [
-        program.TrainState(run.model, settled, half, dict(run.state.plan), "theirs")
+        program.new_state(run.model, settled, half, dict(run.state.plan), "theirs")
         for _ in range(2)
     ]
     scale = {"scale": 128.0, "_growth_tracker": 5}
