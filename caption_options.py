@@ -27,6 +27,7 @@ TRAIN, TEST, CAPTION = MODES = ("train", "test", "caption")
 DECODERS = ("lstm", "attention")
 ATTENTIONS = ("additive", "adaptive")
 ALGORITHMS = ("greedy", "beam", "sample")
+RERANKINGS = ("none", "consensus")
 VIZ_METHODS = ("attention", "gradient")
 
 # torchvision family: the modules from the picture to the last grid before pooling, and its members
@@ -177,6 +178,7 @@ ADAPTIVE = ATTENTION | {"attention": ("adaptive",)}
 CACHED = {"no_feature_cache": (False,)}
 DRAWN = {"save_attention_viz": (True,)}
 RNN = {"decoder": ("lstm", "attention")}
+CONSENSUS = {"rerank": ("consensus",)}
 
 RUN = {
     "mode": Option(MODES, TRAIN, "train a model, test one, or caption pictures", stored=OWN),
@@ -330,6 +332,15 @@ DECODING = {
         "draw from the fewest words that reach this probability", needs={"algorithm": ("sample",)}),
     "num_captions": Option(HYPOTHESES, 1, "how many captions per image", modes=(CAPTION,), stored=OWN),
 }  # fmt: skip
+RERANK = {
+    "rerank": Option(RERANKINGS, "none",
+        "consensus: of the beam's captions take the one whose score and agreement with the captions of similar "
+        "training images are best together", needs={"algorithm": ("beam",)}),
+    "neighbours": Option(SIZE, 60, "training images that are similar", needs=CONSENSUS),
+    "rerank_weight": Option(NOT_NEGATIVE, 1.0,
+        "what the agreement, a mean CIDEr of 0 to 10, is multiplied by before it is added to the score",
+        needs=CONSENSUS),
+}  # fmt: skip
 OUTPUT = {
     "split": Option(("train", "val", "test"), "test", "which images to caption and score", modes=(TEST,), stored=OWN),
     "ensemble": Option(str, (),
@@ -378,6 +389,7 @@ GROUPS = {
     "training": Group("Training", TRAINING),
     "schedule": Group("Learning rate schedule", SCHEDULE),
     "decoding": Group("Decoding", DECODING),
+    "rerank": Group("Reranking", RERANK),
     "output": Group("Test and caption mode", OUTPUT),
     "pictures": Group("Attention pictures", PICTURES),
 }
@@ -622,6 +634,11 @@ def check_contradictions(values, new_plan):
         raise ValueError(
             f"--coarse_size {values['coarse_size']} must be below the image size, "
             f"{values['image_size']} (--image_size)"
+        )
+    if values["mode"] == TEST and values["split"] == "train" and values["rerank"] != "none":
+        raise ValueError(
+            "--split train: --rerank consensus would show training images their own captions: "
+            "add --rerank none"
         )
     kind = values["scheduler_type"] if values["use_scheduler"] else None
     falls_to_minimum = kind and "min_lr" in SCHEDULES[kind].arguments.values()

@@ -169,12 +169,17 @@ def save_checkpoint(path, state):
     Raises: OSError (a full disk, a file-size limit); then the old checkpoint is whole and nothing
     else is left behind.
     """
+    assert state.keys() >= CHECKPOINT_KEYS.keys(), CHECKPOINT_KEYS.keys() - state.keys()
+    save_tensors(path, {"format_version": FORMAT_VERSION, **state})
+
+
+def save_tensors(path, value):
+    """Replace a file by tensors and plain values, as `save_checkpoint` does."""
     import torch
 
-    assert state.keys() >= CHECKPOINT_KEYS.keys(), CHECKPOINT_KEYS.keys() - state.keys()
     with replace_file(path) as file:
         try:
-            torch.save({"format_version": FORMAT_VERSION, **state}, file)
+            torch.save(value, file)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch's writer hides it behind its own
                 raise error.__context__ from None
@@ -189,16 +194,25 @@ def load_checkpoint(path):
     program, is cut short or damaged (every byte is checked against its CRC), holds code, or has
     another format version; what torch raises when memory runs out.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file: --mode train writes one")
+    state = load_tensors(path)
+    _check_contents(path, state)
+    _check_parts(path, state)
+    return _from_version_4(path, state) if state["format_version"] == 4 else state
+
+
+def load_tensors(path):
+    """What `save_tensors` wrote. Raises: as `load_checkpoint`, of which this is the first part."""
     import torch
 
     from runtime import memory_shortage
 
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file: --mode train writes one")
     _check_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it holds more than tensors and plain values, which could run code"
         raise unusable(path, reason) from error
@@ -206,10 +220,8 @@ def load_checkpoint(path):
         if memory_shortage(error):
             raise
         raise unusable(path, "its contents are not readable") from error
-    _check_contents(path, state)
-    _check_parts(path, state)
-    _check_tensors(path, state)
-    return _from_version_4(path, state) if state["format_version"] == 4 else state
+    _check_tensors(path, value)
+    return value
 
 
 def _check_archive(path):

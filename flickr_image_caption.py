@@ -58,6 +58,7 @@ import attention_measures
 import caption_data
 import caption_splits
 import checkpoints
+import consensus
 import experiment_utils
 import gradient_maps
 import image_loading
@@ -702,9 +703,10 @@ class Captioner:
         print(captioner.vocabulary.decode(best.tokens))
     """
 
-    def __init__(self, encoder, decoder, vocabulary, hardware):
+    def __init__(self, encoder, decoder, vocabulary, hardware, reranker=None):
+        """reranker: what orders a beam's captions anew, a consensus.Reranker."""
         self.encoder, self.decoder, self.vocabulary = encoder, decoder, vocabulary
-        self.hardware = hardware
+        self.hardware, self.reranker = hardware, reranker
 
     def caption(self, images, decoding, seed=0):
         """The hypotheses of each image, best first.
@@ -729,13 +731,19 @@ class Captioner:
         """Yield each image's hypotheses from chunks of encoded images (n, P, F)."""
         generator = torch.Generator(self.hardware.device).manual_seed(seed)
         self.decoder.eval()
+        reranker = self.reranker if decoding.algorithm == "beam" else None
+        # it chooses among all that the beam holds
+        number = decoding.beam_size if reranker else decoding.num_captions
+        search = decoding._replace(num_captions=number)._asdict()
         for features in chunks:
-            features, search = self.encoder.tail(features), decoding._asdict()
+            features = self.encoder.tail(features)
             with self.hardware.autocast():  # left before a caption is handed on
                 hypotheses = generate(
                     self.decoder, features, self.vocabulary, generator=generator, **search
                 )
-            yield from hypotheses
+            if reranker:
+                hypotheses = reranker(features.mean(1), hypotheses)
+            yield from (image[: decoding.num_captions] for image in hypotheses)
 
     def with_maps(self, method, chunks, best):
         """The best hypothesis of each image of the chunks (n, P, F), with --viz_method's maps."""
@@ -771,7 +779,9 @@ def load_captioner(path, device="auto", precision="auto"):
     typed = {"mode": "caption", "model_path": path, "device": device, "precision": precision}
     options, checkpoint = open_checkpoint(settle(typed, {}))
     hardware = resolve_hardware(options.run.device, options.run.precision)
-    return open_captioner(options, hardware, checkpoint), options
+    captioner = open_captioner(options, hardware, checkpoint)
+    captioner.reranker = open_reranker(options, captioner, checkpoint)
+    return captioner, options
 
 
 def open_captioner(options, hardware, checkpoint):
@@ -782,6 +792,41 @@ def open_captioner(options, hardware, checkpoint):
     others = [open_member(options, checkpoint, member) for member in options.output.ensemble]
     decoder = Ensemble([decoder, *others]) if others else decoder
     return Captioner(encoder, decoder.to(hardware.device), vocabulary, hardware)
+
+
+def open_reranker(options, captioner, checkpoint, training_index=None):
+    """The consensus.Reranker that --rerank asks for, or None; its index lies beside the checkpoint.
+
+    training_index: makes one where there is none, or is None. Raises: ValueError without either.
+    """
+    if options.rerank.rerank == "none" or options.decoding.algorithm != "beam":
+        return None
+    path = options.run.model_path
+    file, owner = Path(path).with_name(consensus.FILE_NAME), index_owner(path, checkpoint)
+    index = consensus.load_index(file, owner)
+    if index is None and training_index is None:
+        raise ValueError(
+            f"--rerank consensus: no {file} of this checkpoint: --mode test on the data it was "
+            "trained on makes it; or give --rerank none"
+        )
+    if index is None:
+        index = training_index()
+        consensus.save_index(index, file, owner)
+    return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
+
+
+def index_owner(path, checkpoint):
+    """What an index of neighbours must have in common with a checkpoint, as a hash."""
+    common = json.dumps(in_common(path, checkpoint))
+    return hashlib.sha256(common.encode()).hexdigest()
+
+
+def build_index(captioner, table, features):
+    """The consensus.ConsensusIndex of the training images: their table and FeatureSource."""
+    chunks = features.stream(torch.arange(len(table)).split(DECODE_CHUNK))
+    means = torch.cat([captioner.encoder.tail(chunk).mean(1).cpu() for chunk in chunks])
+    encode = captioner.vocabulary.encode
+    return consensus.build_index(means, [[*map(encode, texts)] for texts in table.captions])
 
 
 def restore_decoder(path, values, checkpoint):
@@ -1514,6 +1559,10 @@ def finish_run(run):
         best_of_each = run.captioner.with_maps(options.pictures.viz_method, chunks, best_of_each)
         draw_attention(run.folder, run.captioner, features.paths, best_of_each, options)
         print(pictures_note(run.folder, options))
+    if options.rerank.rerank != "none":
+        owner = index_owner(best, checkpoints.load_checkpoint(best))
+        index = build_index(run.captioner, run.training.table, run.training.features)
+        consensus.save_index(index, run.folder / consensus.FILE_NAME, owner)
     print(
         f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"
         f"test it: {next_command(run, '--mode', 'test', '--model_path', best)}"
@@ -1580,6 +1629,15 @@ def test(options, hardware, checkpoint):
     print(*map(printable, dataset.notes), sep="\n")
     if dataset.foreign:
         warn(dataset.foreign)
+    open_training = functools.partial(
+        open_features, options, hardware, captioner.encoder, dataset, "train", reads_grid=False
+    )
+    captioner.reranker = open_reranker(
+        options,
+        captioner,
+        checkpoint,
+        None if dataset.foreign else lambda: build_index(captioner, *open_training()),
+    )
     split, reads_grid = options.output.split, needs_grid(captioner.decoder, options)
     table, features = open_features(
         options, hardware, captioner.encoder, dataset, split, reads_grid
@@ -1608,6 +1666,7 @@ def test(options, hardware, checkpoint):
         "images": len(table),
         "foreign_dataset": dataset.foreign and dataset.foreign._asdict(),
         "decoding": options.decoding._asdict(),
+        "rerank": options.rerank._asdict(),
         "checkpoint": options.run.model_path,
         "ensemble": options.output.ensemble,
         "wall_time_seconds": time.perf_counter() - started,
@@ -1674,6 +1733,7 @@ def caption(options, hardware, checkpoint):
 
         folder, names = output_folder(options), picture_names(paths)
     captioner = open_captioner(options, hardware, checkpoint)
+    captioner.reranker = open_reranker(options, captioner, checkpoint)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     workers = options.run.num_workers if len(paths) > DECODE_CHUNK else 0

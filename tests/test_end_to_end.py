@@ -39,6 +39,7 @@ import caption_batches
 import caption_options
 import caption_splits
 import checkpoints
+import consensus
 import download_datasets
 import experiment_utils
 import feature_cache
@@ -1370,6 +1371,68 @@ def test_a_loaded_captioner_writes_what_caption_mode_prints(decoder, shop):
         "--mode caption --algorithm greedy --model_path", path, "--images", images[0]
     ).splitlines()
     assert line == f"{images[0]}\t{captioner.vocabulary.decode(greedy[0][0].tokens)}"
+
+
+RERANK = "--rerank consensus --neighbours 5 --beam_size 8 --rerank_weight"
+
+
+def test_a_beams_captions_are_reranked_by_those_of_similar_training_images(shop):
+    """With all weight on them the caption is the beam's that is most like them; with none, the beam's best."""
+    shutil.copytree(shop / "attention", "run")
+    found = {}
+    for weight in ("0", "1000"):
+        succeed(f"--mode test --model_path run/best.pt --output_dir {weight} {RERANK} {weight}")
+        found[weight] = [row["caption"] for row in read_json(f"{weight}/test_captions.json")]
+    plain = "--mode test --model_path run/best.pt --beam_size 8 --output_dir plain"
+    succeed(plain)
+    assert found["0"] == [row["caption"] for row in read_json("plain/test_captions.json")]
+    assert found["1000"] != found["0"]
+    scores = read_json("1000/test_metrics.json")
+    assert scores["rerank"] == {"rerank": "consensus", "neighbours": 5, "rerank_weight": 1000}
+
+    captioner, options = fic.load_captioner("run/best.pt")
+    images = [f"data/sample/Images/{name}" for name in listed("test")]
+    decoding = options.decoding._replace(beam_size=8, num_captions=8)
+    features = captioner.encode([Path(image) for image in images])
+    beams = list(captioner.caption_features([features], decoding))
+    owner = fic.index_owner("run/best.pt", checkpoints.load_checkpoint("run/best.pt"))
+    index = consensus.load_index("run/neighbours.pt", owner)
+    tokens = [[hypothesis.tokens for hypothesis in beam] for beam in beams]
+    agreement = index.agreement(features.mean(1), tokens, 5)
+    pairs = zip(tokens, agreement, strict=True)
+    likest = [captions[values.index(max(values))] for captions, values in pairs]
+    assert found["1000"] == [captioner.vocabulary.decode(caption) for caption in likest]
+    texts = [text for name in listed("train") for text in references()[name]]
+    assert index.plain["features"].shape[0] == 32 and len(index.plain["tokens"]) == len(texts)
+
+    lines = succeed(f"--mode caption --model_path run/best.pt {RERANK} 1000 --images", *images)
+    assert [line.split("\t")[1] for line in lines.splitlines()] == found["1000"]
+
+
+def test_a_run_that_reranks_makes_its_index_and_its_checkpoint_asks_for_it(shop, monkeypatch):
+    folder = train(f"{RERANK} 3")
+    assert (folder / "neighbours.pt").is_file()
+    images = [f"data/sample/Images/{name}" for name in listed("test")]
+    lines = succeed("--mode caption --model_path", folder / "best.pt", "--images", *images)
+    monkeypatch.setattr(consensus, "build_index", None)  # is not made again
+    succeed("--mode test --output_dir found --model_path", folder / "best.pt")
+    rows = read_json("found/test_captions.json")
+    assert [line.split("\t")[1] for line in lines.splitlines()] == [row["caption"] for row in rows]
+    captioner, _ = fic.load_captioner(folder / "best.pt")
+    assert (captioner.reranker.neighbours, captioner.reranker.weight) == (5, 3)
+
+
+def test_reranking_without_an_index_or_of_training_images_is_refused(shop):
+    picture = f"data/sample/Images/{listed('test')[0]}"
+    missing = program(
+        "--mode caption --rerank consensus --model_path", shop / "lstm/best.pt", "--images", picture
+    )
+    assert (missing.status, missing.out, missing.err.count("\n")) == (2, "", 1)
+    assert "neighbours.pt" in missing.err and "--mode test" in missing.err
+    own = program(
+        "--mode test --split train --rerank consensus --model_path", shop / "lstm/best.pt"
+    )
+    assert own.status == 2 and "--split train" in own.err and "--rerank none" in own.err
 
 
 def test_caption_mode_takes_folders_and_goes_on_past_what_is_no_image(shop):

@@ -1,0 +1,150 @@
+"""consensus.py: similar pictures' captions choose among a beam's, against CIDEr written out."""
+
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkpoints
+import consensus
+from caption_decoding import Hypothesis
+
+DOG, CAT, RUNS, SITS, A, THE, BALL = range(4, 11)
+
+
+def plain_cider(captions_of_images, candidate, images):
+    """Mean over these images' captions of CIDEr (Vedantam et al. 2015, equations 1 to 3), times 10."""
+
+    def ngrams(caption, n):
+        return Counter(tuple(caption[i : i + n]) for i in range(len(caption) - n + 1))
+
+    def vector(caption, n):
+        weights = {}
+        for ngram, count in ngrams(caption, n).items():
+            holds = [any(ngram in ngrams(c, n) for c in image) for image in captions_of_images]
+            weights[ngram] = count * math.log(len(captions_of_images) / max(1, sum(holds)))
+        return weights
+
+    def cosine(one, other):
+        lengths = math.prod(math.sqrt(sum(x * x for x in each.values())) for each in (one, other))
+        return sum(x * other.get(n, 0) for n, x in one.items()) / lengths if lengths else 0.0
+
+    references = [caption for image in images for caption in captions_of_images[image]]
+    similar = [
+        cosine(vector(candidate, n), vector(reference, n))
+        for reference in references
+        for n in range(1, 5)
+    ]
+    return 10 * sum(similar) / 4 / len(references)
+
+
+@pytest.fixture
+def captions():
+    """Of seven images, 1 to 5 each, of 0 to 9 words."""
+    draw = torch.Generator().manual_seed(0)
+
+    def numbers(low, high, count):
+        return torch.randint(low, high, (count,), generator=draw).tolist()
+
+    return [[numbers(4, 10, n) for n in [3, *numbers(1, 10, count)]] for count in range(7)]
+
+
+@pytest.fixture
+def features():
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+
+
+def hypotheses(*captions, finished=True):
+    return [
+        Hypothesis(list(c), -float(k), -float(k), finished, None) for k, c in enumerate(captions)
+    ]
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 7, 100])
+def test_agreement_is_the_mean_cider_against_the_neighbours_captions(
+    captions, features, neighbours
+):
+    index = consensus.build_index(features, captions)
+    candidates = [[captions[0][0], [4, 5], [3, 99, 4], [], [4, 4, 4, 4, 4]], [captions[5][1]]]
+    asked = features[[2, 5]] + 0.1
+    found = index.agreement(asked, candidates, neighbours)
+    for images, of_image, values in zip(
+        index.nearest(asked, neighbours).tolist(), candidates, found, strict=True
+    ):
+        expected = [plain_cider(captions, candidate, images) for candidate in of_image]
+        assert values == pytest.approx(expected, abs=1e-5)
+    assert max(found[0]) > 0.1
+
+
+def test_neighbours_are_nearest_by_cosine_of_standardised_features():
+    """One channel is a hundred times as large as the others, and all are far from zero."""
+    features = torch.tensor([[900.0, 1.0], [100.0, 3.0], [890.0, 3.1], [120.0, 1.2]])
+    index = consensus.build_index(features, [[[4]]] * 4)
+    assert index.nearest(torch.tensor([[880.0, 3.0], [110.0, 1.1]]), 1).tolist() == [[2], [3]]
+    assert index.nearest(torch.tensor([[880.0, 3.0]]), 9).shape == (1, 4)
+
+
+def test_reranking_adds_the_weighted_agreement_to_the_score(captions, features):
+    index = consensus.build_index(features, captions)
+    candidates = hypotheses([9, 9], captions[4][0], captions[4][1])
+    (agreement,) = index.agreement(features[4:5], [[h.tokens for h in candidates]], 2)
+    for weight in (0.0, 0.5, 50.0):
+        (found,) = consensus.Reranker(index, 2, weight)(features[4:5], [candidates])
+        expected = [h.score + weight * a for h, a in zip(candidates, agreement, strict=True)]
+        assert [h.score for h in found] == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+        assert {h.log_prob for h in found} == {0.0, -1.0, -2.0}
+    assert found[0].tokens != [9, 9]
+
+
+def test_captions_that_were_cut_stay_behind_finished_ones(captions, features):
+    index = consensus.build_index(features, captions)
+    (cut,) = hypotheses(captions[3][0], finished=False)
+    (whole,) = hypotheses([9, 9])
+    (found,) = consensus.Reranker(index, 1, 100.0)(features[3:4], [[cut, whole]])
+    assert [h.finished for h in found] == [True, False]
+
+
+def test_what_is_stored_gives_the_same(captions, features, tmp_path):
+    index = consensus.build_index(features, captions)
+    consensus.save_index(index, tmp_path / "neighbours.pt", "mine")
+    again = consensus.load_index(tmp_path / "neighbours.pt", "mine")
+    asked = features[:3], [[captions[1][0], [4, 5, 6]]] * 3, 3
+    assert again.agreement(*asked) == index.agreement(*asked)
+
+
+def test_another_owners_index_and_no_index_are_none(captions, features, tmp_path):
+    file = tmp_path / "neighbours.pt"
+    assert consensus.load_index(file, "mine") is None
+    consensus.save_index(consensus.build_index(features, captions), file, "theirs")
+    assert consensus.load_index(file, "mine") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features": torch.ones(3, 5).half()},
+        {"features": torch.ones(7, 5)},
+        {"num_captions": torch.tensor([-1, 2, 3, 4, 5, 6, 9], dtype=torch.int32)},
+        {"tokens": torch.full((1, 1), 10, dtype=torch.int32)},
+        {"tokens": "words"},
+        {"owner": 3},
+    ],
+)
+def test_a_damaged_index_is_one_line_that_says_what_to_do(change, captions, features, tmp_path):
+    file, index = tmp_path / "neighbours.pt", consensus.build_index(features, captions)
+    checkpoints.save_tensors(file, index.plain | {"owner": "mine"} | change)
+    if "owner" in change:
+        assert consensus.load_index(file, "mine") is None
+        return
+    with pytest.raises(ValueError, match=r"neighbours\.pt: damaged: delete it"):
+        consensus.load_index(file, "mine")
+
+
+def test_bytes_that_are_no_index_are_one_line(tmp_path):
+    (tmp_path / "neighbours.pt").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(ValueError, match=r"neighbours\.pt: damaged: delete it"):
+        consensus.load_index(tmp_path / "neighbours.pt", "mine")
