@@ -213,6 +213,12 @@ def best_hypotheses(beams, length_penalty, count):
     return hypotheses
 
 
+def rescored(hypothesis, length_penalty):
+    """A hypothesis with the score that another length penalty gives it."""
+    written = len(hypothesis.tokens) + hypothesis.finished
+    return hypothesis._replace(score=hypothesis.log_prob / max(1, written) ** length_penalty)
+
+
 @torch.inference_mode()
 def generate(
     decoder, features, vocabulary, *, algorithm="beam", beam_size=5, max_length=40, min_length=0,

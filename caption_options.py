@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from checkpoints import resolve_checkpoint
 
-TRAIN, TEST, CAPTION = MODES = ("train", "test", "caption")
+TRAIN, TEST, CAPTION, TUNE = MODES = ("train", "test", "caption", "tune")
+WITH_DATA = (TRAIN, TEST, TUNE)
 DECODERS = ("lstm", "attention")
 ATTENTIONS = ("additive", "adaptive")
 ALGORITHMS = ("greedy", "beam", "sample")
@@ -181,7 +182,9 @@ RNN = {"decoder": ("lstm", "attention")}
 CONSENSUS = {"rerank": ("consensus",)}
 
 RUN = {
-    "mode": Option(MODES, TRAIN, "train a model, test one, or caption pictures", stored=OWN),
+    "mode": Option(MODES, TRAIN,
+        "train a model, test one, caption pictures, or tune: choose by validation captions how the checkpoint "
+        "searches for them from now on", stored=OWN),
     "preset": Option(tuple(PRESETS), None,
         "a good recipe in one word, at the end of docs/OPTIONS.md: values of options that are not typed",
         modes=(TRAIN,), stored=OWN),
@@ -210,19 +213,19 @@ RUN = {
 }  # fmt: skip
 DATA = {
     "dataset_type": Option(("flickr8k", "flickr30k", "sample", "custom"), "flickr30k",
-        "default folder ./data/<dataset_type>, and the run folder's name", modes=(TRAIN, TEST)),
+        "default folder ./data/<dataset_type>, and the run folder's name", modes=WITH_DATA),
     "image_dir": Option(str, None,
         "folder of images, or WebDataset shards (*.tar), instead of the default folder",
-        "FOLDER", (TRAIN, TEST)),
+        "FOLDER", WITH_DATA),
     "captions_file": Option(str, None,
         "captions in any of the formats of docs/DATA.md, instead of the default one",
-        "FILE", (TRAIN, TEST)),
+        "FILE", WITH_DATA),
     "split_seed": Option(COUNT, 42,
-        "draws the 0.8/0.1/0.1 split if the data has none", modes=(TRAIN, TEST)),
+        "draws the 0.8/0.1/0.1 split if the data has none", modes=WITH_DATA),
     "freq_threshold": Option(SIZE, 5,
         "fewest times a word stands in training captions", stored=FIXED),
     "max_bad_fraction": Option(SHARE, 0.01,
-        "most missing or malformed items tolerated", modes=(TRAIN, TEST)),
+        "most missing or malformed items tolerated", modes=WITH_DATA),
     "max_train_images": Option(SIZE, None,
         "use only so many training images, for smoke runs", modes=(TRAIN,)),
     "max_val_images": Option(SIZE, None,
@@ -245,11 +248,11 @@ FEATURES = {
         "most images that the encoder computes together, instead of 8 on a CPU and 32 on a GPU: "
         "fewer take less memory", stored=OWN),
     "cache_dir": Option(str, "./feature_cache",
-        "encoded images, shared by all runs", "FOLDER", (TRAIN, TEST), CACHED, stored=OWN),
+        "encoded images, shared by all runs", "FOLDER", WITH_DATA, CACHED, stored=OWN),
     "cache_dtype": Option(("float32", "float16"), "float16",
-        "what encoded images are rounded to on disk", modes=(TRAIN, TEST), needs=CACHED),
+        "what encoded images are rounded to on disk", modes=WITH_DATA, needs=CACHED),
     "no_feature_cache": Option(bool, False,
-        "encode images whenever they are needed and store nothing", modes=(TRAIN, TEST)),
+        "encode images whenever they are needed and store nothing", modes=WITH_DATA),
 }  # fmt: skip
 MODEL = {
     "decoder": Option(DECODERS, "lstm", "what writes the captions", stored=FIXED),
@@ -354,7 +357,7 @@ OUTPUT = {
     "json": Option(bool, False, "one JSON object per line", modes=(CAPTION,), stored=OWN),
     "output_dir": Option(str, None,
         "where files are written, instead of beside the checkpoint",
-        "FOLDER", (TEST, CAPTION), stored=OWN),
+        "FOLDER", (TEST, CAPTION, TUNE), stored=OWN),
 }  # fmt: skip
 PICTURES = {
     "save_attention_viz": Option(bool, False,
@@ -436,7 +439,7 @@ def build_parser(description=None):
     """The parser of TABLE; what was not typed is absent from its result."""
     parser = Parser(
         prog="flickr_image_caption.py",
-        usage="flickr_image_caption.py [--mode train|test|caption] [options]  (--help lists them)",
+        usage="flickr_image_caption.py [--mode train|test|caption|tune] [options]  (--help lists them)",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -512,6 +515,8 @@ def check_paths(typed):
         raise ValueError(f"--device {device}: give auto, cpu, cuda, cuda:N or mps")
     if mode != TRAIN and "model_path" not in typed:
         raise ValueError(f"--mode {mode} needs --model_path, the checkpoint to use")
+    if mode == TUNE and typed.get("algorithm", "beam") != "beam":
+        raise ValueError("--mode tune is for --algorithm beam alone")
     if mode == CAPTION and "images" not in typed:
         raise ValueError("--mode caption needs --images, pictures or folders of them")
 
@@ -577,6 +582,8 @@ def settle(typed, stored):
     """
     values = ChainMap({}, typed, preset_values(typed), stored, DEFAULTS)
     values["save_attention_viz"] |= values["advanced_attention_viz"]
+    if values["mode"] == TUNE and "rerank" not in typed:  # it tries both
+        values["rerank"] = "consensus"
     for name in typed:
         for other, wanted in TABLE[name].needs.items():
             if values[other] not in wanted:
@@ -706,13 +713,13 @@ def path_notes(options, config):
     A checkpoint may come from anyone: what it has read is shown, and it never says where to write.
     """
     mode, cache, old_cache = options.run.mode, options.features, config.get("cache_dir")
-    read = ("image_dir", "captions_file") if mode in (TRAIN, TEST) else ()
+    read = ("image_dir", "captions_file") if mode in WITH_DATA else ()
     notes = [
         f"{name.replace('_', ' ')} (from the checkpoint): {getattr(options.data, name)}"
         for name in read
         if name not in options.typed and getattr(options.data, name)
     ]
-    cached = mode in (TRAIN, TEST) and not cache.no_feature_cache
+    cached = mode in WITH_DATA and not cache.no_feature_cache
     if cached and "cache_dir" not in options.typed and old_cache not in (None, cache.cache_dir):
         notes.append(
             f"features go to {cache.cache_dir}; the checkpoint's run used --cache_dir {old_cache}: "

@@ -224,6 +224,12 @@ def load_tensors(path):
     return value
 
 
+def update_config(path, values):
+    """Change values of options in a checkpoint; the file is replaced whole, other names of it are not."""
+    state = load_checkpoint(path)
+    save_checkpoint(path, state | {"config": state["config"] | values})
+
+
 def _check_archive(path):
     """Raise ValueError unless `path` is a whole zip archive, stored as torch does: no zip bomb."""
     with path.open("rb") as file:  # outside the try: missing permission is an error of its own

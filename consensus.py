@@ -152,14 +152,16 @@ class Reranker(NamedTuple):
         """Mean features (N, F), N lists of Hypothesis -> the lists, best first, finished ones before others."""
         captions = [[hypothesis.tokens for hypothesis in image] for image in hypotheses]
         agreement = self.index.agreement(features, captions, self.neighbours)
-        return [self._ordered(*image) for image in zip(hypotheses, agreement, strict=True)]
+        return [ordered(*image, self.weight) for image in zip(hypotheses, agreement, strict=True)]
 
-    def _ordered(self, hypotheses, agreement):
-        scored = [
-            hypothesis._replace(score=hypothesis.score + self.weight * value)
-            for hypothesis, value in zip(hypotheses, agreement, strict=True)
-        ]
-        return sorted(scored, key=lambda h: (h.finished, h.score), reverse=True)
+
+def ordered(hypotheses, agreement, weight):
+    """One image's hypotheses by score + weight * agreement, best first, finished ones before others."""
+    scored = [
+        hypothesis._replace(score=hypothesis.score + weight * value)
+        for hypothesis, value in zip(hypotheses, agreement, strict=True)
+    ]
+    return sorted(scored, key=lambda h: (h.finished, h.score), reverse=True)
 
 
 def padded(captions):

@@ -59,6 +59,7 @@ import caption_data
 import caption_splits
 import checkpoints
 import consensus
+import decoding_tuning
 import experiment_utils
 import gradient_maps
 import image_loading
@@ -780,7 +781,7 @@ def load_captioner(path, device="auto", precision="auto"):
     options, checkpoint = open_checkpoint(settle(typed, {}))
     hardware = resolve_hardware(options.run.device, options.run.precision)
     captioner = open_captioner(options, hardware, checkpoint)
-    captioner.reranker = open_reranker(options, captioner, checkpoint)
+    captioner.reranker = open_reranker(options, checkpoint)
     return captioner, options
 
 
@@ -794,25 +795,30 @@ def open_captioner(options, hardware, checkpoint):
     return Captioner(encoder, decoder.to(hardware.device), vocabulary, hardware)
 
 
-def open_reranker(options, captioner, checkpoint, training_index=None):
-    """The consensus.Reranker that --rerank asks for, or None; its index lies beside the checkpoint.
-
-    training_index: makes one where there is none, or is None. Raises: ValueError without either.
-    """
+def open_reranker(options, checkpoint, build=None):
+    """The consensus.Reranker that --rerank asks for, or None; `build` as of `open_index`."""
     if options.rerank.rerank == "none" or options.decoding.algorithm != "beam":
         return None
-    path = options.run.model_path
+    index = open_index(options.run.model_path, checkpoint, build)
+    return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
+
+
+def open_index(path, checkpoint, build=None):
+    """The consensus.ConsensusIndex beside a checkpoint. `build` makes one where there is none.
+
+    Raises: ValueError where there is none and nothing to make it from.
+    """
     file, owner = Path(path).with_name(consensus.FILE_NAME), index_owner(path, checkpoint)
     index = consensus.load_index(file, owner)
-    if index is None and training_index is None:
+    if index is None and build is None:
         raise ValueError(
             f"--rerank consensus: no {file} of this checkpoint: --mode test on the data it was "
             "trained on makes it; or give --rerank none"
         )
     if index is None:
-        index = training_index()
+        index = build()
         consensus.save_index(index, file, owner)
-    return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
+    return index
 
 
 def index_owner(path, checkpoint):
@@ -1629,19 +1635,11 @@ def test(options, hardware, checkpoint):
     print(*map(printable, dataset.notes), sep="\n")
     if dataset.foreign:
         warn(dataset.foreign)
-    open_training = functools.partial(
-        open_features, options, hardware, captioner.encoder, dataset, "train", reads_grid=False
-    )
-    captioner.reranker = open_reranker(
-        options,
-        captioner,
-        checkpoint,
-        None if dataset.foreign else lambda: build_index(captioner, *open_training()),
-    )
+    open_split = functools.partial(open_features, options, hardware, captioner.encoder, dataset)
+    build = None if dataset.foreign else lambda: build_index(captioner, *open_split("train", False))
+    captioner.reranker = open_reranker(options, checkpoint, build)
     split, reads_grid = options.output.split, needs_grid(captioner.decoder, options)
-    table, features = open_features(
-        options, hardware, captioner.encoder, dataset, split, reads_grid
-    )
+    table, features = open_split(split, reads_grid)
     boxes = open_boxes(dataset, table) if reads_grid else None
     chunks = features.stream(torch.arange(len(table)).split(DECODE_CHUNK))
     hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
@@ -1724,6 +1722,48 @@ def measure_attention(captioner, features, best, seed):
     return attention_measures.measure(decoder, chunks, best, words, hardware, seed)
 
 
+def tune(options, hardware, checkpoint):
+    """Choose by validation CIDEr how captions are searched for: the checkpoint's defaults from now on."""
+    folder, path = output_folder(options), options.run.model_path
+    check_cache_dir(options.features)
+    dataset = open_dataset(options, checkpoint)
+    captioner = open_captioner(options, hardware, checkpoint)
+    print(*map(printable, dataset.notes), sep="\n")
+    open_split = functools.partial(open_features, options, hardware, captioner.encoder, dataset)
+    index = open_index(
+        path, checkpoint, lambda: build_index(captioner, *open_split("train", False))
+    )
+    table, features = open_split("val", captioner.decoder.reads_grid)
+    grid, scorer = decoding_tuning.make_grid(options), make_scorer(table, None)
+    candidates = {
+        search: find_candidates(captioner, features, index, options, search)
+        for search in decoding_tuning.searches(grid)
+    }
+    tried = decoding_tuning.try_all(
+        grid, candidates, lambda best: score_captions(captioner, scorer, table.image, best)[1]
+    )
+    chosen = decoding_tuning.choose(tried)
+    checkpoints.update_config(path, decoding_tuning.as_options(chosen, options))
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_json(folder / "val_tuning.json", tried.to_dict("records"))
+    print(decoding_tuning.as_text(tried, chosen))
+    print(f"{path}: these are its defaults now; all scores: {folder / 'val_tuning.json'}")
+    return 0
+
+
+def find_candidates(captioner, features, index, options, search):
+    """Every caption that each image's beam holds, and their agreement with similar images' captions."""
+    rows = torch.arange(len(features.paths)).split(DECODE_CHUNK)
+    settings = search._asdict() | {"algorithm": "beam", "num_captions": search.beam_size}
+    decoding = options.decoding._replace(**settings)
+    beams = captioner.caption_features(features.stream(rows), decoding)
+    title = f"beam {search.beam_size}"
+    beams = list(Progress(beams, title, len(features.paths), "images"))
+    means = torch.cat([captioner.encoder.tail(chunk).mean(1) for chunk in features.stream(rows)])
+    tokens = [[hypothesis.tokens for hypothesis in beam] for beam in beams]
+    return beams, index.agreement(means, tokens, options.rerank.neighbours)
+
+
 def caption(options, hardware, checkpoint):
     """Print captions of pictures, past files that are none. Returns the status, 1 if there were."""
     paths = [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
@@ -1733,7 +1773,7 @@ def caption(options, hardware, checkpoint):
 
         folder, names = output_folder(options), picture_names(paths)
     captioner = open_captioner(options, hardware, checkpoint)
-    captioner.reranker = open_reranker(options, captioner, checkpoint)
+    captioner.reranker = open_reranker(options, checkpoint)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     workers = options.run.num_workers if len(paths) > DECODE_CHUNK else 0
@@ -1777,7 +1817,7 @@ def print_captions(captioner, path, hypotheses, as_json):
 
 # --------------------------------------------------------------------------------------------- main
 
-MODES = {"train": train, "test": test, "caption": caption}
+MODES = {"train": train, "test": test, "caption": caption, "tune": tune}
 
 
 def open_checkpoint(options):

@@ -24,6 +24,7 @@ from caption_options import (
     TABLE,
     TEST,
     TRAIN,
+    TUNE,
     inherit,
     parse_args,
     settle,
@@ -34,6 +35,7 @@ NEEDED = {
     TRAIN: "--model_path best.pt",
     TEST: "--mode test --model_path best.pt",
     CAPTION: "--mode caption --model_path best.pt --images dog.jpg",
+    TUNE: "--mode tune --model_path best.pt",
 }
 
 
@@ -705,7 +707,7 @@ def test_the_documentation_has_a_row_for_every_option():
         assert len(re.findall(r"(?<!\\)\|", row)) == 5, row  # four cells
     titles = [group.title for group in GROUPS.values()]
     assert [line[3:] for line in lines if line.startswith("## ")] == [*titles, "Presets"]
-    assert "| `--cache_dir` | ./feature_cache | train, test, without `--no_feature_cache` |" in (
+    assert "| `--cache_dir` | ./feature_cache | train, test, tune, without `--no_feature_cache` |" in (
         "\n".join(rows)
     )
     assert "also spelt `--resnet_weights`" in "\n".join(rows)

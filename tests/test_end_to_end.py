@@ -40,6 +40,7 @@ import caption_options
 import caption_splits
 import checkpoints
 import consensus
+import decoding_tuning
 import download_datasets
 import experiment_utils
 import feature_cache
@@ -1420,6 +1421,40 @@ def test_a_run_that_reranks_makes_its_index_and_its_checkpoint_asks_for_it(shop,
     assert [line.split("\t")[1] for line in lines.splitlines()] == [row["caption"] for row in rows]
     captioner, _ = fic.load_captioner(folder / "best.pt")
     assert (captioner.reranker.neighbours, captioner.reranker.weight) == (5, 3)
+
+
+def test_tune_tries_every_setting_as_test_mode_would_and_keeps_the_best(shop):
+    shutil.copytree(shop / "attention", "run")
+    epoch = max(Path("run").glob("model_epoch_*.pt"), key=lambda path: path.stat().st_mtime)
+    before = load(epoch)["config"]
+    out = succeed("--mode tune --no_repeat_ngram_size 2 --neighbours 4 --model_path run/best.pt")
+    rows = read_json("run/val_tuning.json")
+    assert len(rows) == 3 * 4 * 5
+    assert {row["no_repeat_ngram_size"] for row in rows} == {2}
+    for row in rows[::17]:
+        settings = ["beam_size", "length_penalty", "no_repeat_ngram_size"]
+        flags = " ".join(f"--{name} {row[name]}" for name in settings)
+        if row["rerank_weight"]:
+            flags += f" --rerank consensus --neighbours 4 --rerank_weight {row['rerank_weight']}"
+        command = f"--mode test --split val --output_dir found --model_path run/best.pt {flags}"
+        succeed(command + " --rerank none" * (not row["rerank_weight"]))
+        scores = read_json("found/val_metrics.json")
+        assert {name: scores[name] for name in ("CIDEr", "BLEU-4", "ROUGE-L")} == {
+            name: pytest.approx(row[name]) for name in ("CIDEr", "BLEU-4", "ROUGE-L")
+        }
+    best = max(rows, key=lambda row: row["CIDEr"])
+    config, changed = load("run/best.pt")["config"], decoding_tuning.GRID
+    assert {name: config[name] for name in changed} == {name: best[name] for name in changed}
+    assert config["rerank"] == ("consensus" if best["rerank_weight"] else "none")
+    assert f"best: {best['CIDEr']:.4f} with --beam_size {best['beam_size']}" in out
+    assert load(epoch)["config"] == before
+    succeed("--mode test --split val --output_dir chosen --model_path run/best.pt")
+    assert read_json("chosen/val_metrics.json")["CIDEr"] == pytest.approx(best["CIDEr"])
+
+
+def test_tune_is_for_beams_alone(shop):
+    outcome = program("--mode tune --algorithm greedy --model_path", shop / "lstm/best.pt")
+    assert outcome.status == 2 and "--mode tune is for --algorithm beam alone" in outcome.err
 
 
 def test_reranking_without_an_index_or_of_training_images_is_refused(shop):
