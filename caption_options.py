@@ -128,6 +128,21 @@ def auto_or(kind):
     return parse
 
 
+def encoder_name(text):
+    """An argparse type: one of ENCODERS, or several joined by +."""
+    unknown = [name for name in text.split("+") if name not in ENCODERS]
+    if unknown:
+        meant = difflib.get_close_matches(unknown[0], ENCODERS, n=1)
+        guess = f" (did you mean {meant[0]}?)" if meant else ""
+        known = " ".join(ENCODERS)
+        raise argparse.ArgumentTypeError(
+            f"no encoder {unknown[0]!r}{guess}: give one of {known}, or several joined by +"
+        )
+    if len(set(text.split("+"))) < len(text.split("+")):
+        raise argparse.ArgumentTypeError(f"{text} names an encoder twice")
+    return text
+
+
 COUNT = number(int, 0)
 SIZE = number(int, 1, 2**20)  # of what takes no memory by itself
 # What does has room for research, and none for a typo or a checkpoint that asks for terabytes.
@@ -233,10 +248,12 @@ DATA = {
         "others are not used", modes=(TRAIN,)),
 }  # fmt: skip
 FEATURES = {
-    "encoder": Option(tuple(ENCODERS), "resnet50",
-        "torchvision model, frozen", "NAME", stored=FIXED),
+    "encoder": Option(encoder_name, "resnet50",
+        "torchvision model, frozen; several joined by +, such as resnet50+mobilenet_v2, give each cell the "
+        "channels of all", "NAME[+NAME]", stored=FIXED),
     "encoder_weights": Option(str, "imagenet",
-        "imagenet: torchvision's IMAGENET1K_V1; random: untrained, from --seed; or a state dict's file",
+        "imagenet: torchvision's IMAGENET1K_V1; random: untrained, from --seed; or a state dict's file; for "
+        "several encoders one word for all, or one of these for each, joined by +",
         "imagenet|random|FILE", alias="resnet_weights"),
     "image_size": Option(PIXELS, None,
         "side of the square that pictures are squashed to, instead of the encoder's own (mostly "
@@ -469,7 +486,7 @@ def describe(option):
     values = [str(v) for wanted in option.needs.values() for v in wanted if not isinstance(v, bool)]
     modes = option.modes if len(option.modes) < len(MODES) and option.modes != (TRAIN,) else ()
     scope = ", ".join([*modes, *values] if option.needs != RNN else modes)
-    names = "; one of " + " ".join(ENCODERS) if option.kind == tuple(ENCODERS) else ""
+    names = "; of " + " ".join(ENCODERS) if option.kind == encoder_name else ""
     return f"{scope + ': ' if scope else ''}{option.help}{names} ({default_text(option)})"
 
 
@@ -548,15 +565,34 @@ def checkpoint_choice(mode):
 
 def named_paths(options):
     """Yield (flag, path) for what was typed and must be there; shards may be patterns or URLs."""
-    data, weights = options.data, options.features.encoder_weights
+    data = options.data
     if "image_dir" in options.typed and not re.search(r":|\.(tar|tgz)", data.image_dir):
         yield "image_dir", Path(data.image_dir)
     if "captions_file" in options.typed:
         yield "captions_file", Path(data.captions_file)
-    if "encoder_weights" in options.typed and weights not in ("imagenet", "random"):
-        yield "encoder_weights", Path(weights)
+    if "encoder_weights" in options.typed:
+        _, sources = encoder_parts(options.features)
+        named = (source for source in sources if source not in ("imagenet", "random"))
+        yield from (("encoder_weights", Path(source)) for source in named)
     for path in options.output.images:
         yield "images", Path(path)
+
+
+def encoder_parts(features):
+    """--encoder and --encoder_weights as lists: the name and the weights of each encoder.
+
+    Raises: ValueError where they are not as many.
+    """
+    names, weights = features.encoder.split("+"), features.encoder_weights
+    if len(names) == 1 or weights in ("imagenet", "random"):
+        return names, [weights] * len(names)
+    sources = weights.split("+")
+    if len(sources) != len(names):
+        raise ValueError(
+            f"--encoder_weights {weights}: --encoder {features.encoder} takes one for each of its "
+            f"{len(names)}, joined by +"
+        )
+    return names, sources
 
 
 def check_dataset_folder(data):
@@ -809,7 +845,7 @@ def markdown_row(name, option):
     scope = list(option.modes) if option.modes != MODES else []
     scope += [markdown_need(other, wanted) for other, wanted in option.needs.items()]
     what = option.help
-    if isinstance(option.kind, tuple) and name != "encoder":
+    if isinstance(option.kind, tuple):
         what += "; one of " + ", ".join(option.kind)
     if option.alias:
         what += f"; also spelt `--{option.alias}`"

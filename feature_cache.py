@@ -14,6 +14,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -160,6 +161,37 @@ class FeatureSource:
             with torch.no_grad():  # inference tensors could not be trained on
                 features = self.encoder(images)
             yield features.mean(1, keepdim=True) if self.pooled else features
+
+
+class SideBySideSource:
+    """Features of several encoders for the same images, each from a cache of its own, joined cell by cell.
+
+    It has what is asked of a FeatureSource: `paths`, `unreadable`, `device` and `stream`.
+    """
+
+    def __init__(self, encoder, paths, **how):
+        """encoder: has `parts`, encoders, and `join`; the others as FeatureSource takes them."""
+        self.join, self.sources, self.unreadable = encoder.join, [], {}
+        for part in encoder.parts:
+            source = FeatureSource(part, paths, **how)
+            self.sources.append(source)
+            self.unreadable |= source.unreadable
+            paths = source.paths
+        self.paths, self.device = paths, source.device
+
+    def stream(self, batches_of_rows, mirror=None):
+        """As FeatureSource.stream, F channels of all encoders together."""
+        copies = itertools.tee(batches_of_rows, len(self.sources))
+        streams = zip(self.sources, copies, strict=True)
+        each = [source.stream(batches, mirror) for source, batches in streams]
+        yield from map(self.join, zip(*each, strict=True))
+
+
+def open_source(encoder, paths, *, cache_dir, **how):
+    """The FeatureSource of an encoder, or of each of its `parts`, so that runs of one share its cache."""
+    shares = cache_dir is not None and len(encoder.parts) > 1
+    source = SideBySideSource if shares else FeatureSource
+    return source(encoder, paths, cache_dir=cache_dir, **how)
 
 
 class FeatureFile(NamedTuple):

@@ -22,6 +22,7 @@ from caption_options import (
     Options,
     check_files,
     checkpoint_choice,
+    encoder_parts,
     inherit,
     parse_args,
     path_notes,
@@ -69,7 +70,7 @@ import process_group
 from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
 from download_datasets import load_encoder_weights
-from feature_cache import FeatureSource
+from feature_cache import FeatureSource, open_source
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
@@ -133,9 +134,8 @@ class Encoder(nn.Module):
             self.trunk.add_module(module, getattr(model, module))
         load_trunk(self.trunk, state, model.state_dict(), f"--encoder_weights {source}", name)
         self.tail = nn.Identity()
-        published = torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms()
         self.name, self.precision, self.batch_size = name, precision, batch_size
-        self.image_size, self.coarse_size = image_size or published.crop_size[0], coarse_size
+        self.image_size, self.coarse_size = image_size or published_size(name), coarse_size
         if coarse_size and coarse_size >= self.image_size:
             raise ValueError(
                 f"--coarse_size {coarse_size} must be below the image size, "
@@ -150,6 +150,11 @@ class Encoder(nn.Module):
             blank = torch.zeros(1, 3, self.image_size, self.image_size)
             self.channels, *self.grid = self.trunk(blank).shape[1:]  # F, [h, w]
         self.channels *= 2 if coarse_size else 1
+
+    @property
+    def parts(self):
+        """The encoders whose features lie side by side: itself."""
+        return [self]
 
     def train(self, mode=True):
         """Stays in eval mode whatever `mode`: frozen BatchNorm must not drift."""
@@ -202,6 +207,59 @@ class Encoder(nn.Module):
         }
 
 
+class SideBySideEncoder(nn.Module):
+    """Several encoders that see the same picture: each cell has the channels of all.
+
+    It answers what an Encoder does. Grids of fewer cells are stretched to the largest.
+    """
+
+    def __init__(self, encoders):
+        super().__init__()
+        self.parts = nn.ModuleList(encoders)
+        self.trunk = nn.ModuleList(encoder.trunk for encoder in encoders)
+        self.tail = nn.Identity()
+        self.name = "+".join(encoder.name for encoder in encoders)
+        self.image_size, self.batch_size = encoders[0].image_size, encoders[0].batch_size
+        self.channels = sum(encoder.channels for encoder in encoders)
+        self.grid = max((encoder.grid for encoder in encoders), key=math.prod)
+
+    def forward(self, images):
+        """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
+        return self.join([encoder(images) for encoder in self.parts])
+
+    def join(self, features):
+        """Each encoder's features (N, P', F') -> side by side (N, P, F); means (N, 1, F') stay means."""
+        if all(x.size(1) == 1 for x in features):
+            return torch.cat(features, dim=-1)
+        pairs = zip(self.parts, features, strict=True)
+        return torch.cat([stretch(x, encoder.grid, self.grid) for encoder, x in pairs], dim=-1)
+
+    def key(self):
+        """As an Encoder's: the first one's geometry, a hash over all weights, and each one's own key."""
+        keys = [encoder.key() for encoder in self.parts]
+        hashes = "".join(key["weights_sha256"] for key in keys)
+        return keys[0] | {
+            "name": self.name,
+            "weights_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+            "grid": list(self.grid),
+            "channels": self.channels,
+            "parts": keys,
+        }
+
+
+def stretch(features, grid, size):
+    """Features (N, P, F) of a grid (h, w) -> of a grid of another size."""
+    if list(grid) == list(size):
+        return features
+    maps = features.transpose(1, 2).unflatten(2, tuple(grid))  # (N, F, h, w)
+    return F.interpolate(maps, size=tuple(size), mode="bilinear").flatten(2).transpose(1, 2)
+
+
+def published_size(name):
+    """Pixels a side that an encoder's published weights were tested with."""
+    return torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
+
+
 def load_trunk(trunk, state, model_state, source, name):
     """Load a state dict that may hold a classifier, or lack BatchNorm's counters, into the trunk."""
     expected = trunk.state_dict()
@@ -227,13 +285,10 @@ def open_encoder(options, hardware, checkpoint=None):
     """
     wanted, path = options.features, options.run.model_path
     stored = checkpoint["encoder"] if checkpoint else {}
-    batch_size = wanted.encode_batch_size or ENCODE_BATCH_SIZES[hardware.device.type]
-    settings = (hardware.precision, wanted.image_size, wanted.coarse_size, batch_size)
     if stored.get("weights") is not None and "encoder_weights" not in options.typed:
-        encoder = Encoder(wanted.encoder, stored["weights"], path, *settings)
+        encoder = build_encoder(options, hardware, split_weights(stored["weights"], wanted.encoder))
     else:
-        weights = load_encoder_weights(wanted.encoder, wanted.encoder_weights, options.run.seed)
-        encoder = Encoder(wanted.encoder, weights, wanted.encoder_weights, *settings)
+        encoder = build_encoder(options, hardware)
     key = encoder.key()
     for name in ("channels", "image_size", "coarse_size") if checkpoint else ():
         if stored.get(name) != key.get(name):
@@ -246,6 +301,32 @@ def open_encoder(options, hardware, checkpoint=None):
             "with: give the same ones, or leave the option out and use best.pt, which holds them"
         )
     return encoder.to(hardware.device)
+
+
+def build_encoder(options, hardware, stored=None):
+    """The encoder that --encoder names, on the CPU. `stored`: each one's state dict, from a checkpoint."""
+    wanted, seed = options.features, options.run.seed
+    names, sources = encoder_parts(wanted)
+    states = stored or map(load_encoder_weights, names, sources, itertools.repeat(seed))
+    sources = [options.run.model_path] * len(names) if stored else sources
+    size = wanted.image_size or max(map(published_size, names))
+    batch_size = wanted.encode_batch_size or ENCODE_BATCH_SIZES[hardware.device.type]
+    settings = (hardware.precision, size, wanted.coarse_size, batch_size)
+    encoders = [Encoder(*part, *settings) for part in zip(names, states, sources, strict=True)]
+    return SideBySideEncoder(encoders) if len(encoders) > 1 else encoders[0]
+
+
+def split_weights(weights, name):
+    """A checkpoint's encoder weights -> the state dict of each encoder that `name` joins."""
+    count = name.count("+") + 1
+    if count == 1:
+        return [weights]
+    parts = [{} for _ in range(count)]
+    for key, tensor in weights.items():
+        number, _, rest = key.partition(".")
+        if number.isdecimal() and int(number) < count:
+            parts[int(number)][rest] = tensor
+    return parts
 
 
 # ----------------------------------------------------------------------------------------- attention
@@ -1104,7 +1185,7 @@ def open_features(options, hardware, encoder, dataset, split, reads_grid, mirror
     cache = options.features
     table = dataset.table[dataset.table.split == split].reset_index(drop=True)
     paths = image_loading.ImagePaths(dataset.image_dir, table.image.tolist())
-    features = FeatureSource(
+    features = open_source(
         encoder,
         paths,
         pooled=not reads_grid,

@@ -39,6 +39,9 @@ NEEDED = {
 }
 
 
+DATASET = ["--dataset_type", "custom", "--image_dir", ".", "--captions_file", __file__]
+
+
 def other_value(name):
     """A value that the option may have and that is not its default."""
     option = TABLE[name]
@@ -46,8 +49,8 @@ def other_value(name):
         return next(value for value in option.kind if value != option.default)
     if option.kind is bool:
         return not option.default
-    if name == "device":
-        return "cpu"
+    if name in ("device", "encoder"):
+        return {"device": "cpu", "encoder": "resnet18+vgg11"}[name]
     if option.kind is str:
         return ("typed",) if option.several else "typed"
     for value in (1e-5, 3, 64) if name != "attention_heads" else (2,):  # which divides sizes
@@ -138,7 +141,8 @@ def test_what_shapes_the_model_comes_from_the_checkpoint_and_may_not_be_typed_ot
         again = f"--{name} {stored[name]}"
         assert resumed(stored, mode, again).as_dict()[name] == stored[name]
     alien = next(value for value in alternatives(name) if value not in (stored[name], None))
-    message = rf"^runs/best\.pt: .*--{name} {alien} \(stored: {stored[name]}\): leave them out"
+    line = re.escape(f"--{name} {alien} (stored: {stored[name]}): leave them out")
+    message = rf"^runs/best\.pt: .*{line}"
     for mode in MODES:
         with pytest.raises(ValueError, match=message):
             resumed(stored, mode, f"--{name} {alien}")
@@ -149,6 +153,8 @@ def alternatives(name):
     kind = TABLE[name].kind
     if name == "attention_heads":  # they divide sizes
         return [2, 8, 16]
+    if name == "encoder":
+        return [*caption_options.ENCODERS]
     return kind if isinstance(kind, tuple) else [33, 34, 35]
 
 
@@ -522,6 +528,8 @@ def is_usable(option, value):
         return isinstance(value, str) and value in option.kind
     if option.kind is str:
         return isinstance(value, str)
+    if option.kind is caption_options.encoder_name:
+        return isinstance(value, str) and value in caption_options.ENCODERS
     low, high, above, whole = bounds(option)
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         return False
@@ -554,7 +562,9 @@ def test_a_checkpoint_may_hold_only_what_could_be_typed(name):
             caption_options.check_config("best.pt", {name: tensor})
 
 
-@pytest.mark.parametrize("name", [n for n in STORED if inspect.isfunction(TABLE[n].kind)])
+@pytest.mark.parametrize(
+    "name", [n for n in STORED if inspect.isfunction(TABLE[n].kind) and n != "encoder"]
+)
 def test_the_ends_of_every_range(name):
     low, high, above, whole = bounds(TABLE[name])
     step = 1 if whole else 1e-9
@@ -563,6 +573,44 @@ def test_the_ends_of_every_range(name):
     assert usable(low + step) and not usable(low - step)
     if high != float("inf"):
         assert usable(high) and not usable(high + (1 if whole else 1e-6))
+
+
+@pytest.mark.parametrize(
+    "typed, message",
+    [
+        ("resnet50+resnet5", "no encoder 'resnet5' (did you mean resnet50?)"),
+        ("resnet50+", "no encoder ''"),
+        ("resnet50+vgg11+resnet50", "names an encoder twice"),
+    ],
+)
+def test_encoders_that_are_joined_are_in_the_table_and_differ(typed, message, capsys):
+    assert message in refusal(capsys, f"--encoder {typed}")
+    with pytest.raises(ValueError, match="no usable --encoder"):
+        caption_options.check_config("best.pt", {"encoder": typed})
+    assert (
+        parse_args(["--encoder", "resnet50+vgg11", *DATASET]).features.encoder == "resnet50+vgg11"
+    )
+
+
+@pytest.mark.parametrize(
+    "encoder, weights, parts",
+    [
+        ("vgg11", "a+b.pth", (["vgg11"], ["a+b.pth"])),
+        ("vgg11+resnet18", "random", (["vgg11", "resnet18"], ["random"] * 2)),
+        ("vgg11+resnet18", "a.pth+imagenet", (["vgg11", "resnet18"], ["a.pth", "imagenet"])),
+    ],
+)
+def test_each_encoder_has_its_weights(encoder, weights, parts):
+    features = parse_args(["--encoder", encoder, "--encoder_weights", weights, *DATASET]).features
+    assert caption_options.encoder_parts(features) == parts
+
+
+def test_as_many_weights_as_encoders(capsys, tmp_path):
+    for weights in ("a.pth", "a.pth+b.pth+c.pth"):
+        typed = ["--encoder", "vgg11+resnet18", "--encoder_weights", weights, *DATASET]
+        with pytest.raises(SystemExit):
+            caption_options.check_files(parse_args(typed))
+        assert "takes one for each of its 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [n for n in STORED if isinstance(TABLE[n].kind, tuple)])
@@ -707,8 +755,9 @@ def test_the_documentation_has_a_row_for_every_option():
         assert len(re.findall(r"(?<!\\)\|", row)) == 5, row  # four cells
     titles = [group.title for group in GROUPS.values()]
     assert [line[3:] for line in lines if line.startswith("## ")] == [*titles, "Presets"]
-    assert "| `--cache_dir` | ./feature_cache | train, test, tune, without `--no_feature_cache` |" in (
-        "\n".join(rows)
+    assert (
+        "| `--cache_dir` | ./feature_cache | train, test, tune, without `--no_feature_cache` |"
+        in ("\n".join(rows))
     )
     assert "also spelt `--resnet_weights`" in "\n".join(rows)
 

@@ -1374,6 +1374,29 @@ def test_a_loaded_captioner_writes_what_caption_mode_prints(decoder, shop):
     assert line == f"{images[0]}\t{captioner.vocabulary.decode(greedy[0][0].tokens)}"
 
 
+@pytest.mark.parametrize("decoder", ["lstm", "adaptive"])
+def test_two_encoders_side_by_side_are_trained_on_tested_and_caption(decoder, shop):
+    """Their features come from caches of their own, and best.pt holds both."""
+    names = "squeezenet1_1+shufflenet_v2_x0_5"
+    folder = train(DECODERS[decoder], f"--encoder {names} --encoder_weights random --image_size 64")
+    assert folder.parent.name == f"{names}_{'lstm' if decoder == 'lstm' else 'attention'}"
+    caches = {path.name.rpartition("_")[0] for path in Path("feature_cache").glob("*f[0-9a-f]*")}
+    checkpoint = load(folder / "best.pt")
+    encoder = checkpoint["encoder"]
+    assert encoder["channels"] == 512 + 1024 and len(encoder["parts"]) == 2
+    assert not any("+" in name for name in caches)
+    succeed("--mode test --no_feature_cache --output_dir found --model_path", folder / "best.pt")
+    rows = read_json("found/test_captions.json")
+    images = [f"data/sample/Images/{row['file_name']}" for row in rows]
+    lines = succeed("--mode caption --model_path", folder / "best.pt", "--images", *images)
+    assert [line.split("\t")[1] for line in lines.splitlines()] == [row["caption"] for row in rows]
+    features = fic.load_captioner(folder / "best.pt")[0].decoder.feature_mean
+    assert features.shape == (1536,) and features[:512].abs().sum() > 0 < features[512:].abs().sum()
+    other = "--mode test --output_dir none --encoder_weights data/sample/captions.txt+random"
+    refused = program(other, "--model_path", folder / "best.pt")
+    assert refused.status == 2 and refused.err.count("\n") == 1
+
+
 RERANK = "--rerank consensus --neighbours 5 --beam_size 8 --rerank_weight"
 
 

@@ -610,6 +610,10 @@ class LeftEdge(FakeEncoder):
 
     grid, channels, image_size, batch_size = (2, 2), 3, 8, 3
 
+    @property
+    def parts(self):
+        return [self]
+
     def key(self):
         """As an encoder's."""
         return {"name": "left/edge", "weights_sha256": "0"}
@@ -712,3 +716,71 @@ def test_a_source_of_names_in_a_folder_stays_one(tmp_path):
     assert isinstance(source.paths, ImagePaths)
     assert list(source.paths) == [first, last]
     assert list(source.unreadable) == [tmp_path / "i" / "none.png"]
+
+
+class RightEdge(LeftEdge):
+    """Another encoder, of a grid of its own; grey level from the right edge."""
+
+    grid = (1, 4)
+
+    def __call__(self, pixels):
+        return super().__call__(pixels.flip(-1)) * 2
+
+    def key(self):
+        return {"name": "right/edge", "weights_sha256": "1"}
+
+
+class BothEdges:
+    """Encoders side by side, whose channels are joined."""
+
+    def __init__(self):
+        self.parts, self.image_size, self.batch_size = [LeftEdge(), RightEdge()], 8, 3
+
+    def join(self, features):
+        return torch.cat(features, dim=-1)
+
+    def __call__(self, pixels):
+        return self.join([part(pixels) for part in self.parts])
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("mirror", [None, [False, True, False, True]])
+def test_encoders_side_by_side_stream_what_each_does_alone_from_its_own_cache(
+    tmp_path, pooled, mirror
+):
+    paths = _half_grey_images(tmp_path / "i", 4)
+    paths.insert(1, tmp_path / "missing.png")
+    coins = None if mirror is None else torch.tensor(mirror)
+    options = {"pooled": pooled, "dtype": torch.float16, "num_workers": 0}
+    options |= {"mirrored": mirror is not None, "device": torch.device("cpu")}
+
+    def stream(encoder, cache):
+        source = feature_cache.open_source(encoder, paths, cache_dir=cache, **options)
+        assert list(source.unreadable) == [tmp_path / "missing.png"] and len(source.paths) == 4
+        return list(source.stream(iter(BATCHES), coins))
+
+    both = BothEdges()
+    joined = stream(both, tmp_path / "cache")
+    alone = [
+        stream(encoder, tmp_path / name) for name, encoder in zip("ab", both.parts, strict=True)
+    ]
+    for found, *each in zip(joined, *alone, strict=True):
+        assert torch.equal(found, torch.cat(each, dim=-1))
+    encoded = [part.images for part in both.parts]
+    stream(RightEdge(), tmp_path / "cache")  # a run of one of them finds its features there
+    assert [part.images for part in both.parts] == encoded
+    single = RightEdge()
+    feature_cache.open_source(single, paths, cache_dir=tmp_path / "cache", **options)
+    assert single.images == 0
+
+
+def test_encoders_side_by_side_without_a_cache_see_each_picture_once(tmp_path):
+    paths = _half_grey_images(tmp_path / "i", 3)
+    source = feature_cache.open_source(
+        BothEdges(), paths, cache_dir=None, pooled=False, dtype=torch.float16, num_workers=0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert isinstance(source, FeatureSource)
+    (features,) = source.stream([torch.tensor([2, 0])])
+    assert features.shape == (2, 4, 6)
+    assert features[0, 0].tolist()[::3] == [2, 204]

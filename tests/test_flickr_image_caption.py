@@ -864,6 +864,54 @@ def test_the_encoder_stays_in_eval_mode(small):
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
+@pytest.fixture(scope="module")
+def side_by_side():
+    """Encoders of 7 x 7 and of 4 x 4 cells, at 100 pixels, joined."""
+    parts = [
+        Encoder(name, load_encoder_weights(name, "random", 0), "random", image_size=100)
+        for name in ("mobilenet_v3_small", "squeezenet1_1")
+    ]
+    assert [part.grid for part in parts] == [[4, 4], [6, 6]]
+    return program.SideBySideEncoder(parts)
+
+
+def test_encoders_side_by_side_give_each_cell_the_channels_of_all(side_by_side):
+    images = some_images(2, 100)
+    coarse, fine = (part(images) for part in side_by_side.parts)
+    features = side_by_side(images)
+    channels = [part.channels for part in side_by_side.parts]
+    assert features.shape == (2, 36, sum(channels)) and side_by_side.channels == sum(channels)
+    assert side_by_side.grid == [6, 6] and side_by_side.image_size == 100
+    assert torch.equal(features[..., channels[0] :], fine)
+    maps = coarse.transpose(1, 2).unflatten(2, (4, 4))
+    stretched = nn.functional.interpolate(maps, size=(6, 6), mode="bilinear")
+    expected = stretched.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(features[..., : channels[0]], expected)
+    means = [x.mean(1, keepdim=True) for x in (coarse, fine)]
+    assert torch.equal(side_by_side.join(means), torch.cat(means, dim=-1))
+
+
+def test_encoders_side_by_side_have_a_key_of_their_own(side_by_side):
+    key, parts = side_by_side.key(), [part.key() for part in side_by_side.parts]
+    assert key["name"] == "mobilenet_v3_small+squeezenet1_1" and key["parts"] == parts
+    assert key["channels"] == sum(part["channels"] for part in parts) and key["grid"] == [6, 6]
+    swapped = program.SideBySideEncoder(list(side_by_side.parts)[::-1])
+    hashes = {k["weights_sha256"] for k in (key, swapped.key(), *parts)}
+    assert len(hashes) == 4
+
+
+def test_weights_in_a_checkpoint_find_their_encoder_again(side_by_side):
+    stored = side_by_side.trunk.state_dict()
+    states = program.split_weights(stored, side_by_side.name)
+    for part, state in zip(side_by_side.parts, states, strict=True):
+        again = Encoder(part.name, state, "best.pt", image_size=100)
+        assert again.weights_sha256 == part.weights_sha256
+    alone = side_by_side.parts[0].trunk.state_dict()
+    assert program.split_weights(alone, "mobilenet_v3_small") == [alone]
+    foreign = {"7.conv": torch.ones(1), "conv": torch.ones(1)}
+    assert program.split_weights(foreign, side_by_side.name) == [{}, {}]
+
+
 def test_an_encoder_outside_the_table_is_refused_by_name(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(["--encoder", "vit_b_16"])
