@@ -188,6 +188,17 @@ def scheduled(option):
     return {"use_scheduler": (True,), "scheduler_type": tuple(kinds)}
 
 
+class Given:
+    """What an option needs of another one: any value but none."""
+
+    def __contains__(self, value):
+        return bool(value)
+
+    def __iter__(self):
+        return iter(())
+
+
+GIVEN = Given()
 ATTENTION = {"decoder": ("attention",)}
 ADDITIVE = ATTENTION | {"attention": ("additive",)}
 ADAPTIVE = ATTENTION | {"attention": ("adaptive",)}
@@ -299,6 +310,13 @@ TRAINING = {
         modes=(TRAIN,)),
     "alpha_c": Option(NOT_NEGATIVE, 1.0,
         "weight of the doubly stochastic penalty", modes=(TRAIN,), needs=ADDITIVE),
+    "distill_from": Option(str, (),
+        "checkpoints, or folders of runs, with the same words, encoder and split: the step also learns the words "
+        "that the mean of their probabilities expects, computed once and kept in --cache_dir",
+        "PATH", (TRAIN,), several=True),
+    "distill_weight": Option(SHARE, 0.5,
+        "of what is learnt from --distill_from; the rest is learnt from the captions",
+        modes=(TRAIN,), needs={"distill_from": GIVEN}),
     "label_smoothing": Option(DROPOUT, 0.0,
         "share of the target spread over all words", modes=(TRAIN,)),
     "horizontal_flip": Option(bool, False,
@@ -546,7 +564,7 @@ def check_files(options):
     try:
         if options.checkpoint:
             resolve_checkpoint(options.checkpoint, checkpoint_choice(options.run.mode))
-        for member in options.output.ensemble:
+        for member in (*options.output.ensemble, *options.training.distill_from):
             resolve_checkpoint(member)
         for flag, path in named_paths(options):
             if not path.exists():
@@ -648,7 +666,7 @@ def preset_values(typed):
 
 def needed(other, wanted, value):
     """The end of the line about an option that would do nothing because of another one's value."""
-    if wanted == (True,):
+    if wanted in ((True,), GIVEN):
         return f"needs --{other}"
     if wanted == (False,):
         return f"does nothing with --{other}"
@@ -793,6 +811,8 @@ def check_config(path, config):
 def is_value_of(option, value):
     """Whether typing `value` would give `value`."""
     try:
+        if option.several:
+            return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
         if isinstance(option.kind, tuple):
             return value in option.kind
         if option.kind is bool:
@@ -855,7 +875,7 @@ def markdown_row(name, option):
 
 def markdown_need(other, wanted):
     """What an option needs of another one, such as "`--decoder` lstm or attention"."""
-    if wanted == (True,):
+    if wanted in ((True,), GIVEN):
         return f"`--{other}`"
     if wanted == (False,):
         return f"without `--{other}`"

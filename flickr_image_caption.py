@@ -69,6 +69,7 @@ import packed_lstm
 import process_group
 from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
+from caption_objectives import Distillation, kept_in, soft_targets
 from download_datasets import load_encoder_weights
 from feature_cache import FeatureSource, open_source
 from progress import Progress
@@ -871,7 +872,10 @@ def open_captioner(options, hardware, checkpoint):
     path = options.run.model_path
     encoder = open_encoder(options, hardware, checkpoint)
     decoder, vocabulary = restore_decoder(path, options.as_dict(), checkpoint)
-    others = [open_member(options, checkpoint, member) for member in options.output.ensemble]
+    expected = in_common(path, checkpoint)
+    others = [
+        open_member(options, "ensemble", member, expected) for member in options.output.ensemble
+    ]
     decoder = Ensemble([decoder, *others]) if others else decoder
     return Captioner(encoder, decoder.to(hardware.device), vocabulary, hardware)
 
@@ -939,18 +943,19 @@ def restore_decoder(path, values, checkpoint):
     return decoder, vocabulary
 
 
-def open_member(options, checkpoint, path):
-    """The decoder of another checkpoint of an --ensemble.
+def open_member(options, flag, path, expected):
+    """The decoder of another checkpoint, of an --ensemble or a teacher's. expected: as `in_common`.
 
     Raises: ValueError when it has other words, pictures or splits (whose test images it may know).
     """
     member = checkpoints.load_checkpoint(path)
-    config = inherit(options._replace(typed=frozenset({"mode"})), path, member["config"]).as_dict()
-    expected, actual = in_common(options.run.model_path, checkpoint), in_common(path, member)
+    options = options._replace(typed=frozenset({"mode"}))
+    config = inherit(options, path, member["config"]).as_dict()
+    actual = in_common(path, member)
     differing = [name for name in expected if expected[name] != actual[name]]
     if differing:
         raise ValueError(
-            f"--ensemble {path}: has another {differing[0]} than {options.run.model_path}: "
+            f"--{flag} {path}: has another {differing[0]} than {options.run.model_path or 'this run'}: "
             "members must be trained alike"
         )
     return restore_decoder(path, config, member)[0]
@@ -1006,7 +1011,10 @@ class CrossEntropyObjective:
 
     def __call__(self, model, features, batch):
         """features (N, P, F), batch -> loss to minimise () and plain nats (), as `cross_entropy`."""
-        logits, alphas = model(features, batch)
+        return self.loss(*model(features, batch), batch)
+
+    def loss(self, logits, alphas, batch):
+        """What a decoder's `forward` returned, batch -> the same."""
         loss, nats = cross_entropy(logits, batch, self.label_smoothing)
         if alphas is not None and self.alpha_c:
             loss = loss + self.alpha_c * doubly_stochastic_penalty(alphas.float(), batch)
@@ -1439,6 +1447,10 @@ def set_up(options, hardware, checkpoint=None):
     decoder.to(hardware.device)
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
+    captioner = Captioner(encoder, decoder, vocabulary, hardware)
+    splits = dataset.splits(checkpoint and checkpoint["splits"])
+    objective = make_objective(options, captioner, training, splits)
+    # last, because a checkpoint's random state is the one that training goes on with
     state = make_state(decoder, options, hardware, training, checkpoint)
     resolved = {
         "device": str(hardware.device),
@@ -1449,16 +1461,51 @@ def set_up(options, hardware, checkpoint=None):
     }
     return Run(
         options=options,
-        captioner=Captioner(encoder, decoder, vocabulary, hardware),
-        splits=dataset.splits(checkpoint and checkpoint["splits"]),
+        captioner=captioner,
+        splits=splits,
         training=training,
         validation=validation,
         scorer=make_scorer(val_table, texts),
-        objective=CrossEntropyObjective(options.training),
+        objective=objective,
         state=state,
         model=distributed(decoder, options.run.seed + state.loop["step"]),
         config=options.as_dict() | resolved,
     )
+
+
+def make_objective(options, captioner, training, splits):
+    """What a step minimises: the captions' cross entropy, with --distill_from mixed with its teachers'."""
+    references, wanted = CrossEntropyObjective(options.training), options.training
+    if not wanted.distill_from:
+        return references
+    encoder, vocabulary = captioner.encoder.key(), captioner.vocabulary.to_plain()
+    expected = in_common("", {"encoder": encoder, "vocabulary": vocabulary, "splits": splits})
+    paths = [checkpoints.resolve_checkpoint(path) for path in wanted.distill_from]
+    teachers = [open_member(options, "distill_from", path, expected) for path in paths]
+    if process_group.rank() == 0:
+        print(printable(f"teachers: {', '.join(map(str, paths))}"))
+    cache, tokens = options.features, training.batches.tokens
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    contents += [hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), encoder]
+    name = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+    file = None if cache.no_feature_cache else Path(cache.cache_dir, "teachers", f"{name}.pt")
+    teacher = Ensemble(teachers).to(captioner.hardware.device)
+    targets = kept_in(file, lambda: ask_teacher(teacher, captioner, training))
+    return Distillation(references, targets, wanted.distill_weight)
+
+
+def ask_teacher(teacher, captioner, training):
+    """A decoder's SoftTargets for all captions of the training Split, of images that are not mirrored."""
+    batches, tail = training.batches, captioner.encoder.tail
+    bar = Progress(
+        ((batch, tail(features)) for batch, features in training.epoch(0, shuffle=False)),
+        "asking the teachers",
+        batches.num_batches,
+        "captions",
+        batches.batch_size,
+        disable=process_group.rank() > 0,
+    )
+    return soft_targets(teacher, bar, len(batches.tokens), captioner.hardware)
 
 
 def new_decoder(options, encoder, vocabulary, features):

@@ -77,7 +77,8 @@ def needs_of(name, values):
     option, values = TABLE[name], dict(values)
     for other, wanted in option.needs.items():
         if values.get(other, DEFAULTS[other]) not in wanted:
-            values |= needs_of(other, values) | {other: wanted[0]}
+            value = wanted[0] if isinstance(wanted, tuple) else other_value(other)
+            values |= needs_of(other, values) | {other: value}
     if name in ("save_attention_viz", "advanced_attention_viz", "viz_method"):
         values["decoder"] = "attention"
     if name in ("advanced_attention_viz", "viz_method"):
@@ -526,6 +527,8 @@ def is_usable(option, value):
         return isinstance(value, bool)
     if isinstance(option.kind, tuple):
         return isinstance(value, str) and value in option.kind
+    if option.several:
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
     if option.kind is str:
         return isinstance(value, str)
     if option.kind is caption_options.encoder_name:

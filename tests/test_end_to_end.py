@@ -940,6 +940,37 @@ def test_epochs_on_resume_are_additional_and_epoch_numbers_go_on(shop):
     assert read_json(folder / "loss_curve.json")["epochs"] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_student_learns_from_teachers_and_goes_on_learning_from_them(shop, monkeypatch):
+    """Its weights are not those without teachers, and those of a run that was stopped on the way."""
+    teachers = f"--distill_from {shop / 'attention'} {shop / 'lstm' / 'best.pt'}"
+    flags = "--decoder lstm --epochs 2 --cache_dir own_cache"
+    alone = load(train(flags) / "model_epoch_2.pt")["model"]
+    out = succeed(TINY, flags, teachers, "--distill_weight 0.9")
+    assert f"teachers: {shop / 'attention' / 'best.pt'}, {shop / 'lstm' / 'best.pt'}" in out
+    straight = run_dir(out)
+    (file,) = Path("own_cache/teachers").glob("*.pt")
+    assert load(file)["words"].shape[1] == 32
+    config = load(straight / "best.pt")["config"]
+    assert len(config["distill_from"]) == 2 and config["distill_weight"] == 0.9
+
+    monkeypatch.setattr(fic, "soft_targets", None)  # they are not asked again
+    halted = stopped(TINY, flags, teachers, "--distill_weight 0.9", at_step=STEPS + 2)
+    assert halted.status == 130
+    resumed = run_dir(succeed("--cache_dir own_cache --resume", run_dir(halted) / "last.pt"))
+    last = [load(folder / "model_epoch_2.pt")["model"] for folder in (straight, resumed)]
+    assert not list(differences(*last))
+    assert list(differences(last[0], alone))
+
+
+def test_teachers_know_the_same_words_and_are_there(shop):
+    lost = program(TINY, "--distill_from lost/best.pt")
+    assert lost.status == 2 and "lost/best.pt" in lost.err and lost.err.count("\n") == 1
+    other = program(TINY, "--freq_threshold 9 --distill_from", shop / "lstm/best.pt")
+    assert other.status == 2 and "--distill_from" in other.err and "vocabulary" in other.err
+    alone = program(TINY, "--distill_weight 0.2")
+    assert alone.status == 2 and "--distill_weight needs --distill_from" in alone.err
+
+
 def test_a_finished_plan_needs_epochs(shop):
     before = snapshot()
     outcome = program("--model_path", shop / "lstm/model_epoch_4.pt")
