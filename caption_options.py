@@ -4,6 +4,7 @@
     options = check_files(options)                       # so does a path that leads nowhere
     options.training.batch_size, options.decoding        # groups are named tuples: nothing below changes them
     options = inherit(options, "best.pt", stored)        # what was not typed comes from the checkpoint
+    options = adopt(options, "best.pt", stored)          # of --init_from: what builds the decoder does
     python caption_options.py > docs/OPTIONS.md          # the table, for the documentation
 
 A value comes from the flag, else from --preset or the checkpoint, else from the table. Everything
@@ -301,6 +302,10 @@ MODEL = {
         "compute, and less overfitting", modes=(TRAIN,), needs=ATTENTION),
 }  # fmt: skip
 TRAINING = {
+    "init_from": Option(str, None,
+        "checkpoint, or a folder of runs, whose trained decoder a new run begins with: words that it knows "
+        "keep their rows, others start anew, as with another encoder does what reads features; sizes and "
+        "encoder come from it", "CKPT", (TRAIN,), stored=OWN),
     "epochs": Option(SIZE, 10,
         "passes over the training captions; on resume: additional ones", modes=(TRAIN,), stored=OWN),
     "batch_size": Option(BATCH, 128, "captions per step", modes=(TRAIN,)),
@@ -518,7 +523,7 @@ def default_text(option):
 def parse_args(argv=None, description=None):
     """The options of one run; misuse exits with status 2 and one line.
 
-    With a checkpoint they are provisional until `inherit` has seen what it stores.
+    With a checkpoint they are provisional until `inherit` or `adopt` has seen what it stores.
     """
     parser = build_parser(description)
     typed = vars(parser.parse_args(argv))
@@ -526,7 +531,7 @@ def parse_args(argv=None, description=None):
     try:
         check_paths(typed)
         options = group_options(ChainMap(typed, DEFAULTS), typed)
-        return options if options.checkpoint else settle(typed, {})
+        return options if options.checkpoint or options.training.init_from else settle(typed, {})
     except ValueError as error:
         parser.error(str(error))
 
@@ -545,6 +550,8 @@ def check_paths(typed):
         raise ValueError("--resume and --model_path name the same thing: give one of them")
     if "preset" in typed and typed.keys() & {"resume", "model_path"}:
         raise ValueError("--preset is for a new run: a resumed one has its checkpoint's options")
+    if "init_from" in typed and typed.keys() & {"resume", "model_path"}:
+        raise ValueError("--init_from is for a new run: a resumed one has its checkpoint's weights")
     device = typed.get("device", "auto")
     if device != "auto" and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device):
         raise ValueError(f"--device {device}: give auto, cpu, cuda, cuda:N or mps")
@@ -564,8 +571,10 @@ def check_files(options):
     try:
         if options.checkpoint:
             resolve_checkpoint(options.checkpoint, checkpoint_choice(options.run.mode))
-        for member in (*options.output.ensemble, *options.training.distill_from):
-            resolve_checkpoint(member)
+        training = options.training
+        others = [*options.output.ensemble, *training.distill_from, training.init_from]
+        for path in filter(None, others):
+            resolve_checkpoint(path)
         for flag, path in named_paths(options):
             if not path.exists():
                 raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
@@ -642,7 +651,7 @@ def settle(typed, stored):
         for other, wanted in TABLE[name].needs.items():
             if values[other] not in wanted:
                 raise ValueError(f"--{name} {needed(other, wanted, values[other])}")
-    check_contradictions(values, new_plan=not stored)
+    check_contradictions(values, new_plan=not stored or "init_from" in typed)
     check_maps(values, "viz_method" in typed)
     return group_options(values, typed)
 
@@ -752,13 +761,54 @@ def inherit(options, path, config):
             "leave them out, they come from the checkpoint"
         )
     stored = {n: value for n, value in stored.items() if is_inherited(TABLE[n], options.run.mode)}
+    settled = settle_stored(typed, stored, path)
+    return settled._replace(run=settled.run._replace(model_path=str(path), resume=None))
+
+
+def settle_stored(typed, stored, path):
+    """As `settle`; what goes wrong without a typed option is the fault of the checkpoint at `path`."""
     try:
-        settled = settle(typed, stored)
+        return settle(typed, stored)
     except ValueError as error:
         if any(f"--{name} " in str(error) for name in typed):
             raise
         raise ValueError(f"{path}: its configuration contradicts itself: {error}") from error
-    return settled._replace(run=settled.run._replace(model_path=str(path), resume=None))
+
+
+def adopt(options, path, config):
+    """The options of a new run that begins with the decoder of a checkpoint, at `path`: --init_from.
+
+    The rows of MODEL come from its `config`, and what names the encoder unless that is another one;
+    typed ones and --preset's come before. All else is the new run's own.
+    Raises: ValueError when an option contradicts the decoder, or the config is not usable.
+    """
+    stored = check_config(path, config)
+    typed = {name: value for name, value in options.as_dict().items() if name in options.typed}
+    given = preset_values(typed) | typed
+    refuse_other_decoder(path, given, typed, stored)
+    names = [*MODEL]
+    if given.get("encoder", stored["encoder"]) == stored["encoder"]:  # else its sizes are its own
+        names += [name for name, row in FEATURES.items() if row.stored == FIXED]
+        names += ["encoder_weights"]
+    typed["init_from"] = str(path)
+    return settle_stored(typed, {name: stored[name] for name in names}, path)
+
+
+def refuse_other_decoder(path, given, typed, stored):
+    """Raises: ValueError naming what is `given`, by --preset if not `typed`, and not the stored decoder's."""
+    of_preset = f"--preset {typed.get('preset')}; "
+    differing = [
+        f"--{name} {given[name]} ({'' if name in typed else of_preset}stored: {stored[name]})"
+        for name, row in MODEL.items()
+        if row.stored == FIXED
+        and given.get(name, stored[name]) != stored[name]
+        and all(stored[other] in wanted for other, wanted in row.needs.items())
+    ]
+    if differing:
+        raise ValueError(
+            f"--init_from {path}: its decoder has other options than {', '.join(differing)}: "
+            "leave them out, they come from it, or give what is stored"
+        )
 
 
 def path_notes(options, config):

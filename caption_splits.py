@@ -345,6 +345,15 @@ def _known_images(
     return {name: split for name, split in known.items() if split}, told_by
 
 
+def trained_on(names: list[str], image_dir: Path | Shards, splits: dict) -> list[str]:
+    """Those of these images that a checkpoint was trained on; none where it holds a hash alone.
+
+    splits: as `stored_splits` or `named_splits` gives them.
+    """
+    known = {} if "sha256" in splits else _known_images(names, image_dir, splits)[0]
+    return [name for name in known if known[name] == "train"]
+
+
 def _split_of(listed: dict[str, Iterable]) -> dict:
     """{item: split}, the first one that lists it."""
     return {item: split for split in reversed(SPLITS) for item in listed[split]}

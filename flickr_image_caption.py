@@ -20,6 +20,7 @@ from caption_options import (
     ENCODERS,
     SCHEDULES,
     Options,
+    adopt,
     check_files,
     checkpoint_choice,
     encoder_parts,
@@ -67,6 +68,7 @@ import image_loading
 import metrics_utils
 import packed_lstm
 import process_group
+import warm_start
 from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets
@@ -91,6 +93,8 @@ from train_state import TrainState, scale_rate
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
 ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # measured, but for mps: docs/PERFORMANCE.md
+# what of an encoder's key decides which features a decoder knows; precision is but rounding
+ENCODER_IDENTITY = ("name", "weights_sha256", "image_size", "coarse_size", "channels")
 READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
 DECODE_CHUNK = 100  # images decoded together
 ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other heights are slower
@@ -135,6 +139,7 @@ class Encoder(nn.Module):
             self.trunk.add_module(module, getattr(model, module))
         load_trunk(self.trunk, state, model.state_dict(), f"--encoder_weights {source}", name)
         self.tail = nn.Identity()
+        self.from_checkpoint = False  # then a run's checkpoints all hold it: nothing else may
         self.name, self.precision, self.batch_size = name, precision, batch_size
         self.image_size, self.coarse_size = image_size or published_size(name), coarse_size
         if coarse_size and coarse_size >= self.image_size:
@@ -218,7 +223,7 @@ class SideBySideEncoder(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(encoders)
         self.trunk = nn.ModuleList(encoder.trunk for encoder in encoders)
-        self.tail = nn.Identity()
+        self.tail, self.from_checkpoint = nn.Identity(), False
         self.name = "+".join(encoder.name for encoder in encoders)
         self.image_size, self.batch_size = encoders[0].image_size, encoders[0].batch_size
         self.channels = sum(encoder.channels for encoder in encoders)
@@ -279,18 +284,25 @@ def load_trunk(trunk, state, model_state, source, name):
     trunk.load_state_dict(state, assign=True)
 
 
-def open_encoder(options, hardware, checkpoint=None):
+def open_encoder(options, hardware, checkpoint=None, initial=None):
     """The encoder of this run, on its device: with the checkpoint's own weights where it has them.
 
+    initial: --init_from's checkpoint, whose weights are taken, too, if it names the same encoder.
     Raises: ValueError when the weights differ from those the checkpoint was trained with.
     """
     wanted, path = options.features, options.run.model_path
     stored = checkpoint["encoder"] if checkpoint else {}
-    if stored.get("weights") is not None and "encoder_weights" not in options.typed:
-        encoder = build_encoder(options, hardware, split_weights(stored["weights"], wanted.encoder))
-    else:
-        encoder = build_encoder(options, hardware)
+    if initial and initial["encoder"]["name"] == wanted.encoder:
+        stored, path = initial["encoder"], options.training.init_from
+    from_checkpoint = stored.get("weights") is not None and "encoder_weights" not in options.typed
+    states = split_weights(stored["weights"], wanted.encoder) if from_checkpoint else None
+    encoder = build_encoder(options, hardware, states, path)
+    encoder.from_checkpoint = from_checkpoint
     key = encoder.key()
+    if from_checkpoint and key["weights_sha256"] != stored["weights_sha256"]:
+        raise ValueError(
+            f"{path}: its encoder has other weights than it says: give another checkpoint"
+        )
     for name in ("channels", "image_size", "coarse_size") if checkpoint else ():
         if stored.get(name) != key.get(name):
             raise ValueError(
@@ -304,12 +316,12 @@ def open_encoder(options, hardware, checkpoint=None):
     return encoder.to(hardware.device)
 
 
-def build_encoder(options, hardware, stored=None):
-    """The encoder that --encoder names, on the CPU. `stored`: each one's state dict, from a checkpoint."""
+def build_encoder(options, hardware, stored=None, path=None):
+    """The encoder that --encoder names, on the CPU. `stored`: each one's state dict, from the checkpoint at `path`."""
     wanted, seed = options.features, options.run.seed
     names, sources = encoder_parts(wanted)
     states = stored or map(load_encoder_weights, names, sources, itertools.repeat(seed))
-    sources = [options.run.model_path] * len(names) if stored else sources
+    sources = [path] * len(names) if stored else sources
     size = wanted.image_size or max(map(published_size, names))
     batch_size = wanted.encode_batch_size or ENCODE_BATCH_SIZES[hardware.device.type]
     settings = (hardware.precision, size, wanted.coarse_size, batch_size)
@@ -1425,9 +1437,12 @@ def start_run(options, hardware, checkpoint):
 
 def set_up(options, hardware, checkpoint=None):
     """The parts of a run. Reads and encodes data; writes no file of the run."""
+    initial = open_initial(options)
     dataset = open_dataset(options, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
-    encoder = open_encoder(options, hardware, checkpoint)
+    if initial:
+        warn_of_seen_images(initial, dataset, options)
+    encoder = open_encoder(options, hardware, checkpoint, initial)
     decoder_type = decoder_class(options.as_dict())
     open_split = functools.partial(open_features, options, hardware, encoder, dataset)
     flip = options.training.horizontal_flip
@@ -1444,6 +1459,8 @@ def set_up(options, hardware, checkpoint=None):
         decoder = new_decoder(options, encoder, vocabulary, features)
         origin = f"seen {threshold} times or more in {len(texts)} training captions"
     print(f"vocabulary: {len(vocabulary) - len(vocabulary.SPECIALS)} words, {origin}")
+    if initial:
+        take_over(initial, Captioner(encoder, decoder, vocabulary, hardware), options)
     decoder.to(hardware.device)
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
@@ -1515,6 +1532,51 @@ def new_decoder(options, encoder, vocabulary, features):
     sample = torch.linspace(0, num_images - 1, min(num_images, CALIBRATION_IMAGES)).long()
     decoder.to(features.device).calibrate(features.stream(sample.split(DECODE_CHUNK)))
     return decoder
+
+
+def open_initial(options):
+    """The checkpoint of --init_from, or None. Raises: ValueError when its parts do not fit."""
+    path = options.training.init_from
+    if path is None:
+        return None
+    initial = checkpoints.load_checkpoint(path)
+    restore_decoder(path, options.as_dict(), initial)  # of the same options, as `adopt` saw to
+    splits = caption_splits.named_splits(path, caption_splits.stored_splits(path, initial))
+    return initial | {"splits": splits}
+
+
+def warn_of_seen_images(initial, dataset, options):
+    """Say if --init_from's decoder has learnt from images that this run is scored on."""
+    scored = dataset.table.image[dataset.table.split != "train"].tolist()
+    if seen := caption_splits.trained_on(scored, dataset.image_dir, initial["splits"]):
+        warn(
+            f"{len(seen)} of {counted(len(scored), 'validation and test image')} are among those that "
+            f"{options.training.init_from} was trained on: scores on them tell nothing of new pictures"
+        )
+
+
+def take_over(initial, captioner, options):
+    """Give a new decoder what --init_from's has learnt, as far as words and encoder are the same."""
+    decoder, words = captioner.decoder, captioner.vocabulary.words
+    trained_words, key = initial["vocabulary"]["words"], captioner.encoder.key()
+    same_encoder = all(initial["encoder"].get(name) == key.get(name) for name in ENCODER_IDENTITY)
+    state, anew = warm_start.merge_states(
+        functools.partial(build_decoder, options.as_dict()),
+        (captioner.encoder.channels, len(words)),
+        decoder.state_dict(),
+        words,
+        initial["model"],
+        trained_words,
+        same_features=same_encoder,
+    )
+    decoder.load_state_dict(state)
+    unknown = len({*words} - {*trained_words})
+    known = len(words) - len(Vocabulary.SPECIALS) - unknown
+    others = f", and for another encoder {', '.join(anew)}" if anew else ""
+    print(
+        f"decoder: begins as {printable(options.training.init_from)}, which knows {known} of these "
+        f"words; anew: {counted(unknown, 'word')}{others}"
+    )
 
 
 def make_batches(table, vocabulary, options):
@@ -1609,6 +1671,8 @@ def check_checkpoint_sizes(run):
     decoder, epochs = run.captioner.decoder, run.state.plan["epochs"] - run.state.loop["epoch"]
     each = sum(p.nbytes for p in decoder.parameters()) * 3  # weights and Adam's two moments
     encoder = sum(t.nbytes for t in run.captioner.encoder.trunk.state_dict().values())
+    if run.captioner.encoder.from_checkpoint:  # which all of them hold, as `save` says
+        each, encoder = each + encoder, 0
     kept = min(epochs, run.options.training.keep_checkpoints or epochs)
     folder = run.options.run.model_save_dir
     print(experiment_utils.checkpoint_sizes(folder, kept, each, encoder))
@@ -1617,12 +1681,14 @@ def check_checkpoint_sizes(run):
 def save(run, name):
     """Write the whole state to a file of the run's folder.
 
-    best.pt holds the encoder, too; once there is one, it alone has the names of the splits.
+    best.pt holds the encoder, too, and every file does where the encoder's weights came from a
+    checkpoint. Once there is a best.pt, it alone has the names of the splits.
     """
     captioner, splits = run.captioner, run.splits
     if name != "best.pt" and (run.folder / "best.pt").is_file():
         splits = {"sha256": caption_splits.splits_sha256(splits)}
-    weights = captioner.encoder.trunk.state_dict() if name == "best.pt" else None
+    holds_encoder = name == "best.pt" or captioner.encoder.from_checkpoint
+    weights = captioner.encoder.trunk.state_dict() if holds_encoder else None
     checkpoint = {
         "config": run.config,
         "vocabulary": captioner.vocabulary.to_plain(),
@@ -1953,6 +2019,9 @@ def open_checkpoint(options):
 
     Raises: FileNotFoundError, ValueError that name the file or the flag.
     """
+    if options.training.init_from:
+        path = checkpoints.resolve_checkpoint(options.training.init_from)
+        return adopt(options, path, checkpoints.load_checkpoint(path)["config"]), None
     if options.checkpoint is None:
         return options, None
     path = find_checkpoint(options, options.checkpoint)

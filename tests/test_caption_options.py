@@ -25,6 +25,7 @@ from caption_options import (
     TEST,
     TRAIN,
     TUNE,
+    adopt,
     inherit,
     parse_args,
     settle,
@@ -118,7 +119,7 @@ def test_what_is_typed_comes_before_the_checkpoint_and_that_before_the_default(n
     stored = needs_of(name, {})
     if option.stored in (INHERITED, FIXED):
         assert resumed(stored | {name: value}, mode).as_dict()[name] == value
-    if name in ("model_path", "resume", "preset"):  # which say what to start from
+    if name in ("model_path", "resume", "preset", "init_from"):  # which say what to start from
         assert parse_args(as_flags({name: value})).as_dict()[name] == value
         return
     # what is needed is typed, too, as far as this mode lets it be
@@ -330,6 +331,103 @@ def test_the_documentation_spells_the_presets_out():
         flags = line.removeprefix(f"- `{name}`: ").strip("`")
         spelt_out = parse_args(flags.split()).as_dict()
         assert spelt_out | {"preset": name} == parse_args(["--preset", name]).as_dict()
+
+
+# ------------------------------------------------------------------------------- another model's weights
+
+ADAPTIVE = {"decoder": "attention", "attention": "adaptive", "embed_size": 256, "hidden_size": 512,
+            "num_layers": 1, "attention_dim": 256, "drop_prob": 0.4, "patch_dropout": 0.5}  # fmt: skip
+PICTURES = {"encoder": "mobilenet_v2", "encoder_weights": "own.pth", "image_size": 320,
+            "coarse_size": 224}  # fmt: skip
+
+
+def adopted(config, typed=""):
+    """Options of a new run whose decoder begins as that of a checkpoint with this configuration."""
+    options = parse_args(["--init_from", "runs", *typed.split()])
+    return adopt(options, Path("runs/best.pt"), config).as_dict()
+
+
+def test_what_builds_decoder_and_encoder_comes_from_the_model_it_begins_with_and_nothing_else():
+    everything = {name: other_value(name) for name, row in TABLE.items() if row.stored != OWN}
+    built = PICTURES | ADAPTIVE | {"attention_heads": 2}
+    expected = DEFAULTS | built | {"init_from": "runs/best.pt"}
+    assert adopted(everything | built) == expected
+
+
+def test_typed_comes_before_the_preset_that_before_the_model_it_begins_with_and_that_before_defaults():
+    values = adopted(ADAPTIVE | {"drop_prob": 0.1, "attention_heads": 8}, "--preset laptop")
+    assert (values["drop_prob"], values["attention_heads"]) == (0.4, 8)  # the preset has no heads
+    values = adopted(ADAPTIVE, "--preset laptop --drop_prob 0.2 --patch_dropout 0")
+    assert (values["drop_prob"], values["patch_dropout"]) == (0.2, 0)
+    assert (values["learning_rate"], values["beam_size"]) == (0.003, DEFAULTS["beam_size"])
+    assert adopted({"decoder": "attention"}, "--alpha_c 3")["alpha_c"] == 3
+
+
+@pytest.mark.parametrize("typed", ["--encoder resnet18", "--preset best"])
+def test_another_encoder_has_its_own_weights_and_sizes(typed):
+    values = adopted(PICTURES | ADAPTIVE, typed)
+    encoder = "resnet18" if typed.startswith("--encoder") else "resnet50"
+    assert values["encoder"] == encoder and values["encoder_weights"] == "imagenet"
+    assert values["coarse_size"] is None
+    assert adopted(PICTURES, "--image_size 256")["coarse_size"] == 224  # the same encoder's
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--decoder lstm", "--decoder lstm (stored: attention)"),
+        ("--attention additive --num_layers 3", "--num_layers 3 (stored: 1), --attention additive "
+         "(stored: adaptive)"),
+        ("--preset laptop --embed_size 8", "--embed_size 8 (stored: 256)"),
+        ("--preset document-a --decoder attention --embed_size 256 --hidden_size 512",
+         "--num_layers 3 (--preset document-a; stored: 1)"),
+    ],
+)  # fmt: skip
+def test_another_decoder_than_the_one_it_begins_with_is_refused(typed, message):
+    expected = (
+        f"--init_from runs/best.pt: its decoder has other options than {message}: "
+        "leave them out, they come from it, or give what is stored"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        adopted(ADAPTIVE, typed)
+
+
+def test_sizes_that_a_decoder_does_not_have_do_not_contradict_it():
+    assert adopted({"decoder": "lstm", "attention_dim": 8} | LSTM, "--preset document-a")
+    with pytest.raises(ValueError, match="--attention_dim belongs to --decoder attention, not lst"):
+        adopted({"decoder": "lstm"}, "--attention_dim 8")
+
+
+LSTM = {"embed_size": 512, "hidden_size": 1024, "num_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--init_from a.pt --resume latest", "--init_from is for a new run: a resumed one has its "
+         "checkpoint's weights"),
+        ("--init_from a.pt --model_path b.pt", "--init_from is for a new run: a resumed one has its "
+         "checkpoint's weights"),
+        ("--mode test --model_path a.pt --init_from b.pt",
+         "--init_from belongs to --mode train, not test"),
+        ("--init_from=", "--init_from is empty: give a path"),
+    ],
+)  # fmt: skip
+def test_beginning_with_another_model_is_for_a_new_run(capsys, command, message):
+    assert refusal(capsys, command) == message
+
+
+def test_a_run_that_begins_with_another_model_has_a_plan_of_its_own():
+    one_cycle = "--use_scheduler --scheduler_type one_cycle --warmup_epochs 3 --epochs 3"
+    with pytest.raises(ValueError, match="--warmup_epochs 3 must be below --epochs 3"):
+        adopted(ADAPTIVE, one_cycle)
+
+
+def test_a_model_to_begin_with_whose_options_are_unusable_is_named():
+    with pytest.raises(ValueError, match=r"^runs/best\.pt: .* no usable --hidden_size"):
+        adopted({"hidden_size": 2**30})
+    with pytest.raises(ValueError, match=r"^runs/best\.pt: its configuration contradicts itself"):
+        adopted(ADAPTIVE | {"attention_heads": 3})
 
 
 # --------------------------------------------------------------------------------------- contradictions

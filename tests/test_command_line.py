@@ -838,6 +838,25 @@ def viz_method_chooses_the_maps():
     assert np.abs(raw[0]["maps"] - raw[1]["maps"]).max() > 0.01
 
 
+def init_from_begins_with_a_trained_decoder():
+    """Here with all that it has learnt, because nothing is new to it."""
+    path = Path("data").resolve().parent / "lstm/best.pt"
+    trained = load(path)["model"]
+    begun = ready_from(path).captioner.decoder.state_dict()
+    assert all(torch.equal(begun[name], trained[name]) for name in trained)
+    fresh = ready().captioner.decoder.state_dict()
+    assert not torch.equal(fresh["lstm.weight_hh_l0"], trained["lstm.weight_hh_l0"])
+
+
+def ready_from(path, *flags):
+    """As `ready`, with --init_from and without what TINY says of sizes."""
+    words = f"--dataset_type sample --freq_threshold 1 --num_workers 0 --init_from {path}"
+    options = fic.parse_args([*words.split(), *" ".join(flags).split()])
+    with contextlib.redirect_stdout(io.StringIO()):
+        options, _ = fic.open_checkpoint(options)
+        return fic.set_up(options, runtime.resolve_hardware("cpu", "float32"))
+
+
 FLAG_EFFECTS = {
     "--mode": mode_chooses_what_runs,
     "--preset": preset_gives_what_is_not_typed,
@@ -876,6 +895,7 @@ FLAG_EFFECTS = {
     "--attention_heads": attention_heads_look_each_at_a_part_of_the_features,
     "--patch_dropout": patch_dropout_leaves_cells_out_in_training_only,
     "--alpha_c": alpha_c_weighs_the_attention_penalty,
+    "--init_from": init_from_begins_with_a_trained_decoder,
     "--epochs": epochs_are_trained,
     "--batch_size": batch_size_counts_captions,
     "--learning_rate": learning_rate_is_adams,
@@ -1039,6 +1059,8 @@ LOST = {  # command line -> what it names
     "--resume nowhere.pt": "nowhere.pt: no such checkpoint: the newest one nearby is ",
     "--resume latest --model_save_dir data": "data: no such checkpoint: there is none in ",
     "--mode test --model_path RUN --ensemble nowhere.pt": "nowhere.pt: no such checkpoint: ",
+    "--dataset_type sample --init_from nowhere.pt": "nowhere.pt: no such checkpoint: the newest one nearby is ",
+    "--dataset_type custom --init_from RUN": "--dataset_type custom needs both --image_dir and ",
     "--mode test --model_path RUN --captions_file a.csv": "--captions_file a.csv: no such file",
     "--mode caption --model_path RUN --images a.jpg": "--images a.jpg: no such file or folder",
     "--image_dir nowhere --captions_file data": "--image_dir nowhere: no such file or folder",
@@ -1062,6 +1084,7 @@ def test_a_path_that_leads_nowhere_is_one_line_as_short_as_it_can_be(command, sh
 
 @pytest.mark.parametrize("command", [
     "--dataset_type sample", "--mode test --model_path RUN", "--resume RUN", "--model_path RUN/best.pt",
+    "--dataset_type sample --init_from RUN", "--dataset_type sample --init_from RUN/best.pt",
     "--image_dir http://example.org/{000..009}.tar --captions_file data/sample/captions.txt",
     "--dataset_type sample --image_dir pipe:cat", "--dataset_type sample --image_dir lost-{0..3}.tar",
     "--mode caption --model_path RUN --images data/sample/Images",
@@ -1361,6 +1384,7 @@ def test_a_checkpoint_that_is_missing_damaged_or_hostile(shop):
     for content, mode in itertools.zip_longest(contents, modes, fillvalue=modes[0]):
         Path("bad.pt").write_bytes(content)
         refused(mode, "--model_path bad.pt", naming=["bad.pt"])
+        refused("--dataset_type sample --init_from bad.pt", naming=["bad.pt"])
     assert not Path("owned").exists()
 
 
@@ -1421,6 +1445,18 @@ def test_a_checkpoint_with_a_wrong_part(mode, parts, shop):
     changed(shop / "lstm/best.pt", **parts)
     shutil.copy(shop / "lstm/best.pt", "best.pt")  # beside it, as in a run's directory
     refused(mode, "--model_path bad.pt", naming=["bad.pt"])
+
+
+@pytest.mark.parametrize("parts", [
+    {"config__hidden_size": 17}, {"config__decoder": "attention"}, {"config__hidden_size": 2**20},
+    {"config__embed_size": [1]}, {"model": {}}, {"vocabulary": {"words": ["a"]}}, {"encoder": {}},
+    {"encoder__weights": {}}, {"encoder__weights_sha256": "0"}, {"encoder__channels": 3},
+    {"model__head.bias": torch.zeros(1).expand(2**50)}, {"model__head.bias": torch.zeros(3)},
+    {"splits": {}},
+], ids=str)  # fmt: skip
+def test_a_model_to_begin_with_that_has_a_wrong_part(parts, shop):
+    changed(shop / "lstm/best.pt", **parts)
+    refused("--dataset_type sample --init_from bad.pt", naming=["bad.pt"])
 
 
 def test_a_checkpoint_does_not_decide_where_anything_is_written(shop):
@@ -1498,18 +1534,18 @@ def test_file_names_are_escaped_on_a_terminal_and_left_alone_in_a_pipe(as_json, 
 
 
 @pytest.mark.parametrize(
-    "flag", ["--model_path", "--resume", "--ensemble", "--images", "--output_dir"]
+    "flag", ["--model_path", "--resume", "--ensemble", "--images", "--output_dir", "--init_from"]
 )
 def test_a_path_that_an_unset_variable_left_empty(flag, capsys):
     others = [
         "--mode",
-        "train" if flag == "--resume" else "caption",
+        "train" if flag in ("--resume", "--init_from") else "caption",
         "--model_path",
         "x",
         "--images",
         "x",
     ]
-    others = others[:2] if flag in ("--model_path", "--resume") else others
+    others = others[:2] if flag in ("--model_path", "--resume", "--init_from") else others
     with pytest.raises(SystemExit) as stopped:
         fic.parse_args([*others, flag, ""])
     assert stopped.value.code == 2 and f"{flag} is empty: give a path" in capsys.readouterr().err

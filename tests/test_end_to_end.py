@@ -1204,6 +1204,119 @@ def test_early_stopping_counts_on_over_a_resume(monkeypatch):
     assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["3"] and "stopped early" in out
 
 
+# ------------------------------------------------------------------------------------ beginning with another model
+
+
+NEW_DATA = "--dataset_type sample --freq_threshold 1 --num_workers 0 --precision float32 --epochs 1"
+
+
+def renamed_captions():
+    """A copy of the dataset whose captions say scarlet for red; returns its flags."""
+    flags = own_copy()
+    path = Path("data_copy/captions.txt")
+    path.write_text(path.read_text().replace(" red ", " scarlet "))
+    return flags
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_new_run_begins_as_a_trained_model_and_goes_on_without_it(decoder, shop):
+    """Its sizes and encoder need not be typed; words, splits and schedule are its own."""
+    source = Path("source.pt")
+    shutil.copy(shop / decoder / "best.pt", source)
+    trained, data = load(source), f"{NEW_DATA} {renamed_captions()} --learning_rate 1e-30"
+    outcome = program(data, "--init_from source.pt --seed 5")
+    assert outcome.status == 0
+    words = len(trained["vocabulary"]["words"]) - 4
+    assert (
+        f"decoder: begins as source.pt, which knows {words - 1} of these words; anew: 1 word\n"
+        in outcome.out
+    )
+    assert "Epoch 1 completed (1/1)" in outcome.out
+    folder = run_dir(outcome)
+    config, begun = read_json(folder / "run_config.json"), load(folder / "best.pt")
+    assert config["init_from"] == "source.pt" and "--init_from source.pt" in config["command"]
+    assert config["embed_size"] == 16 and config["encoder"] == "shufflenet_v2_x0_5"
+    ids = {word: number for number, word in enumerate(trained["vocabulary"]["words"])}
+    assert "scarlet" in begun["vocabulary"]["words"] and "red" not in begun["vocabulary"]["words"]
+    for name in ("embed.weight", "head.bias"):
+        old, new = trained["model"][name], begun["model"][name]
+        for row, word in zip(new, begun["vocabulary"]["words"], strict=True):
+            assert word == "scarlet" or torch.equal(row, old[ids[word]])
+    mean = begun["model"]["feature_mean"]
+    assert torch.equal(mean, trained["model"]["feature_mean"])  # which the projections know
+    source.unlink()  # and with it the only copy of the encoder that --seed 0 drew
+    again = succeed("--resume", folder / "model_epoch_1.pt", "--epochs 1")
+    last = run_dir(succeed("--resume", run_dir(again) / "model_epoch_2.pt", "--epochs 1"))
+    assert load(last / "model_epoch_3.pt")["encoder"]["weights"].keys()
+    assert read_json(last / "run_config.json")["init_from"] is None
+
+
+def test_a_run_that_began_with_the_best_of_a_folder_is_stopped_and_goes_on_as_if_it_was_not(shop):
+    shutil.copytree(shop / "lstm", "runs")
+    out = succeed(NEW_DATA, "--init_from runs")
+    assert "decoder: begins as runs/best.pt, which knows " in out
+    assert "; anew: 0 words\n" in out
+    straight = run_dir(succeed(NEW_DATA, "--epochs 2 --init_from runs"))
+    first = stopped(NEW_DATA, "--epochs 2 --init_from runs", at_step=1)
+    shutil.rmtree("runs")
+    resumed = run_dir(succeed("--resume", run_dir(first) / "last.pt"))
+    states = [load(folder / "model_epoch_2.pt") for folder in (straight, resumed)]
+    assert states[0]["model"].keys() == states[1]["model"].keys()
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+
+
+@pytest.mark.parametrize(
+    "other", ["--encoder mnasnet0_5 --encoder_weights random", "--encoder_weights other.pth",
+              "--image_size 192", "--coarse_size 96"]
+)  # fmt: skip
+def test_with_another_encoder_what_reads_features_begins_anew_and_it_is_said(other, shop):
+    torch.save(
+        download_datasets.load_encoder_weights("shufflenet_v2_x0_5", "random", 99), "other.pth"
+    )
+    source = shop / "attention/best.pt"
+    out = succeed(NEW_DATA, "--learning_rate 1e-30 --init_from", source, other)
+    anew = (
+        "attention.project_keys, feature_mean, feature_std, init_cell, init_hidden, project_values"
+    )
+    assert f"; anew: 0 words, and for another encoder {anew}\n" in out
+    model, trained = load(run_dir(out) / "best.pt")["model"], load(source)["model"]
+    same = {
+        name
+        for name in model
+        if model[name].shape == trained[name].shape and torch.equal(model[name], trained[name])
+    }
+    renewed = {name for name in model if name.startswith(tuple(anew.split(", ")))}
+    assert same == model.keys() - renewed
+
+
+def test_images_that_the_model_to_begin_with_was_trained_on_are_not_scored_without_a_warning(shop):
+    """With the same lists none was; with the lists of training and test exchanged most were."""
+    source = shop / "lstm/best.pt"
+    assert "trained on" not in program(NEW_DATA, "--init_from", source).err
+    own = own_copy()
+    train_list, test_list = (
+        Path(f"data_copy/sample.{split}Images.txt") for split in ("train", "test")
+    )
+    train_names, test_names = train_list.read_text(), test_list.read_text()
+    test_list.write_text(train_names)
+    train_list.write_text(test_names)
+    outcome = program(NEW_DATA, own, "--init_from", source)
+    assert outcome.status == 0
+    assert (
+        f"warning: 32 of 36 validation and test images are among those that {source} was trained on: "
+        in outcome.err
+    )
+
+
+def test_what_contradicts_the_model_to_begin_with_is_one_line(shop):
+    before = snapshot()
+    outcome = program(NEW_DATA, "--hidden_size 8 --init_from", shop / "lstm")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert "--init_from" in outcome.err and "--hidden_size 8 (stored: 16)" in outcome.err
+    assert snapshot() == before
+
+
 # ------------------------------------------------------------------------------------------------------ test, caption
 
 
