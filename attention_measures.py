@@ -9,10 +9,9 @@ and `beside_cells`, as `flickr_image_caption.Decoder` says.
 
 Shapes: N images, W words, P grid cells, F feature channels, R rows of a batch: copies of images,
 each with one caption; V vocabulary.
-[1] Petsiuk et al. 2018, RISE.  [2] Fellbaum 1998, WordNet.
+[1] Petsiuk et al. 2018, RISE.
 """
 
-import functools
 import itertools
 import math
 from collections import Counter
@@ -24,43 +23,13 @@ import metrics_utils
 import process_group
 from caption_batches import Batch, by_image
 from runtime import to_device
+from score_details import kind_of
 
 MEASURED_IMAGES = 200  # the first of a split: a minute on two cores, with ResNet50's grids
 CHUNK = 20  # images measured together: words of like lengths fill a batch
 BATCH_BYTES = 2**26  # of altered features (R, P, F) computed at once
 FRACTIONS = (0.1, 0.2, 0.5)  # of the cells, deleted or inserted
 UNIFORM_SHARE, UNIFORM_EPOCH = 0.97, 2  # from that epoch on maps above that share are warned of
-
-# ------------------------------------------------------------------------------------ kinds of words
-
-
-@functools.cache
-def kind_of(word):
-    """A lower case English word's kind: nouns, colours, verbs, function words or others.
-
-    Function words are spaCy's stop words, so "two" and "front" are. Nouns and verbs are what WordNet
-    [2] counts as one more often than as anything else, whatever the word is in its sentence; without
-    WordNet, and where it does not know the word, as in other languages, it is of the others.
-    """
-    from spacy.lang.en.stop_words import STOP_WORDS  # takes a second, and few runs test
-
-    if word in STOP_WORDS:
-        return "function words"
-    if word in metrics_utils.COLOURS:
-        return "colours"
-    return {"n": "nouns", "v": "verbs"}.get(_part_of_speech(word), "others")
-
-
-def _part_of_speech(word):
-    """WordNet's most frequent n, v, a or r, by uses counted in text, then senses; None if unknown."""
-    wordnet = metrics_utils.find_wordnet()
-    found = {}
-    for part in "nvar" if wordnet else "":
-        base, senses = wordnet.morphy(word, part), wordnet.synsets(word, part)
-        lemmas = [lemma for sense in senses for lemma in sense.lemmas()]
-        uses = sum(lemma.count() for lemma in lemmas if lemma.name().lower() == base)
-        found |= {part: (uses, len(senses))} if senses else {}
-    return max(found, key=found.get, default=None)
 
 
 def by_kind(values, kinds):
@@ -138,7 +107,7 @@ def measure(decoder, chunks, hypotheses, vocabulary, hardware, seed=0):
         the same of nats that it gains when they come back to an image of the mean alone,
         "noun_deletion_ratio": map over random for nouns at 0.2, or None, "wordnet": whether nouns
         and verbs could be told}; and "beside_cells": {name: {kind: mean share}}, if any. Kinds are
-        "all" and those of `kind_of` that occur.
+        "all" and those of `score_details.kind_of` that occur.
     Source: [1] section 4.2. Departures: three fractions instead of the area under the curve,
         log-probabilities, cells of the grid instead of pixels, and random cells beside them.
     """

@@ -391,6 +391,10 @@ OUTPUT = {
         "of all probabilities writes the caption; for attention pictures --model_path names an "
         "attention model",
         "PATH", (TEST, CAPTION), stored=OWN, several=True),
+    "seeds": Option(str, (),
+        "more checkpoints, or folders of runs, of the same recipe: each is tested as if alone, with --output_dir "
+        "into numbered folders below it; then come mean, standard deviation, lowest and highest of every score",
+        "PATH", (TEST,), stored=OWN, several=True),
     "images": Option(str, (),
         "pictures, and folders of pictures",
         "FILE_OR_FOLDER", (CAPTION,), stored=OWN, several=True),
@@ -552,6 +556,10 @@ def check_paths(typed):
         raise ValueError("--preset is for a new run: a resumed one has its checkpoint's options")
     if "init_from" in typed and typed.keys() & {"resume", "model_path"}:
         raise ValueError("--init_from is for a new run: a resumed one has its checkpoint's weights")
+    if "seeds" in typed and "ensemble" in typed:
+        raise ValueError(
+            "--seeds and --ensemble exclude each other: only single checkpoints have a mean"
+        )
     device = typed.get("device", "auto")
     if device != "auto" and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device):
         raise ValueError(f"--device {device}: give auto, cpu, cuda, cuda:N or mps")
@@ -571,8 +579,8 @@ def check_files(options):
     try:
         if options.checkpoint:
             resolve_checkpoint(options.checkpoint, checkpoint_choice(options.run.mode))
-        training = options.training
-        others = [*options.output.ensemble, *training.distill_from, training.init_from]
+        training, output = options.training, options.output
+        others = [*output.ensemble, *output.seeds, *training.distill_from, training.init_from]
         for path in filter(None, others):
             resolve_checkpoint(path)
         for flag, path in named_paths(options):
@@ -809,6 +817,42 @@ def refuse_other_decoder(path, given, typed, stored):
             f"--init_from {path}: its decoder has other options than {', '.join(differing)}: "
             "leave them out, they come from it, or give what is stored"
         )
+
+
+def each_alone(options):
+    """The options of --model_path, and of each of --seeds as if it alone were tested, without others.
+
+    One that is named twice counts once. With --output_dir each writes into a numbered folder below it.
+    Raises: ValueError if there is none but --model_path, or two would write the same files.
+    """
+    run, output = options.run, options.output
+    if not output.seeds:
+        return [options]
+    paths = {}  # by the files that they are, however spelt
+    for path in (run.model_path, *output.seeds):
+        paths.setdefault(Path(path).resolve(), path)
+    if len(paths) == 1:
+        raise ValueError(f"--seeds names no checkpoint but {run.model_path}: give others")
+    folders, alone = {}, []
+    for number, (file, path) in enumerate(paths.items(), start=1):
+        other = folders.setdefault(file.parent, path)
+        if other != path and not output.output_dir:
+            raise ValueError(
+                f"--seeds {path}: its files would replace those of {other}: give --output_dir"
+            )
+        folder = str(Path(output.output_dir) / str(number)) if output.output_dir else None
+        own = {"run": run._replace(model_path=path)}
+        own |= {"output": output._replace(seeds=(), output_dir=folder)}
+        alone.append(options._replace(**own))
+    return alone
+
+
+def recipe_differences(options, other):
+    """In what two runs' training or search differs, seeds aside: "--name other's value (first's)"."""
+    rows = MODEL | TRAINING | SCHEDULE | DECODING | RERANK
+    first, second = options.as_dict(), other.as_dict()
+    names = [n for n in rows if n != "keep_checkpoints" and first[n] != second[n]]
+    return [f"--{name} {second[name]} ({first[name]})" for name in names]
 
 
 def path_notes(options, config):

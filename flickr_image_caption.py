@@ -23,10 +23,12 @@ from caption_options import (
     adopt,
     check_files,
     checkpoint_choice,
+    each_alone,
     encoder_parts,
     inherit,
     parse_args,
     path_notes,
+    recipe_differences,
     settle,
 )
 
@@ -68,6 +70,7 @@ import image_loading
 import metrics_utils
 import packed_lstm
 import process_group
+import score_details
 import warm_start
 from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
@@ -1821,7 +1824,44 @@ def output_folder(options):
 
 
 def test(options, hardware, checkpoint):
-    """Caption a whole split without reference tokens and score it. Returns the exit status."""
+    """Test the checkpoint, and each of --seeds as if alone. Returns the exit status."""
+    folder, (first, *others) = output_folder(options), each_alone(options)
+    notes = [compare_seed(options, checkpoint, other.run.model_path) for other in others]
+    for note in filter(None, notes):
+        warn(note)
+    tests = [test_checkpoint(first, hardware, checkpoint)]
+    for own_options, own_checkpoint in map(open_checkpoint, others):
+        tests.append(test_checkpoint(own_options, hardware, own_checkpoint))
+    if others:
+        path, summary = folder / f"{first.output.split}_seeds.json", score_details.over_seeds(tests)
+        checkpoints.write_json(path, summary)
+        print(score_details.seeds_table(summary))
+        print(f"written: {path}")
+    return 0
+
+
+def compare_seed(options, checkpoint, path):
+    """What to say of a checkpoint of --seeds that is of another recipe than the first, or None.
+
+    Raises: ValueError if it has another split.
+    """
+    first, other = options.run.model_path, checkpoints.load_checkpoint(path)
+    expected, actual = in_common(first, checkpoint), in_common(path, other)
+    differing = [f"another {name}" for name in expected if expected[name] != actual[name]]
+    if "another split" in differing:
+        raise ValueError(
+            f"--seeds {path}: has another split than {first}: scores of different images have no mean"
+        )
+    differing += recipe_differences(options, inherit(options, path, other["config"]))
+    epochs = [each["plan"].get("epochs") for each in (checkpoint, other)]
+    if epochs[0] != epochs[1]:
+        differing.append(f"a plan of {counted(epochs[1], 'epoch')} ({epochs[0]})")
+    difference = ", ".join(differing)
+    return f"--seeds {path}: not the recipe of {first}: it has {difference}" if differing else None
+
+
+def test_checkpoint(options, hardware, checkpoint):
+    """Caption a whole split without reference tokens and score it. Returns the scores as written."""
     started, folder = time.perf_counter(), output_folder(options)
     check_cache_dir(options.features)
     dataset = open_dataset(options, checkpoint)
@@ -1859,18 +1899,24 @@ def test(options, hardware, checkpoint):
         "foreign_dataset": dataset.foreign and dataset.foreign._asdict(),
         "decoding": options.decoding._asdict(),
         "rerank": options.rerank._asdict(),
+        "seed": options.run.seed,
         "checkpoint": options.run.model_path,
         "ensemble": options.output.ensemble,
         "wall_time_seconds": time.perf_counter() - started,
     }
+    scores["duller"] = score_details.duller_than_before(folder / f"{split}_metrics.json", scores)
     checkpoints.write_json(folder / f"{split}_captions.json", rows)
     checkpoints.write_json(folder / f"{split}_metrics.json", scores)
     algorithm = options.decoding.algorithm
     search = f"beam {options.decoding.beam_size}" if algorithm == "beam" else algorithm
+    search += f", consensus of {options.rerank.neighbours} neighbours" * bool(captioner.reranker)
     print(f"{options.data.dataset_type} {split}: {len(table)} images, {search}")
     print(metrics_utils.scores_table(scores))
+    print(score_details.details_table(scores["details"]))
+    if scores["duller"]:
+        print(f"since the last test here: {scores['duller']}")
     print(f"written: {folder / f'{split}_metrics.json'} and {split}_captions.json")
-    return 0
+    return scores
 
 
 def open_boxes(dataset, table):
@@ -1888,9 +1934,9 @@ def score_split(captioner, dataset, table, best, boxes=None):
     training = dataset.table.captions[dataset.table.split == "train"]
     texts = None if dataset.foreign else list(itertools.chain.from_iterable(training))
     scorer = make_scorer(table, texts or None)  # None where they are not at hand
-    captions, scores, per_image = score_captions(
-        captioner, scorer, table.image, best, meteor=True, bootstrap=1000
-    )
+    how = {"meteor": True, "bootstrap": 1000, "group_of": score_details.length_band}
+    captions, scores, per_image = score_captions(captioner, scorer, table.image, best, **how)
+    scores["details"] = score_details.describe(scorer, captions, scores.pop("groups"))
     if best[0].attention is not None and boxes:
         records = [
             (captioner.words(hypothesis), captioner.attention_grid(hypothesis), boxes.get(name, []))
@@ -2038,7 +2084,8 @@ def open_checkpoint(options):
     if options.run.mode != "caption":
         splits = caption_splits.named_splits(path, splits)
     members = tuple(str(find_checkpoint(options, member)) for member in options.output.ensemble)
-    options = options._replace(output=options.output._replace(ensemble=members))
+    seeds = tuple(str(find_checkpoint(options, seed)) for seed in options.output.seeds)
+    options = options._replace(output=options.output._replace(ensemble=members, seeds=seeds))
     return options, checkpoint | {"splits": splits}
 
 

@@ -140,16 +140,23 @@ class CaptionScorer:
         }
 
     @functools.cached_property
-    def known_captions(self):
-        """Hashes of the training captions (n,), or None.
+    def training(self):
+        """(hashes of the training captions (n,), Counter of their words), or None without them.
 
         A hash takes 8 bytes, a caption's words a kilobyte.
         """
         if self.training_captions is None:
             return None
-        return np.fromiter((hash(tuple(tokenize(c))) for c in self.training_captions), np.int64)
+        counts = Counter()
 
-    def score(self, hypotheses, *, meteor=False, bootstrap=0, seed=0):
+        def hashes():
+            for tokens in map(tokenize, self.training_captions):
+                counts.update(tokens)
+                yield hash(tuple(tokens))
+
+        return np.fromiter(hashes(), np.int64), counts
+
+    def score(self, hypotheses, *, meteor=False, bootstrap=0, seed=0, group_of=None):
         """Score one caption per image.
 
         Args:
@@ -157,10 +164,13 @@ class CaptionScorer:
             meteor: also compute METEOR, which takes seconds. Without WordNet it is None, and stderr
                 says how to get it.
             bootstrap: resamples for "intervals", 0 for none; drawn from `seed`.
+            group_of: the name of the group that a caption, a list of tokens, is in; or None.
         Returns:
             scores: METRIC_NAMES first, floats (METEOR may be None); then what `_caption_statistics`
                 returns and, with `bootstrap`, "intervals": {metric: [low, high]}, 95 % percentile
-                intervals over images, document frequencies held fixed.
+                intervals over images, document frequencies held fixed; and with `group_of`,
+                "groups": {name: {"images": their number, and METRIC_NAMES over them}}, with the
+                document frequencies of all images.
             per_image: {image id: {"BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "WER"}}. Only here BLEU-4
                 is a sentence BLEU, with 1 added to the 2..4-gram counts (Lin and Och 2004), as most
                 captions match no reference's 4-grams.
@@ -170,11 +180,12 @@ class CaptionScorer:
         self._check_images(hypotheses)
         captions = [tokenize(hypotheses[image]) for image in self.references]
         statistics = self._statistics(captions, meteor and wordnet_is_available())
-        corpus = metrics_from_sums(statistics.sum(axis=0))
-        scores = {name: as_plain(value) for name, value in corpus.items()}
+        scores = corpus_scores(statistics)
         scores |= self._caption_statistics(captions)
         if bootstrap:
             scores["intervals"] = bootstrap_intervals(statistics, bootstrap, seed)
+        if group_of:
+            scores["groups"] = group_scores(statistics, list(map(group_of, captions)))
         return scores, self._per_image(statistics)
 
     def _check_images(self, hypotheses):
@@ -262,10 +273,10 @@ class CaptionScorer:
         }
 
     def _share_copied(self, captions):
-        if self.known_captions is None:
+        if self.training is None:
             return None
-        hashes = [hash(tuple(caption)) for caption in captions]
-        return int(np.isin(hashes, self.known_captions).sum()) / max(1, len(captions))
+        hashes, (known, _) = [hash(tuple(caption)) for caption in captions], self.training
+        return int(np.isin(hashes, known).sum()) / max(1, len(captions))
 
 
 def metrics_from_sums(sums, smoothing=0):
@@ -289,6 +300,19 @@ def metrics_from_sums(sums, smoothing=0):
     wer = edits / np.maximum(1, best_words)
     values = (*np.moveaxis(bleu, -1, 0), meteor / images, rouge / images, cider / images, wer)
     return dict(zip(METRIC_NAMES, values, strict=True))
+
+
+def corpus_scores(statistics):
+    """Per-image statistics (n, S) -> {metric: float, or None if not computed}, over these images."""
+    metrics = metrics_from_sums(statistics.sum(axis=0))
+    return {name: as_plain(value) for name, value in metrics.items()}
+
+
+def group_scores(statistics, groups):
+    """Statistics (N, S), each image's group -> {group: {"images": number, metric: value}}."""
+    groups = np.array(groups)
+    rows = {group: statistics[groups == group] for group in sorted(set(groups.tolist()))}
+    return {group: {"images": len(each)} | corpus_scores(each) for group, each in rows.items()}
 
 
 def bootstrap_intervals(statistics, resamples, seed):

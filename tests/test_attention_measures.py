@@ -1,7 +1,6 @@
 """Attention measured on decoders whose words depend on known cells, by hand and step by step."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,62 +300,6 @@ def test_uniform_maps_are_warned_of_once(shares, warns):
     assert found == warns
 
 
-# ---------------------------------------------------------------------------------- kinds of words
-
-KIND_OF = attention_measures.kind_of
-
-
-def sense(uses, name):
-    """A WordNet sense of one lemma beside a synonym that is used often."""
-    lemma = SimpleNamespace(name=lambda: name, count=lambda: uses)
-    return SimpleNamespace(
-        lemmas=lambda: [lemma, SimpleNamespace(name=lambda: "x", count=lambda: 99)]
-    )
-
-
-SENSES = {
-    ("runs", "v"): [sense(200, "run"), sense(60, "run")],
-    ("runs", "n"): [sense(40, "run")],
-    ("dog", "n"): [sense(40, "dog")],
-    ("dog", "v"): [sense(2, "dog")],
-    ("orange", "n"): [sense(5, "orange")],
-    ("large", "a"): [sense(140, "large")],
-    ("large", "n"): [sense(0, "large")],
-    ("wakeboarder", "n"): [sense(0, "wakeboarder")],
-}
-
-
-@pytest.fixture
-def wordnet(monkeypatch):
-    """A small one."""
-    bases = {"runs": "run"}
-    fake = SimpleNamespace(
-        morphy=lambda word, part: bases.get(word, word),
-        synsets=lambda word, part: SENSES.get((word, part), []),
-    )
-    monkeypatch.setattr(attention_measures.metrics_utils, "find_wordnet", lambda: fake)
-    KIND_OF.cache_clear()
-    yield
-    KIND_OF.cache_clear()
-
-
-def test_kinds_of_words(wordnet):
-    kinds = {
-        "nouns": ["dog", "wakeboarder"],
-        "verbs": ["runs"],
-        "colours": ["orange", "black"],
-        "function words": ["the", "two", "in", "is"],
-        "others": ["large", "狗", "perro"],
-    }
-    assert {
-        kind: [w for w in words if KIND_OF(w) == kind] for kind, words in kinds.items()
-    } == kinds
-
-
-def test_without_wordnet_only_lists_tell_kinds(monkeypatch):
+def test_without_wordnet_it_says_so(monkeypatch):
     monkeypatch.setattr(attention_measures.metrics_utils, "find_wordnet", lambda: None)
-    KIND_OF.cache_clear()
-    found = [KIND_OF(word) for word in ("dog", "runs", "black", "the")]
-    KIND_OF.cache_clear()
-    assert found == ["others", "others", "colours", "function words"]
     assert measured([looking_at(7)])["wordnet"] is False

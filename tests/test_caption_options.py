@@ -258,6 +258,47 @@ def test_paths_that_a_checkpoint_decides_are_shown_and_its_cache_is_named():
     assert caption_options.path_notes(resumed(DEFAULTS, TEST), DEFAULTS) == []
 
 
+def seeds_of(*paths, output_dir=None):
+    """Options of a test of a/best.pt and --seeds."""
+    options = resumed({}, TEST)
+    output = options.output._replace(seeds=paths, output_dir=output_dir)
+    run = options.run._replace(model_path="a/best.pt")
+    return options._replace(run=run, output=output)
+
+
+def test_seeds_are_options_of_a_test_each():
+    alone = caption_options.each_alone(seeds_of())
+    assert alone == [seeds_of()]
+    options = seeds_of("b/best.pt", "./a/best.pt", "c/best.pt", "b/best.pt")
+    alone = caption_options.each_alone(options)
+    paths = ["a/best.pt", "b/best.pt", "c/best.pt"]
+    assert [each.run.model_path for each in alone] == paths
+    for each, path in zip(alone, paths, strict=True):
+        run = each.run._replace(model_path="a/best.pt")
+        assert each._replace(run=run) == seeds_of() and each.run.model_path == path
+    alone = caption_options.each_alone(seeds_of("a/last.pt", "c/best.pt", output_dir="out"))
+    assert [each.output.output_dir for each in alone] == ["out/1", "out/2", "out/3"]
+
+
+def test_seeds_that_write_the_same_files_or_are_none_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^--seeds names no checkpoint but a/best\.pt: give others$"
+    ):
+        caption_options.each_alone(seeds_of("./a/best.pt"))
+    line = r"^--seeds b/last\.pt: its files would replace those of b/best\.pt: give --output_dir$"
+    with pytest.raises(ValueError, match=line):
+        caption_options.each_alone(seeds_of("b/best.pt", "b/last.pt"))
+
+
+def test_what_two_recipes_differ_in():
+    one = resumed({"learning_rate": 0.1, "decoder": "lstm", "seed": 1}, TEST)
+    other = {"decoder": "attention", "seed": 2, "keep_checkpoints": 1, "captions_file": "a"}
+    other = resumed(other, TEST)
+    differences = ["--decoder attention (lstm)", "--learning_rate 0.0001 (0.1)"]
+    assert caption_options.recipe_differences(one, other) == differences
+    assert caption_options.recipe_differences(one, one) == []
+
+
 # ------------------------------------------------------------------------------------------- presets
 
 
@@ -490,6 +531,9 @@ def test_a_model_to_begin_with_whose_options_are_unusable_is_named():
         ("--images a.jpg", "--images belongs to --mode caption, not train"),
         ("--split val", "--split belongs to --mode test, not train"),
         ("--ensemble a.pt", "--ensemble belongs to --mode test and caption, not train"),
+        ("--seeds a.pt", "--seeds belongs to --mode test, not train"),
+        ("--mode test --model_path a.pt --seeds b.pt --ensemble c.pt",
+         "--seeds and --ensemble exclude each other: only single checkpoints have a mean"),
         (
             "--mode test --resume latest",
             "--resume belongs to --mode train, not test: give --model_path",

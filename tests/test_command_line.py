@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -47,6 +48,7 @@ from test_end_to_end import (
     snapshot,
     succeed,
     train,
+    warnings_in,
 )  # fmt: skip
 
 import attention_visualization
@@ -769,6 +771,39 @@ def num_captions_are_printed():
     ] == [3] * 4
 
 
+def seeds_are_each_tested_as_if_alone():
+    """And the mean and the standard deviation of two values, (x + y) / 2 and |x - y| / sqrt 2, are theirs."""
+    shop = Path("data").resolve().parent
+    shutil.copytree(shop / "lstm", "first")
+    recipe = f"{TINY} --epochs 4 --learning_rate 0.02 --encoder_weights weights.pth"
+    second = run_dir(succeed(recipe, "--seed 1"))
+    paths = [Path("first/best.pt"), second / "best.pt"]
+    for number, path in enumerate(paths, start=1):
+        succeed(f"--mode test --output_dir alone/{number} --model_path", path)
+    test = ("--mode test --model_path first --seeds", second)
+    outcome = program(*test, paths[0], "--output_dir out")  # named twice, it counts once
+    assert outcome.status == 0 and warnings_in(outcome) == []
+    for number in (1, 2):
+        for name in ("test_captions.json", "test_metrics.json"):
+            alone, found = (read_json(f"{folder}/{number}/{name}") for folder in ("alone", "out"))
+            for each in (alone, found):
+                each.pop("wall_time_seconds") if isinstance(each, dict) else None
+            assert found == alone
+    tests = [read_json(f"alone/{number}/test_metrics.json") for number in (1, 2)]
+    summary, (x, y) = read_json("out/test_seeds.json"), [each["CIDEr"] for each in tests]
+    rows = summary["checkpoints"]
+    assert [(row["checkpoint"], row["seed"]) for row in rows] == [*zip(map(str, paths), (0, 1))]  # noqa: B905
+    assert [row["CIDEr"] for row in rows] == [x, y] and x != y
+    mean, sd = (x + y) / 2, abs(x - y) / 2**0.5
+    found = {"mean": mean, "sd": sd, "lowest": min(x, y), "highest": max(x, y)}
+    assert summary["spread"]["CIDEr"] == pytest.approx(found)
+    assert re.search(rf"^  CIDEr +{mean:.4f} +{sd:.4f} ", outcome.out, re.MULTILINE)
+    succeed(*test)
+    files = {"test_metrics.json", "test_captions.json"}
+    assert {path.name for path in second.glob("test_*")} == files
+    assert {path.name for path in Path("first").glob("test_*")} == files | {"test_seeds.json"}
+
+
 def split_chooses_the_images():
     path = Path("data").resolve().parent / "lstm/best.pt"
     succeed("--mode test --split val --algorithm greedy --output_dir out --model_path", path)
@@ -916,6 +951,7 @@ FLAG_EFFECTS = {
     "--min_lr": min_lr_is_the_lowest_rate,
     "--warmup_epochs": warmup_epochs_of_rising_rate,
     "--ensemble": ensemble_writes_with_all_its_members,
+    "--seeds": seeds_are_each_tested_as_if_alone,
     "--algorithm": algorithm_chooses_the_search,
     "--beam_size": beam_size_widens_the_search,
     "--max_length": max_length_cuts,
@@ -950,7 +986,11 @@ def test_every_flag_has_an_effect_test():
     assert flag_names() == FLAG_EFFECTS.keys() == {f"--{name}" for name in TABLE} | aliases
 
 
-SLOW_EFFECTS = {ensemble_writes_with_all_its_members, image_size_is_what_the_encoder_sees}
+SLOW_EFFECTS = {
+    ensemble_writes_with_all_its_members,
+    seeds_are_each_tested_as_if_alone,
+    image_size_is_what_the_encoder_sees,
+}
 
 
 @pytest.mark.parametrize(
@@ -1061,6 +1101,7 @@ LOST = {  # command line -> what it names
     "--mode test --model_path RUN --ensemble nowhere.pt": "nowhere.pt: no such checkpoint: ",
     "--dataset_type sample --init_from nowhere.pt": "nowhere.pt: no such checkpoint: the newest one nearby is ",
     "--dataset_type custom --init_from RUN": "--dataset_type custom needs both --image_dir and ",
+    "--mode test --model_path RUN --seeds nowhere.pt": "nowhere.pt: no such checkpoint: ",
     "--mode test --model_path RUN --captions_file a.csv": "--captions_file a.csv: no such file",
     "--mode caption --model_path RUN --images a.jpg": "--images a.jpg: no such file or folder",
     "--image_dir nowhere --captions_file data": "--image_dir nowhere: no such file or folder",

@@ -48,6 +48,7 @@ import flickr_image_caption as fic
 import image_loading
 import metrics_utils
 import progress
+import score_details
 from caption_decoding import Hypothesis
 
 pytestmark = [
@@ -1349,6 +1350,50 @@ def test_test_mode_scores_the_whole_test_split(decoder, shop, capsys):
     assert scores["wall_time_seconds"] > 0 and 0 <= scores["share_copied"] <= 1
 
 
+def test_test_mode_tells_what_the_score_hides(shop):
+    """Recall is counted anew from what it wrote; a better score with duller captions is said to be one."""
+    test = ("--mode test --output_dir found --model_path", shop / "lstm/best.pt")
+    out = succeed(*test)
+    rows, scores = read_json("found/test_captions.json"), read_json("found/test_metrics.json")
+    details, texts = scores["details"], references()
+    training = [text for name in listed("train") for text in texts[name]]
+    counts = collections.Counter(
+        itertools.chain.from_iterable(map(metrics_utils.tokenize, training))
+    )
+    hits = []
+    for row in rows:
+        written = set(metrics_utils.tokenize(row["caption"]))
+        content = set(
+            itertools.chain.from_iterable(map(metrics_utils.tokenize, texts[row["file_name"]]))
+        )
+        content = {word for word in content if score_details.kind_of(word) != "function words"}
+        hits += [word in written for word in content if counts[word] < 100]
+    assert len(hits) >= 8
+    assert details["rare_recall"] == pytest.approx(sum(hits) / len(hits))
+    assert details["unsupported"]["colours"]["written"] > 0
+    lengths = [len(metrics_utils.tokenize(row["caption"])) for row in rows]
+    images = sum(length < 8 for length in lengths)
+    assert details["by_length"].get("0-7", {"images": 0})["images"] == images
+    assert f"rare_recall, of those below 100: {details['rare_recall']:.4f}\n" in out
+    assert scores["duller"] is None and "duller" not in out
+
+    lively = scores | {"CIDEr": -1.0, "vocabulary_used": 999}
+    Path("found/test_metrics.json").write_text(json.dumps(lively))
+    out, duller = succeed(*test), read_json("found/test_metrics.json")["duller"]
+    assert f"words used 999 -> {scores['vocabulary_used']}" in duller
+    assert f"\nsince the last test here: {duller}\n" in out
+    out = succeed(*test, f"--captions_file named.txt {foreign_captions()}")
+    details = read_json("found/test_metrics.json")["details"]
+    assert details["recall"] is None and "rare_recall" not in out
+
+
+def foreign_captions():
+    """Writes named.txt, which has not all of the checkpoint's images; returns the other flag that it needs."""
+    names = [name for name in references() if name != listed("test")[0]]
+    captions_named("named.txt", {name: f"Images/{name}" for name in names})
+    return "--image_dir data/sample"
+
+
 @pytest.mark.parametrize("split, listing", [("val", "dev"), ("train", "train")])
 def test_other_splits_have_files_of_their_own(split, listing, shop):
     succeed(
@@ -1843,6 +1888,24 @@ def test_boxes_beside_the_captions_give_a_peak_in_box_rate(shop, monkeypatch):
     assert f"attention peak in its noun's box: {rate:.3f}, {rate / chance:.1f} times chance" in out
     succeed(f"--mode test {flags} --output_dir lstm --model_path", shop / "lstm/best.pt")
     assert "attention" not in read_json("lstm/test_metrics.json")
+
+
+def test_seeds_of_another_split_are_refused_and_of_another_recipe_said_to_be_so(shop):
+    test = (
+        "--mode test --algorithm greedy --model_path",
+        shop / "lstm",
+        "--output_dir out --seeds",
+    )
+    odd = train("--max_train_images 20") / "best.pt"
+    outcome = program(*test, shop / "attention", odd)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and not Path("out").exists()
+    assert f"error: --seeds {odd}: has another split than {shop / 'lstm/best.pt'}" in outcome.err
+    outcome = program(*test, shop / "attention", train("--learning_rate 0.005"))
+    said = warnings_in(outcome)
+    assert outcome.status == 0 and len(said) == 2
+    assert "it has --decoder attention (lstm), --attention_dim 8 (512)" in said[0]
+    assert said[1].endswith("it has --learning_rate 0.005 (0.02), a plan of 1 epoch (4)")
+    assert len(read_json("out/test_seeds.json")["checkpoints"]) == 3
 
 
 @pytest.mark.parametrize("ensemble", [False, True])

@@ -202,7 +202,30 @@ def test_caption_statistics():
     vocabulary = {"a", "dog", "runs", "cat", "two", "men", "sit", "down"}
     assert scores["vocabulary_used"] == len(vocabulary)
     assert (scores["share_unique"], scores["share_copied"]) == (3 / 4, 1 / 4)
-    assert CaptionScorer(references).score(hypotheses)[0]["share_copied"] is None
+    assert scorer.training[1] == {"a": 1, "cat": 1, "two": 1, "men": 1}
+    unknown = CaptionScorer(references)
+    assert unknown.score(hypotheses)[0]["share_copied"] is None and unknown.training is None
+
+
+def test_groups_of_captions_are_scored_apart():
+    """As scorers of their own would, but for CIDEr, whose document frequencies are of all images."""
+    references, hypotheses = random_captions(4, words=30)
+    scores, per_image = CaptionScorer(references).score(
+        hypotheses, group_of=lambda caption: f"{len(caption) % 2}"
+    )
+    for name, rest in (("0", 0), ("1", 1)):
+        images = [i for i, caption in hypotheses.items() if len(caption.split()) % 2 == rest]
+        alone, _ = CaptionScorer({i: references[i] for i in images}).score(
+            {i: hypotheses[i] for i in images}
+        )
+        group = scores["groups"][name]
+        assert tuple(group) == ("images", *METRIC_NAMES)
+        assert group["images"] == len(images) >= 10 and group["METEOR"] is None
+        for metric in ("BLEU-1", "BLEU-4", "ROUGE-L", "WER"):
+            assert group[metric] == pytest.approx(alone[metric]), metric
+        cider = sum(per_image[i]["CIDEr"] for i in images) / len(images)
+        assert group["CIDEr"] == pytest.approx(cider) != pytest.approx(alone["CIDEr"])
+    assert "groups" not in CaptionScorer(references).score(hypotheses)[0]
 
 
 @pytest.mark.parametrize("caption", ["", "...", "zebra", "a", "a zebra"])
