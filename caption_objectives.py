@@ -10,7 +10,9 @@ Sources: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, secti
 Sequence-Level Knowledge Distillation, section 3.1, word by word.
 """
 
+import hashlib
 import itertools
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +84,17 @@ def likeliest_words(teacher, features, batch, hardware):
         logits, _ = teacher(features, batch)
     logits, words = logits.float().topk(min(LIKELIEST, logits.size(1)))
     return words.int().cpu(), logits.softmax(1).half().cpu()
+
+
+def targets_file(cache, teachers, tokens, encoder):
+    """Where the SoftTargets of these files of teachers are kept, in the folder `cache`; None if that is.
+
+    tokens: the training captions'; encoder: its key. Both decide the answers, too.
+    """
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in teachers]
+    contents += [hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), encoder]
+    name = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+    return cache and cache / "teachers" / f"{name}.pt"
 
 
 def kept_in(file, compute):

@@ -179,6 +179,24 @@ def build_index(features, captions):
 # ------------------------------------------------------------------------------------- on the disk
 
 
+def open_index(checkpoint, owner, build=None):
+    """The ConsensusIndex beside a checkpoint's file. `build` makes one where there is none of this owner.
+
+    Raises: ValueError where there is none and nothing to make it from.
+    """
+    file = Path(checkpoint).with_name(FILE_NAME)
+    index = load_index(file, owner)
+    if index is None and build is None:
+        raise ValueError(
+            f"--rerank consensus: no {file} of this checkpoint: --mode test on the data it was "
+            "trained on makes it; or give --rerank none"
+        )
+    if index is None:
+        index = build()
+        save_index(index, file, owner)
+    return index
+
+
 def save_index(index, path, owner):
     """Write an index whole or not at all. `owner`: what it was made for, a string."""
     checkpoints.save_tensors(path, index.plain | {"owner": owner})

@@ -41,8 +41,6 @@ import hashlib
 import itertools
 import json
 import math
-import shlex
-import shutil
 import signal
 import sys
 import time
@@ -70,11 +68,12 @@ import image_loading
 import metrics_utils
 import packed_lstm
 import process_group
+import run_folder
 import score_details
 import warm_start
 from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
-from caption_objectives import Distillation, kept_in, soft_targets
+from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from download_datasets import load_encoder_weights
 from feature_cache import FeatureSource, open_source
 from progress import Progress
@@ -82,6 +81,7 @@ from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
     Stopped,
     arithmetic,
+    counted,
     leave_broken_pipe,
     listen_for_stop,
     memory_shortage,
@@ -96,8 +96,6 @@ from train_state import TrainState, scale_rate
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
 ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # measured, but for mps: docs/PERFORMANCE.md
-# what of an encoder's key decides which features a decoder knows; precision is but rounding
-ENCODER_IDENTITY = ("name", "weights_sha256", "image_size", "coarse_size", "channels")
 READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
 DECODE_CHUNK = 100  # images decoded together
 ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other heights are slower
@@ -896,29 +894,12 @@ def open_captioner(options, hardware, checkpoint):
 
 
 def open_reranker(options, checkpoint, build=None):
-    """The consensus.Reranker that --rerank asks for, or None; `build` as of `open_index`."""
+    """The consensus.Reranker that --rerank asks for, or None; `build` as of `consensus.open_index`."""
     if options.rerank.rerank == "none" or options.decoding.algorithm != "beam":
         return None
-    index = open_index(options.run.model_path, checkpoint, build)
+    path = options.run.model_path
+    index = consensus.open_index(path, index_owner(path, checkpoint), build)
     return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
-
-
-def open_index(path, checkpoint, build=None):
-    """The consensus.ConsensusIndex beside a checkpoint. `build` makes one where there is none.
-
-    Raises: ValueError where there is none and nothing to make it from.
-    """
-    file, owner = Path(path).with_name(consensus.FILE_NAME), index_owner(path, checkpoint)
-    index = consensus.load_index(file, owner)
-    if index is None and build is None:
-        raise ValueError(
-            f"--rerank consensus: no {file} of this checkpoint: --mode test on the data it was "
-            "trained on makes it; or give --rerank none"
-        )
-    if index is None:
-        index = build()
-        consensus.save_index(index, file, owner)
-    return index
 
 
 def index_owner(path, checkpoint):
@@ -1062,11 +1043,6 @@ def describe_scheduler(options, plan):
     shown = [f"{name}={values[schedule.arguments[name]]}" for name in schedule.shown]
     shown += [f"steps={plan['steps']}"] if plan["schedule"] == "one_cycle" else []
     return f"{schedule.torch_name} ({', '.join(shown)})"
-
-
-def counted(number, noun):
-    """Such as `1 epoch` or `2 epochs`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def warn(text):
@@ -1425,7 +1401,7 @@ def start_run(options, hardware, checkpoint):
     run = set_up(options, hardware, checkpoint)
     loop, plan = run.state.loop, run.state.plan
     if process_group.rank() == 0:
-        open_folder(run)
+        run_folder.open_folder(run)
     loop["best_score"] = process_group.broadcast(loop["best_score"])
     warn_about_schedule(options.schedule, plan)
     if checkpoint:
@@ -1463,7 +1439,9 @@ def set_up(options, hardware, checkpoint=None):
         origin = f"seen {threshold} times or more in {len(texts)} training captions"
     print(f"vocabulary: {len(vocabulary) - len(vocabulary.SPECIALS)} words, {origin}")
     if initial:
-        take_over(initial, Captioner(encoder, decoder, vocabulary, hardware), options)
+        build = functools.partial(build_decoder, options.as_dict())
+        note = warm_start.take_over(initial, build, decoder, vocabulary.words, encoder.key())
+        print(f"decoder: begins as {printable(options.training.init_from)}, {note}")
     decoder.to(hardware.device)
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
@@ -1504,11 +1482,8 @@ def make_objective(options, captioner, training, splits):
     teachers = [open_member(options, "distill_from", path, expected) for path in paths]
     if process_group.rank() == 0:
         print(printable(f"teachers: {', '.join(map(str, paths))}"))
-    cache, tokens = options.features, training.batches.tokens
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    contents += [hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), encoder]
-    name = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
-    file = None if cache.no_feature_cache else Path(cache.cache_dir, "teachers", f"{name}.pt")
+    cache = None if options.features.no_feature_cache else Path(options.features.cache_dir)
+    file = targets_file(cache, paths, training.batches.tokens, encoder)
     teacher = Ensemble(teachers).to(captioner.hardware.device)
     targets = kept_in(file, lambda: ask_teacher(teacher, captioner, training))
     return Distillation(references, targets, wanted.distill_weight)
@@ -1558,30 +1533,6 @@ def warn_of_seen_images(initial, dataset, options):
         )
 
 
-def take_over(initial, captioner, options):
-    """Give a new decoder what --init_from's has learnt, as far as words and encoder are the same."""
-    decoder, words = captioner.decoder, captioner.vocabulary.words
-    trained_words, key = initial["vocabulary"]["words"], captioner.encoder.key()
-    same_encoder = all(initial["encoder"].get(name) == key.get(name) for name in ENCODER_IDENTITY)
-    state, anew = warm_start.merge_states(
-        functools.partial(build_decoder, options.as_dict()),
-        (captioner.encoder.channels, len(words)),
-        decoder.state_dict(),
-        words,
-        initial["model"],
-        trained_words,
-        same_features=same_encoder,
-    )
-    decoder.load_state_dict(state)
-    unknown = len({*words} - {*trained_words})
-    known = len(words) - len(Vocabulary.SPECIALS) - unknown
-    others = f", and for another encoder {', '.join(anew)}" if anew else ""
-    print(
-        f"decoder: begins as {printable(options.training.init_from)}, which knows {known} of these "
-        f"words; anew: {counted(unknown, 'word')}{others}"
-    )
-
-
 def make_batches(table, vocabulary, options):
     """A table's captions as batches of word ids."""
     ids = ([vocabulary.encode(text) for text in captions] for captions in table.captions)
@@ -1624,63 +1575,6 @@ def distributed(decoder, seed):
     )
 
 
-def open_folder(run):
-    """Make the run's folder and its first files; a resumed run brings the best checkpoint along."""
-    options, state = run.options, run.state
-    best = find_best(run)
-    check_checkpoint_sizes(run)
-    run.folder = experiment_utils.create_run_dir(options.run.model_save_dir, run.config)
-    schedule = SCHEDULES.get(state.plan["schedule"])
-    taken = schedule.arguments.values() if schedule else ()
-    run.tracker = experiment_utils.RunTracker(
-        run.folder,
-        run.config,
-        experiment_utils.launch_command(sys.argv),
-        state.history,
-        schedule_options=[name for name in taken if name in options.schedule._fields],
-    )
-    state.history = run.tracker.history
-    print(f"run directory: {run.folder}")
-    if best:
-        with checkpoints.replace_file(run.folder / "best.pt") as copy, best.open("rb") as original:
-            shutil.copyfileobj(original, copy)
-        return
-    state.loop["best_score"] = None
-
-
-def find_best(run):
-    """The best.pt beside the checkpoint that a run goes on from; None where it is of no use to it."""
-    if run.state.loop["best_score"] is None:
-        return None
-    path = Path(run.options.run.model_path).with_name("best.pt")
-    try:
-        best = checkpoints.load_checkpoint(path)
-        splits = caption_splits.stored_splits(path, best)
-    except (FileNotFoundError, ValueError) as error:
-        fault = str(error)
-    else:
-        if best["epoch"] > run.state.loop["epoch"]:
-            fault = f"{path} is of a later epoch"
-        elif caption_splits.splits_sha256(splits) != caption_splits.splits_sha256(run.splits):
-            fault = f"{path} was validated on other images"
-        else:
-            return path
-    print(f"the best epoch is chosen anew, without the best.pt of before: {printable(fault)}")
-    return None
-
-
-def check_checkpoint_sizes(run):
-    """Say what the run's checkpoints will take on the disk. Raises: ValueError when it is too full."""
-    decoder, epochs = run.captioner.decoder, run.state.plan["epochs"] - run.state.loop["epoch"]
-    each = sum(p.nbytes for p in decoder.parameters()) * 3  # weights and Adam's two moments
-    encoder = sum(t.nbytes for t in run.captioner.encoder.trunk.state_dict().values())
-    if run.captioner.encoder.from_checkpoint:  # which all of them hold, as `save` says
-        each, encoder = each + encoder, 0
-    kept = min(epochs, run.options.training.keep_checkpoints or epochs)
-    folder = run.options.run.model_save_dir
-    print(experiment_utils.checkpoint_sizes(folder, kept, each, encoder))
-
-
 def save(run, name):
     """Write the whole state to a file of the run's folder.
 
@@ -1710,17 +1604,10 @@ def save_stopped(run, signum):
             print()  # the terminal's ^C has a line of its own
         print(
             f"stopped by {signal.Signals(signum).name} in epoch {run.state.loop['epoch'] + 1}; "
-            f"to go on: {next_command(run, '--resume', run.folder / 'last.pt')}"
+            f"to go on: {run_folder.next_command(run, '--resume', run.folder / 'last.pt')}"
         )
     process_group.barrier()  # once one process has ended, torchrun ends the one that saves
     return 128 + signum
-
-
-def next_command(run, *words):
-    """A command that goes on from this run, for the shell that started it."""
-    features = run.options.features
-    cache = ["--cache_dir", features.cache_dir] if "cache_dir" in run.options.typed else []
-    return shlex.join(["python", sys.argv[0], *map(str, words), *cache])
 
 
 def record_epoch(run, row, is_best):
@@ -1768,7 +1655,7 @@ def finish_run(run):
         consensus.save_index(index, run.folder / consensus.FILE_NAME, owner)
     print(
         f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"
-        f"test it: {next_command(run, '--mode', 'test', '--model_path', best)}"
+        f"test it: {run_folder.next_command(run, '--mode', 'test', '--model_path', best)}"
     )
 
 
@@ -1970,13 +1857,16 @@ def tune(options, hardware, checkpoint):
     captioner = open_captioner(options, hardware, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
     open_split = functools.partial(open_features, options, hardware, captioner.encoder, dataset)
-    index = open_index(
-        path, checkpoint, lambda: build_index(captioner, *open_split("train", False))
+    build = functools.partial(build_index, captioner)
+    index = consensus.open_index(
+        path, index_owner(path, checkpoint), lambda: build(*open_split("train", False))
     )
     table, features = open_split("val", captioner.decoder.reads_grid)
     grid, scorer = decoding_tuning.make_grid(options), make_scorer(table, None)
     candidates = {
-        search: find_candidates(captioner, features, index, options, search)
+        search: decoding_tuning.find_candidates(
+            captioner, features, DECODE_CHUNK, index, options, search
+        )
         for search in decoding_tuning.searches(grid)
     }
     tried = decoding_tuning.try_all(
@@ -1989,19 +1879,6 @@ def tune(options, hardware, checkpoint):
     print(decoding_tuning.as_text(tried, chosen))
     print(f"{path}: these are its defaults now; all scores: {folder / 'val_tuning.json'}")
     return 0
-
-
-def find_candidates(captioner, features, index, options, search):
-    """Every caption that each image's beam holds, and their agreement with similar images' captions."""
-    rows = torch.arange(len(features.paths)).split(DECODE_CHUNK)
-    settings = search._asdict() | {"algorithm": "beam", "num_captions": search.beam_size}
-    decoding = options.decoding._replace(**settings)
-    beams = captioner.caption_features(features.stream(rows), decoding)
-    title = f"beam {search.beam_size}"
-    beams = list(Progress(beams, title, len(features.paths), "images"))
-    means = torch.cat([captioner.encoder.tail(chunk).mean(1) for chunk in features.stream(rows)])
-    tokens = [[hypothesis.tokens for hypothesis in beam] for beam in beams]
-    return beams, index.agreement(means, tokens, options.rerank.neighbours)
 
 
 def caption(options, hardware, checkpoint):

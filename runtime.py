@@ -211,6 +211,11 @@ def memory_shortage(error):
     return f"{where}{amount}: lower --batch_size, --num_workers or the decoder's sizes"
 
 
+def counted(number, noun):
+    """Such as `1 epoch` or `2 epochs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text):
     """`text` with its control characters escaped: names from anywhere must not drive a terminal."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))

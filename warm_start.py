@@ -1,5 +1,6 @@
 """A decoder that begins with a trained one's weights, where they mean the same: other words, another encoder.
 
+    note = take_over(checkpoint, build, decoder, words, encoder_key)
     merged, anew = merge_states(build, (2048, 500), fresh, words, trained, trained_words, same_features=True)
 
 Nothing here knows a decoder. Which tensors have a row per word, and which read features, is seen by
@@ -7,6 +8,36 @@ building it once more with other sizes, on the meta device, where that costs not
 """
 
 import torch
+
+from caption_batches import Vocabulary
+from runtime import counted
+
+# what of an encoder's key decides which features a decoder knows; precision is but rounding
+ENCODER_IDENTITY = ("name", "weights_sha256", "image_size", "coarse_size", "channels")
+
+
+def take_over(initial, build, decoder, words, encoder):
+    """Give a new decoder what a checkpoint's has learnt, as far as words and encoder are the same.
+
+    initial: the checkpoint; build: as of `merge_states`; words: the new decoder's, specials included;
+    encoder: the key of the encoder whose features it is given. Returns: what was known, in words.
+    """
+    trained_words = initial["vocabulary"]["words"]
+    same_encoder = all(initial["encoder"].get(n) == encoder.get(n) for n in ENCODER_IDENTITY)
+    state, anew = merge_states(
+        build,
+        (encoder["channels"], len(words)),
+        decoder.state_dict(),
+        words,
+        initial["model"],
+        trained_words,
+        same_features=same_encoder,
+    )
+    decoder.load_state_dict(state)
+    unknown = len({*words} - {*trained_words})
+    known = len(words) - len(Vocabulary.SPECIALS) - unknown
+    others = f", and for another encoder {', '.join(anew)}" if anew else ""
+    return f"which knows {known} of these words; anew: {counted(unknown, 'word')}{others}"
 
 
 def merge_states(build, sizes, fresh, words, trained, trained_words, *, same_features):

@@ -67,7 +67,9 @@ def one_caption_each(num_batches):
 def make_run(decoder, options, hardware=CPU, num_batches=1, checkpoint=None):
     """What `train_step` needs of a run, in train mode, with a plan of `num_batches` per epoch."""
     key = {"name": "none", "weights_sha256": "", "image_size": 224, "channels": 1}
-    encoder = SimpleNamespace(tail=nn.Identity(), trunk=nn.Identity(), key=lambda: key)
+    encoder = SimpleNamespace(
+        tail=nn.Identity(), trunk=nn.Identity(), key=lambda: key, from_checkpoint=False
+    )
     vocabulary = SimpleNamespace(to_plain=dict)
     training = SimpleNamespace(batches=one_caption_each(num_batches), order="theirs")
     return SimpleNamespace(
