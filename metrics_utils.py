@@ -5,11 +5,10 @@
 reads COCO's annotation and results formats and prints one JSON object. BLEU-1..4, ROUGE-L and
 CIDEr-D follow the COCO caption toolkit and need no Java; CIDEr takes its document frequencies from
 the references it is given. WER is jiwer's word edits to the nearest reference, over that
-reference's words. METEOR is nltk's with WordNet: its values are about twice those of the Java
-METEOR 1.5, so never set them beside published figures. Scores lie in 0..1, except CIDEr, 0..10,
-and WER, which passes 1 when captions are far too long.
+reference's words. METEOR is version 1.5, as the toolkit's jar scores it: meteor.py. Scores lie in
+0..1, except CIDEr, 0..10, and WER, which passes 1 when captions are far too long.
 
-Shapes: N images, S = 16 statistics per image, R bootstrap resamples, T words of a caption,
+Shapes: N images, S = 21 statistics per image, R bootstrap resamples, T words of a caption,
 (h, w) grid cells.
 [1] Papineni et al. 2002, BLEU.  [2] Lin 2004, ROUGE.
 [3] Vedantam et al. 2015, CIDEr.  [4] Chen et al. 2015, COCO.
@@ -27,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
+from meteor import find_tables, meteor_from_sums, meteor_statistics
+
 METRIC_NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "WER")
-METEOR_VARIANT = (
-    "nltk with WordNet; about twice the Java METEOR 1.5, not comparable with published figures"
-)
+METEOR_VARIANT = "METEOR 1.5, English, -norm, default weights: comparable with published figures"
 ROUGE_BETA = 1.2  # [4]: recall weighs more than precision
 CIDER_SIGMA = 6.0  # [3]: words, width of the length penalty
 COLOURS = {  # in English captions
@@ -161,8 +160,8 @@ class CaptionScorer:
 
         Args:
             hypotheses: {image id: caption}, exactly the images of `references`.
-            meteor: also compute METEOR, which takes seconds. Without WordNet it is None, and stderr
-                says how to get it.
+            meteor: also compute METEOR, which takes seconds. Without pycocoevalcap's tables it is
+                None, and stderr says how to get them.
             bootstrap: resamples for "intervals", 0 for none; drawn from `seed`.
             group_of: the name of the group that a caption, a list of tokens, is in; or None.
         Returns:
@@ -175,11 +174,11 @@ class CaptionScorer:
                 is a sentence BLEU, with 1 added to the 2..4-gram counts (Lin and Och 2004), as most
                 captions match no reference's 4-grams.
         Raises: ValueError naming the first image that has a caption but no references, or
-            references but no caption.
+            references but no caption, or a damaged table of METEOR.
         """
         self._check_images(hypotheses)
         captions = [tokenize(hypotheses[image]) for image in self.references]
-        statistics = self._statistics(captions, meteor and wordnet_is_available())
+        statistics = self._statistics(captions, find_meteor_tables() if meteor else None)
         scores = corpus_scores(statistics)
         scores |= self._caption_statistics(captions)
         if bootstrap:
@@ -205,17 +204,16 @@ class CaptionScorer:
             for i, image in enumerate(self.references)
         }
 
-    def _statistics(self, captions, meteor):
+    def _statistics(self, captions, meteor_tables):
         """Captions (N token lists, in the order of `references`) -> (N, S) float.
 
-        Columns are those of `metrics_from_sums`.
+        Columns are those of `metrics_from_sums`; METEOR's are NaN without its tables.
         """
         # nltk takes a second to import
         from nltk.translate.bleu_score import closest_ref_length, modified_precision
-        from nltk.translate.meteor_score import meteor_score
 
         edits = word_edits(list(self.references.values()), captions)
-        table = np.empty((len(captions), 16))
+        table = np.full((len(captions), 21), np.nan)
         images = zip(table, self.references.items(), captions, edits, strict=True)
         for row, (image, references), caption, nearest in images:
             row[0:4] = [modified_precision(references, caption, n).numerator for n in range(1, 5)]
@@ -224,8 +222,9 @@ class CaptionScorer:
             row[8:10] = len(caption), closest_ref_length(references, len(caption))
             row[10:12] = nearest
             row[12:14] = rouge_l(references, caption), self._cider(image, caption)
-            row[14] = meteor_score(references, caption) if meteor else np.nan
-            row[15] = 1
+            row[14] = 1
+        if meteor_tables:
+            table[:, 15:] = meteor_statistics(self.references.values(), captions, meteor_tables)
         return table
 
     def _cider_vectors(self, counts):
@@ -284,13 +283,14 @@ def metrics_from_sums(sums, smoothing=0):
 
     Args:
         sums: (..., S) float: matching n-grams and all n-grams, n 1..4; words of captions and of the
-            references closest in length; WER's edits and reference words; ROUGE-L, CIDEr and METEOR
-            (NaN: not computed); images.
+            references closest in length; WER's edits and reference words; ROUGE-L and CIDEr;
+            images; the columns of `meteor_from_sums` (NaN: not computed).
         smoothing: added to matches and totals for n 2..4.
     Returns: {metric: (...) float} as in METRIC_NAMES. BLEU is 0 where no n-gram matches [1].
     """
-    matches, totals, rest = sums[..., 0:4], sums[..., 4:8], np.moveaxis(sums[..., 8:], -1, 0)
-    words, closest_words, edits, best_words, rouge, cider, meteor, images = rest
+    matches, totals, rest = sums[..., 0:4], sums[..., 4:8], np.moveaxis(sums[..., 8:15], -1, 0)
+    words, closest_words, edits, best_words, rouge, cider, images = rest
+    meteor = meteor_from_sums(sums[..., 15:])
     added = smoothing * np.array([0, 1, 1, 1])
     with np.errstate(divide="ignore"):  # log 0 = -inf, and exp takes it back to BLEU 0
         log_precision = np.log((matches + added) / np.maximum(1, totals + added))
@@ -298,7 +298,7 @@ def metrics_from_sums(sums, smoothing=0):
     bleu = np.exp(np.cumsum(log_precision, axis=-1) / np.arange(1, 5) + brevity[..., None])
     images = np.maximum(1, images)
     wer = edits / np.maximum(1, best_words)
-    values = (*np.moveaxis(bleu, -1, 0), meteor / images, rouge / images, cider / images, wer)
+    values = (*np.moveaxis(bleu, -1, 0), meteor, rouge / images, cider / images, wer)
     return dict(zip(METRIC_NAMES, values, strict=True))
 
 
@@ -405,17 +405,14 @@ def find_wordnet():
     return wordnet
 
 
-def wordnet_is_available():
-    """Whether nltk finds WordNet; if not, stderr says in one line how to get it."""
-    if find_wordnet() is not None:
-        return True
-    print(
-        "METEOR is not computed: nltk finds no WordNet; get it with "
-        "`python -m nltk.downloader wordnet`, "
-        "or set NLTK_DATA to a folder that has corpora/wordnet.zip",
-        file=sys.stderr,
-    )
-    return False
+def find_meteor_tables():
+    """The folder of METEOR's tables, or None; then stderr says in one line how to get them."""
+    tables = find_tables()
+    if tables is None:
+        reason = "the package pycocoevalcap, which has its tables, is not installed"
+        hint = "get it with `pip install pycocoevalcap`; Java is not needed"
+        print(f"METEOR is not computed: {reason}; {hint}", file=sys.stderr)
+    return tables
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -490,7 +487,7 @@ def scores_table(scores):
         value = "not computed"
         if scores[name] is not None:
             value = f"{scores[name]:.4f}  [{low:.4f}, {high:.4f}]"
-        lines.append(f"  {name + ' (nltk)' * (name == 'METEOR'):17}{value}")
+        lines.append(f"  {name + ' 1.5' * (name == 'METEOR'):17}{value}")
     plain = ("caption_length", "vocabulary_used", "share_unique", "share_copied", "share_cut")
     lines += [f"  {name:17}{scores[name]:.4g}" for name in plain if scores.get(name) is not None]
     return "\n".join(lines + _attention_lines(scores.get("attention", {})))
@@ -605,8 +602,7 @@ def read_hypotheses(path):
 def main(argv=None):
     """The command: one JSON object on stdout. A wrong file is one line on stderr and status 2."""
     parser = argparse.ArgumentParser(
-        description="Score captions: BLEU, METEOR (nltk's), ROUGE-L, CIDEr-D, WER; "
-        "one JSON object on stdout.",
+        description="Score captions: BLEU, METEOR 1.5, ROUGE-L, CIDEr-D, WER; one JSON object on stdout.",
         usage="metrics_utils.py --references R.json --hypotheses H.json",
     )
     parser.add_argument("--references", metavar="FILE", required=True, help="COCO annotation file")

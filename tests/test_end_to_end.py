@@ -125,7 +125,7 @@ def succeed(*flags):
 
 
 def warnings_in(outcome):
-    """The lines on stderr but for the one about METEOR, which machines without WordNet have."""
+    """The lines on stderr but for the one about METEOR, which machines without pycocoevalcap have."""
     return [line for line in outcome.err.splitlines() if not line.startswith("METEOR is not")]
 
 

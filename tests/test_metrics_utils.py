@@ -155,7 +155,7 @@ def test_bleu_equals_nltk_on_the_corpus_and_on_a_resample():
     assert [scores[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(expected, abs=1e-12)
 
     rows = np.random.default_rng(0).integers(len(tokens), size=len(tokens))
-    statistics = CaptionScorer(references)._statistics(tokens, meteor=False)
+    statistics = CaptionScorer(references)._statistics(tokens, meteor_tables=None)
     resampled = metrics_from_sums(np.bincount(rows, minlength=len(tokens)) @ statistics)
     drawn_references, drawn = [reference_tokens[i] for i in rows], [tokens[i] for i in rows]
     expected = corpus_bleu(drawn_references, drawn, BLEU_WEIGHTS)
@@ -293,38 +293,34 @@ def test_intervals_have_the_width_of_the_standard_error():
 # ------------------------------------------------------------------------------------------- METEOR
 
 
-def test_meteor_is_nltks(monkeypatch, tmp_path, capsys):
-    import nltk
-
-    shared = str(ROOT.parent / "shared" / "nltk_data")
-    monkeypatch.setattr(nltk.data, "path", [*nltk.data.path, shared])
-    if not metrics_utils.wordnet_is_available():
-        pytest.skip("nltk finds no WordNet here")
-    scorer = CaptionScorer({0: ["a dog runs fast"], 1: ["an auto"]})
-    scores, per_image = scorer.score({0: "a dog runs fast", 1: "one car"}, meteor=True, bootstrap=5)
-    # one chunk of four matches; synonyms: one match of two words, one chunk
-    assert per_image[0]["METEOR"] == pytest.approx(1 - 0.5 * (1 / 4) ** 3)
-    assert per_image[1]["METEOR"] == pytest.approx(0.5 * (1 - 0.5))
-    assert scores["METEOR"] == pytest.approx((per_image[0]["METEOR"] + per_image[1]["METEOR"]) / 2)
-    assert "METEOR" in scores["intervals"]
-    assert scorer.score({0: "a dog", 1: "a car"})[0]["METEOR"] is None
-    run_command(tmp_path, REFERENCES, HYPOTHESES)
-    command = json.loads(capsys.readouterr().out)
-    assert command["METEOR"] == pytest.approx(1 - 0.5 * (1 / 5) ** 3)
+def test_meteor_of_a_corpus_is_of_sums_and_has_intervals(monkeypatch, tables):
+    monkeypatch.setattr(metrics_utils, "find_tables", lambda: tables)
+    references = {0: ["a dog runs fast"], 1: ["an old auto"], 2: ["two men"]}
+    hypotheses = {0: "A dog runs fast.", 1: "an old car", 2: "some women"}
+    scorer = CaptionScorer(references)
+    scores, per_image = scorer.score(hypotheses, meteor=True, bootstrap=20)
+    synonym = 0.8 * 0.75 + 2 * 0.75  # "an" is no function word of these tables
+    assert [row["METEOR"] for row in per_image.values()] == pytest.approx([1, synonym / 2.25, 0])
+    matched, words = 0.25 + 3 * 0.75 + synonym, 0.25 + 3 * 0.75 + 2.25 + 1.5
+    assert scores["METEOR"] == pytest.approx(matched / words)  # each match in one perfect chunk
+    low, high = scores["intervals"]["METEOR"]
+    assert low < scores["METEOR"] < high
+    assert scorer.score(hypotheses)[0]["METEOR"] is None
 
 
-def test_meteor_without_wordnet_is_none_with_one_line(monkeypatch, capsys):
-    import nltk
-
-    loader, reader = nltk.corpus.util.LazyCorpusLoader, nltk.corpus.WordNetCorpusReader
-    missing = loader("no_such_wordnet", reader, None)
-    monkeypatch.setattr(nltk.corpus, "wordnet", missing)
+def test_meteor_without_its_tables_is_none_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(metrics_utils, "find_tables", lambda: None)
     scores, _ = CaptionScorer({0: ["a dog"]}).score({0: "a dog"}, meteor=True)
     stderr = capsys.readouterr().err
     assert scores["METEOR"] is None
+    assert stderr.startswith("METEOR is not computed: ")
     assert stderr.count("\n") == 1
-    assert "python -m nltk.downloader wordnet" in stderr
-    assert "NLTK_DATA" in stderr
+    assert "`pip install pycocoevalcap`" in stderr
+
+
+def test_meteor_of_no_images(monkeypatch, tables):
+    monkeypatch.setattr(metrics_utils, "find_tables", lambda: tables)
+    assert CaptionScorer({}).score({}, meteor=True)[0]["METEOR"] == 0
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -427,7 +423,7 @@ def test_the_console_s_table():
     lines = scores_table(scores | {"attention": attention}).splitlines()
     assert lines[4:6] == [
         "  BLEU-4           0.2000  [0.1000, 0.2500]",
-        "  METEOR (nltk)    not computed",
+        "  METEOR 1.5       not computed",
     ]
     assert lines[9:] == [
         "  caption_length   9.5",
@@ -491,13 +487,15 @@ def run_command(tmp_path, references, hypotheses):
     main(arguments)
 
 
-def test_command_prints_one_json_object(tmp_path, capsys):
+def test_command_prints_one_json_object(tmp_path, capsys, monkeypatch, tables):
+    monkeypatch.setattr(metrics_utils, "find_tables", lambda: tables)
     run_command(tmp_path, REFERENCES, HYPOTHESES)
     scores = json.loads(capsys.readouterr().out)
     assert tuple(scores)[: len(METRIC_NAMES)] == METRIC_NAMES
     assert (scores["BLEU-4"], scores["ROUGE-L"], scores["WER"]) == (1, 1, 0)
     assert scores["caption_length"] == 5
-    assert scores["METEOR_variant"].startswith("nltk")
+    assert scores["METEOR"] == pytest.approx(1)
+    assert scores["METEOR_variant"].startswith("METEOR 1.5")
 
 
 @pytest.mark.parametrize(
