@@ -380,7 +380,7 @@ RERANK = {
         "consensus: of the beam's captions take the one whose score and agreement with the captions of similar "
         "training images are best together", needs={"algorithm": ("beam",)}),
     "neighbours": Option(SIZE, 60, "training images that are similar", needs=CONSENSUS),
-    "rerank_weight": Option(NOT_NEGATIVE, 1.0,
+    "rerank_weight": Option(NOT_NEGATIVE, 2.0,
         "what the agreement, a mean CIDEr of 0 to 10, is multiplied by before it is added to the score",
         needs=CONSENSUS),
 }  # fmt: skip

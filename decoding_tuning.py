@@ -22,7 +22,7 @@ GRID = {  # what is tried of each setting that is not typed
     "beam_size": (3, 5, 10),
     "no_repeat_ngram_size": (0, 3),
     "length_penalty": (0.0, 0.5, 0.8, 1.0),
-    "rerank_weight": (0.0, 0.25, 0.5, 1.0, 2.0),  # 0: no reranking
+    "rerank_weight": (0.0, 0.5, 1.0, 2.0, 4.0),  # 0: no reranking
 }
 
 
