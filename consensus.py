@@ -15,6 +15,7 @@ Sources: Devlin et al. 2015, Exploring Nearest Neighbor Approaches for Image Cap
 Mao et al. 2015, m-RNN, section 8; Vedantam et al. 2015, CIDEr, section 3.
 """
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,20 +181,18 @@ def build_index(features, captions):
 
 
 def open_index(checkpoint, owner, build=None):
-    """The ConsensusIndex beside a checkpoint's file. `build` makes one where there is none of this owner.
+    """The ConsensusIndex beside a checkpoint's file; None where there is none and nothing to make it from.
 
-    Raises: ValueError where there is none and nothing to make it from.
+    build: makes one where there is none of this owner; it is kept there if it can be.
     """
     file = Path(checkpoint).with_name(FILE_NAME)
     index = load_index(file, owner)
-    if index is None and build is None:
-        raise ValueError(
-            f"--rerank consensus: no {file} of this checkpoint: --mode test on the data it was "
-            "trained on makes it; or give --rerank none"
-        )
-    if index is None:
+    if index is None and build is not None:
         index = build()
-        save_index(index, file, owner)
+        try:
+            save_index(index, file, owner)
+        except OSError as error:
+            print(f"{file}: not kept ({error.strerror})", file=sys.stderr)
     return index
 
 

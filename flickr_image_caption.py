@@ -894,12 +894,23 @@ def open_captioner(options, hardware, checkpoint):
 
 
 def open_reranker(options, checkpoint, build=None):
-    """The consensus.Reranker that --rerank asks for, or None; `build` as of `consensus.open_index`."""
+    """The consensus.Reranker that --rerank asks for, or None; `build` as of `consensus.open_index`.
+
+    A checkpoint that is alone still captions, with a warning. Raises: ValueError if it was typed.
+    """
     if options.rerank.rerank == "none" or options.decoding.algorithm != "beam":
         return None
     path = options.run.model_path
     index = consensus.open_index(path, index_owner(path, checkpoint), build)
-    return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
+    if index:
+        return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
+    lacks = (
+        f"no {consensus.FILE_NAME} of it beside {path}: --mode test on its training data makes it"
+    )
+    if "rerank" in options.typed:
+        raise ValueError(f"--rerank consensus: {lacks}")
+    warn(f"captions are not reranked, as the checkpoint has it: {lacks}")
+    return None
 
 
 def index_owner(path, checkpoint):
@@ -1785,7 +1796,7 @@ def test_checkpoint(options, hardware, checkpoint):
         "images": len(table),
         "foreign_dataset": dataset.foreign and dataset.foreign._asdict(),
         "decoding": options.decoding._asdict(),
-        "rerank": options.rerank._asdict(),
+        "rerank": captioner.reranker and options.rerank._asdict(),
         "seed": options.run.seed,
         "checkpoint": options.run.model_path,
         "ensemble": options.output.ensemble,

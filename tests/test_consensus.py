@@ -148,3 +148,28 @@ def test_bytes_that_are_no_index_are_one_line(tmp_path):
     (tmp_path / "neighbours.pt").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(ValueError, match=r"neighbours\.pt: damaged: delete it"):
         consensus.load_index(tmp_path / "neighbours.pt", "mine")
+
+
+def test_an_index_is_made_once_and_used_where_it_cannot_be_kept(
+    captions, features, tmp_path, monkeypatch, capsys
+):
+    made, checkpoint = [], tmp_path / "best.pt"
+
+    def build():
+        made.append(consensus.build_index(features, captions))
+        return made[-1]
+
+    assert consensus.open_index(checkpoint, "mine") is None
+    assert consensus.open_index(checkpoint, "mine", build) is made[0]
+    assert consensus.open_index(checkpoint, "mine", build).plain.keys() == made[0].plain.keys()
+    assert len(made) == 1
+    assert consensus.open_index(checkpoint, "another", build) is made[1]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(consensus, "save_index", full)
+    assert consensus.open_index(checkpoint, "a third", build) is made[2]
+    assert capsys.readouterr().err == (
+        f"{tmp_path / 'neighbours.pt'}: not kept (No space left on device)\n"
+    )

@@ -1633,6 +1633,14 @@ def test_a_run_that_reranks_makes_its_index_and_its_checkpoint_asks_for_it(shop,
     assert [line.split("\t")[1] for line in lines.splitlines()] == [row["caption"] for row in rows]
     captioner, _ = fic.load_captioner(folder / "best.pt")
     assert (captioner.reranker.neighbours, captioner.reranker.weight) == (5, 3)
+    Path("alone").mkdir()
+    shutil.copy(folder / "best.pt", "alone")
+    alone = program("--mode caption --model_path alone/best.pt --images", *images)
+    plain = succeed("--mode caption --rerank none --model_path alone/best.pt --images", *images)
+    assert (alone.status, alone.out, alone.err.count("\n")) == (0, plain, 1)
+    assert (
+        "not reranked" in alone.err and "no neighbours.pt of it beside alone/best.pt" in alone.err
+    )
 
 
 def test_tune_tries_every_setting_as_test_mode_would_and_keeps_the_best(shop):
