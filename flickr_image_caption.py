@@ -1168,7 +1168,7 @@ def open_dataset(options, checkpoint=None):
             split_seed=data.split_seed,
             splits=checkpoint["splits"] if checkpoint else None,
             typed=bool({"dataset_type", "captions_file"} & options.typed),
-            scored=options.output.split if options.run.mode == "test" else None,
+            scored={"test": options.output.split, "tune": "val"}.get(options.run.mode),
             max_bad_fraction=data.max_bad_fraction,
             max_train_images=data.max_train_images,
             max_val_images=data.max_val_images,
@@ -1865,6 +1865,10 @@ def tune(options, hardware, checkpoint):
     folder, path = output_folder(options), options.run.model_path
     check_cache_dir(options.features)
     dataset = open_dataset(options, checkpoint)
+    if dataset.foreign:
+        raise ValueError(
+            f"--mode tune needs the data that {path} was trained on, not {dataset.captions_file}"
+        )
     captioner = open_captioner(options, hardware, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
     open_split = functools.partial(open_features, options, hardware, captioner.encoder, dataset)

@@ -1672,6 +1672,14 @@ def test_tune_tries_every_setting_as_test_mode_would_and_keeps_the_best(shop):
     assert read_json("chosen/val_metrics.json")["CIDEr"] == pytest.approx(best["CIDEr"])
 
 
+def test_tune_is_for_the_data_that_was_trained_on(shop):
+    captions_named("named.txt", {name: f"Images/{name}" for name in listed("test")})
+    flags = "--mode tune --image_dir data/sample --captions_file named.txt --model_path"
+    outcome = program(flags, shop / "lstm/best.pt")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert "--mode tune needs the data that" in outcome.err and not Path("named.pt").exists()
+
+
 def test_tune_is_for_beams_alone(shop):
     outcome = program("--mode tune --algorithm greedy --model_path", shop / "lstm/best.pt")
     assert outcome.status == 2 and "--mode tune is for --algorithm beam alone" in outcome.err
