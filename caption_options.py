@@ -606,11 +606,19 @@ def named_paths(options):
     if "captions_file" in options.typed:
         yield "captions_file", Path(data.captions_file)
     if "encoder_weights" in options.typed:
-        _, sources = encoder_parts(options.features)
-        named = (source for source in sources if source not in ("imagenet", "random"))
-        yield from (("encoder_weights", Path(source)) for source in named)
+        for source in named_weights(options):
+            if source not in ("imagenet", "random"):
+                yield "encoder_weights", Path(source)
     for path in options.output.images:
         yield "images", Path(path)
+
+
+def named_weights(options):
+    """What --encoder_weights names, also where only a checkpoint knows how many encoders there are."""
+    weights = options.features.encoder_weights
+    if options.checkpoint and "encoder" not in options.typed:
+        return [weights] if Path(weights).exists() else weights.split("+")
+    return encoder_parts(options.features)[1]
 
 
 def encoder_parts(features):

@@ -1581,6 +1581,9 @@ def test_two_encoders_side_by_side_are_trained_on_tested_and_caption(decoder, sh
     assert [line.split("\t")[1] for line in lines.splitlines()] == [row["caption"] for row in rows]
     features = fic.load_captioner(folder / "best.pt")[0].decoder.feature_mean
     assert features.shape == (1536,) and features[:512].abs().sum() > 0 < features[512:].abs().sum()
+    typed = "--mode test --no_feature_cache --output_dir typed --encoder_weights random+random"
+    succeed(typed, "--model_path", folder / "best.pt")
+    assert read_json("typed/test_captions.json") == rows
     other = "--mode test --output_dir none --encoder_weights data/sample/captions.txt+random"
     refused = program(other, "--model_path", folder / "best.pt")
     assert refused.status == 2 and refused.err.count("\n") == 1
