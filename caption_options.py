@@ -97,7 +97,10 @@ PRESETS = {  # what --preset gives options that are not typed
         "use_scheduler": True, "scheduler_type": "cosine", "scheduler_t_max": 15, "min_lr": 1e-6,
         "epochs": 15,
     },
-    "best": LAPTOP | {"encoder": "resnet50", "image_size": 224, "coarse_size": None},
+    "best": LAPTOP | {
+        "encoder": "resnet50+mobilenet_v2", "image_size": 224, "coarse_size": None,
+        "no_repeat_ngram_size": 3, "rerank": "consensus", "rerank_weight": 4.0,
+    },
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------- types of values

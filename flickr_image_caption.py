@@ -903,7 +903,7 @@ def open_reranker(options, checkpoint, build=None):
     path = options.run.model_path
     index = consensus.open_index(path, index_owner(path, checkpoint), build)
     if index:
-        return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
+        return make_reranker(options, index)
     lacks = (
         f"no {consensus.FILE_NAME} of it beside {path}: --mode test on its training data makes it"
     )
@@ -911,6 +911,11 @@ def open_reranker(options, checkpoint, build=None):
         raise ValueError(f"--rerank consensus: {lacks}")
     warn(f"captions are not reranked, as the checkpoint has it: {lacks}")
     return None
+
+
+def make_reranker(options, index):
+    """The consensus.Reranker of this run's options."""
+    return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
 
 
 def index_owner(path, checkpoint):
@@ -1457,6 +1462,8 @@ def set_up(options, hardware, checkpoint=None):
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
     captioner = Captioner(encoder, decoder, vocabulary, hardware)
+    if options.rerank.rerank != "none":  # epochs are chosen by captions as they will be tested
+        captioner.reranker = make_reranker(options, build_index(captioner, table, features))
     splits = dataset.splits(checkpoint and checkpoint["splits"])
     objective = make_objective(options, captioner, training, splits)
     # last, because a checkpoint's random state is the one that training goes on with
@@ -1660,9 +1667,9 @@ def finish_run(run):
         best_of_each = run.captioner.with_maps(options.pictures.viz_method, chunks, best_of_each)
         draw_attention(run.folder, run.captioner, features.paths, best_of_each, options)
         print(pictures_note(run.folder, options))
-    if options.rerank.rerank != "none":
+    if run.captioner.reranker:
         owner = index_owner(best, checkpoints.load_checkpoint(best))
-        index = build_index(run.captioner, run.training.table, run.training.features)
+        index = run.captioner.reranker.index
         consensus.save_index(index, run.folder / consensus.FILE_NAME, owner)
     print(
         f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"

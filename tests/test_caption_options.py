@@ -321,7 +321,8 @@ def test_the_presets_are_the_recipes_that_they_are_named_after():
     assert given("document-a", *sizes) == [512, 1024, 3, 15, 64, 0.001]
     pictures = ("encoder", "image_size", "coarse_size")
     assert given("laptop", *pictures) == ["mobilenet_v2", 320, 224]
-    assert given("best", *pictures) == ["resnet50", 224, None]
+    assert given("best", *pictures) == ["resnet50+mobilenet_v2", 224, None]
+    assert given("best", "rerank", "no_repeat_ngram_size") == ["consensus", 3]
 
 
 def test_what_is_typed_comes_before_the_preset_and_that_before_the_default():
@@ -407,7 +408,7 @@ def test_typed_comes_before_the_preset_that_before_the_model_it_begins_with_and_
 @pytest.mark.parametrize("typed", ["--encoder resnet18", "--preset best"])
 def test_another_encoder_has_its_own_weights_and_sizes(typed):
     values = adopted(PICTURES | ADAPTIVE, typed)
-    encoder = "resnet18" if typed.startswith("--encoder") else "resnet50"
+    encoder = "resnet18" if typed.startswith("--encoder") else "resnet50+mobilenet_v2"
     assert values["encoder"] == encoder and values["encoder_weights"] == "imagenet"
     assert values["coarse_size"] is None
     assert adopted(PICTURES, "--image_size 256")["coarse_size"] == 224  # the same encoder's

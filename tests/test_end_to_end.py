@@ -1626,8 +1626,12 @@ def test_a_beams_captions_are_reranked_by_those_of_similar_training_images(shop)
 
 
 def test_a_run_that_reranks_makes_its_index_and_its_checkpoint_asks_for_it(shop, monkeypatch):
-    folder = train(f"{RERANK} 3")
+    """Its epochs are chosen by reranked captions."""
+    folder = train(f"{RERANK} 3 --val_beam_size 8 --epochs 2")
     assert (folder / "neighbours.pt").is_file()
+    succeed("--mode test --split val --output_dir val --model_path", folder / "best.pt")
+    best = max(read_json(folder / "metrics_history.json")["CIDEr"])
+    assert read_json("val/val_metrics.json")["CIDEr"] == pytest.approx(best)
     images = [f"data/sample/Images/{name}" for name in listed("test")]
     lines = succeed("--mode caption --model_path", folder / "best.pt", "--images", *images)
     monkeypatch.setattr(consensus, "build_index", None)  # is not made again
