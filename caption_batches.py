@@ -222,7 +222,23 @@ class CaptionBatches:
         weight = float(process_group.world_size())  # gradients are averaged, and their sum is meant
         if share.start == share.stop:
             share, weight = slice(0, 1), 0.0  # all processes must take part in every step
-        captions, image_of = captions[share], image_of[share]
+        return self._packed(captions[share], image_of[share], num_tokens, num_captions, weight)
+
+    def whole(self) -> Batch:
+        """All captions as one batch of this process alone, the images in their order."""
+        captions = torch.arange(self.num_captions)
+        image_of = torch.arange(len(self.counts)).repeat_interleave(self.counts)
+        return self._packed(captions, image_of, int(self.lengths.sum()), self.num_captions, 1.0)
+
+    def _packed(
+        self,
+        captions: torch.Tensor,
+        image_of: torch.Tensor,
+        num_tokens: int,
+        num_captions: int,
+        weight: float,
+    ) -> Batch:
+        """Captions (B,) and the image (B,) that each is of as a Batch, the longest caption first."""
         lengths, order = self.lengths[captions].sort(descending=True, stable=True)
         image_rows, image_index = image_of.unique_consecutive(return_inverse=True)
         steps = torch.arange(int(lengths[0])).unsqueeze(1)

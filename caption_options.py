@@ -148,6 +148,7 @@ def encoder_name(text):
 
 
 COUNT = number(int, 0)
+EPOCHS = number(int, 0, 2**20)
 SIZE = number(int, 1, 2**20)  # of what takes no memory by itself
 # What does has room for research, and none for a typo or a checkpoint that asks for terabytes.
 UNITS = number(int, 1, 2**14)
@@ -193,7 +194,7 @@ def scheduled(option):
 
 
 class Given:
-    """What an option needs of another one: any value but none."""
+    """What an option needs of another one: any value but none, or 0."""
 
     def __contains__(self, value):
         return bool(value)
@@ -210,6 +211,7 @@ CACHED = {"no_feature_cache": (False,)}
 DRAWN = {"save_attention_viz": (True,)}
 RNN = {"decoder": ("lstm", "attention")}
 CONSENSUS = {"rerank": ("consensus",)}
+REWARDED = {"scst_epochs": GIVEN}
 
 RUN = {
     "mode": Option(MODES, TRAIN,
@@ -309,8 +311,9 @@ TRAINING = {
         "checkpoint, or a folder of runs, whose trained decoder a new run begins with: words that it knows "
         "keep their rows, others start anew, as with another encoder does what reads features; sizes and "
         "encoder come from it", "CKPT", (TRAIN,), stored=OWN),
-    "epochs": Option(SIZE, 10,
-        "passes over the training captions; on resume: additional ones", modes=(TRAIN,), stored=OWN),
+    "epochs": Option(EPOCHS, 10,
+        "passes over the training captions; on resume: additional ones; 0 with --scst_epochs only",
+        modes=(TRAIN,), stored=OWN),
     "batch_size": Option(BATCH, 128, "captions per step", modes=(TRAIN,)),
     "learning_rate": Option(POSITIVE, 0.0001, "AdamW's initial rate", modes=(TRAIN,)),
     "weight_decay": Option(NOT_NEGATIVE, 0.0,
@@ -325,6 +328,14 @@ TRAINING = {
     "distill_weight": Option(SHARE, 0.5,
         "of what is learnt from --distill_from; the rest is learnt from the captions",
         modes=(TRAIN,), needs={"distill_from": GIVEN}),
+    "scst_epochs": Option(EPOCHS, 0,
+        "epochs after those of --epochs that are trained on the reward of captions which the decoder draws: "
+        "CIDEr-D against the image's own, minus the other samples' mean; on resume: additional ones",
+        modes=(TRAIN,)),
+    "scst_learning_rate": Option(POSITIVE, 5e-5, "their rate, constant", modes=(TRAIN,), needs=REWARDED),
+    "scst_samples": Option(number(int, 2, 1024), 5, "captions drawn of each image", modes=(TRAIN,), needs=REWARDED),
+    "scst_bleu_weight": Option(SHARE, 0.0,
+        "of sentence BLEU-4 in the reward; the rest is CIDEr-D, 0 to 10", modes=(TRAIN,), needs=REWARDED),
     "label_smoothing": Option(DROPOUT, 0.0,
         "share of the target spread over all words", modes=(TRAIN,)),
     "horizontal_flip": Option(bool, False,
@@ -683,6 +694,7 @@ def preset_values(typed):
         "coarse_size": (values["coarse_size"] or 0) >= (values["image_size"] or math.inf),
         "min_lr": values["min_lr"] > values["learning_rate"],
         "warmup_epochs": values["warmup_epochs"] >= values["epochs"],
+        "use_scheduler": not values["epochs"],
     }
     return {
         name: value
@@ -734,6 +746,12 @@ def check_contradictions(values, new_plan):
     if falls_to_minimum and values["min_lr"] > values["learning_rate"]:
         raise ValueError(
             f"--min_lr {values['min_lr']:g} is above --learning_rate {values['learning_rate']:g}"
+        )
+    if not values["epochs"] and not values["scst_epochs"]:
+        raise ValueError("--epochs 0 leaves nothing to train: it needs --scst_epochs")
+    if new_plan and kind and not values["epochs"]:
+        raise ValueError(
+            "--use_scheduler does nothing with --epochs 0: --scst_learning_rate is constant"
         )
     if new_plan and kind == "one_cycle" and values["warmup_epochs"] >= values["epochs"]:
         raise ValueError(

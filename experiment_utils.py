@@ -316,7 +316,8 @@ class RunTracker:
     def log_epoch(self, row):
         """Add one epoch and rewrite the curves.
 
-        `row` has the ROW_KEYS (losses in nats per token) and any metrics: `BLEU-4`, `CIDEr`,
+        `row` has the ROW_KEYS (losses in nats per token; of an epoch on the reward `train_reward` for
+        `train_loss`) and any metrics: `BLEU-4`, `CIDEr`,
         `share_unique`, ... Metrics may come and go between epochs: where a row lacks one, its place
         is null, or empty in metrics.csv.
         """
@@ -358,11 +359,12 @@ def epoch_summary(row, epochs, scheduler, is_best, example):
     seconds, more = row["epoch_time_seconds"], epochs - row["epoch"]
     left = f", about {tqdm.format_interval(more * seconds)} left" if more else ""
     image, caption = example
+    measure = "Reward" if "train_reward" in row else "Loss"
     entropy = row.get("attention_entropy")
     attention = "" if entropy is None else f"  Attention entropy: {entropy:.3f} of uniform\n"
     return (
         f"Epoch {row['epoch']} completed ({row['epoch']}/{epochs}):\n"
-        f"  Training Loss: {row['train_loss']:.5f}\n"
+        f"  Training {measure}: {row[f'train_{measure.lower()}']:.5f}\n"
         f"  Validation Loss: {row['val_loss']:.5f}\n"
         f"  Learning Rate: {row['learning_rate']:.6f}\n"
         f"  Scheduler: {scheduler}\n"

@@ -91,7 +91,8 @@ from runtime import (
     to_device,
     until_stopped,
 )
-from train_state import TrainState, scale_rate
+from self_critical import self_critical
+from train_state import TrainState, last_on_captions, planned_epochs, scale_rate
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
@@ -1069,9 +1070,10 @@ def warn(text):
 
 def warn_about_schedule(schedule, plan):
     """Warn of a rate that climbs again or all but vanishes."""
-    if plan["schedule"] == "cosine" and plan["epochs"] > schedule.scheduler_t_max:
+    epochs = last_on_captions(plan)
+    if plan["schedule"] == "cosine" and epochs > schedule.scheduler_t_max:
         warn(
-            f"--epochs {plan['epochs']} is more than --scheduler_t_max "
+            f"--epochs {epochs} is more than --scheduler_t_max "
             f"{schedule.scheduler_t_max}: the cosine's rate climbs again after its minimum"
         )
     if plan["schedule"] == "exponential" and schedule.scheduler_gamma <= 0.5:
@@ -1102,14 +1104,14 @@ def make_plan(options, batches, checkpoint=None):
     """
     schedule = options.schedule.scheduler_type if options.schedule.use_scheduler else None
     num_batches = batches.num_batches
+    typed, asked = options.typed, (options.training.epochs, options.training.scst_epochs)
     if checkpoint is None:
-        epochs = options.training.epochs
-        steps = epochs * num_batches
-        return {"epochs": epochs, "batches": num_batches, "steps": steps, "schedule": schedule}
-    plan, epoch = dict(checkpoint["plan"]), checkpoint["epoch"]
+        plan = {"epochs": sum(asked), "reward_epochs": asked[1], "batches": num_batches}
+        return plan | {"steps": asked[0] * num_batches, "schedule": schedule}
+    plan, epoch = {"reward_epochs": 0} | checkpoint["plan"], checkpoint["epoch"]
+    seen = checkpoint["data_position"]["captions"]
     num_batches_before = plan["batches"] or num_batches
-    if "epochs" in options.typed:
-        plan["epochs"] = epoch + options.training.epochs  # additional ones
+    plan |= planned_epochs(plan, epoch, seen > 0, typed, *asked)
     if schedule != plan["schedule"] and not {"use_scheduler", "scheduler_type"} & options.typed:
         raise ValueError(f"schedule {plan['schedule']} is not that of its configuration")
     if schedule == plan["schedule"] and "warmup_epochs" in options.typed:
@@ -1117,14 +1119,13 @@ def make_plan(options, batches, checkpoint=None):
     if plan["epochs"] <= epoch:
         raise ValueError(
             f"{options.run.model_path}: its plan of {plan['epochs']} epochs is done: "
-            "give --epochs for more"
+            f"give --{'scst_' if plan['reward_epochs'] else ''}epochs for more"
         )
     if schedule == plan["schedule"] == "one_cycle":
         plan["steps"] = round(plan["steps"] * num_batches / num_batches_before)
     elif schedule not in (None, plan["schedule"]):
-        whole_epochs = plan["epochs"] - epoch - 1
-        this_epoch = batches.num_left(checkpoint["data_position"]["captions"])
-        plan["steps"] = this_epoch + whole_epochs * num_batches
+        whole_epochs = last_on_captions(plan) - epoch - 1
+        plan["steps"] = batches.num_left(seen) + whole_epochs * num_batches
     return plan | {"batches": num_batches, "schedule": schedule}
 
 
@@ -1233,7 +1234,7 @@ class Run:
     training: Split
     validation: Split
     scorer: metrics_utils.CaptionScorer  # of the validation captions
-    objective: CrossEntropyObjective
+    objectives: dict  # by stage: CrossEntropyObjective or what extends it, and SelfCritical
     state: TrainState
     model: nn.Module  # the decoder, as several processes train it
     config: dict  # every option's value, as run_config.json and checkpoints hold it
@@ -1241,10 +1242,15 @@ class Run:
     tracker: experiment_utils.RunTracker | None = None
     example: tuple[str, str] | None = None  # the first validation image and its latest caption
 
+    @property
+    def objective(self):
+        """What a step of this epoch minimises."""
+        return self.objectives[self.state.stage]
+
 
 @process_group.lost_peers()
 def train_step(run, features, batch):
-    """One update from one batch. Returns () float on the device: nats, summed over its tokens."""
+    """One update from one batch. Returns () float on the device: nats, or reward, summed over its tokens."""
     state, captioner = run.state, run.captioner
     batch = batch.to(captioner.hardware.device)
     with captioner.hardware.autocast():
@@ -1267,7 +1273,7 @@ def train(options, hardware, checkpoint):
     unread = []  # nats and tokens of steps whose loss is still on the device
     with listen_for_stop() as received, run.tracker or contextlib.nullcontext():
         while loop["epoch"] < run.state.plan["epochs"]:
-            started = time.perf_counter() - loop["seconds"]
+            started, stage = time.perf_counter() - loop["seconds"], run.state.stage
             try:
                 bar = begin_epoch(run)
                 for batch, features in until_stopped(received, bar):
@@ -1275,10 +1281,11 @@ def train(options, hardware, checkpoint):
                     loop["captions"] += batch.num_captions
                     loop["step"] += 1
                     if len(unread) == READ_LOSS_EVERY:
-                        loss = read_losses(loop, unread)
-                        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                        latest = read_losses(loop, unread)
+                        bar.set_postfix({stage: f"{latest:.3f}"}, refresh=False)
                 read_losses(loop, unread)
-                row = {"epoch": loop["epoch"] + 1, "train_loss": loop["loss_sum"] / loop["tokens"]}
+                mean = loop["loss_sum"] / loop["tokens"]
+                row = {"epoch": loop["epoch"] + 1, f"train_{stage}": mean}
                 row |= {"learning_rate": loop["rate"], "val_loss": validation_loss(run, received)}
                 row |= validation_scores(run, received)
             except Stopped as stop:  # by all processes together, so all read their losses here
@@ -1301,8 +1308,7 @@ def train(options, hardware, checkpoint):
 def begin_epoch(run):
     """The epoch's (batch, features) from where the loop stands, behind a progress bar."""
     loop = run.state.loop
-    if loop["captions"] == 0:
-        loop["rate"] = run.state.optimizer.param_groups[0]["lr"]
+    run.state.begin_epoch(run.options.training.scst_learning_rate)
     run.captioner.decoder.train()
     flip = run.options.training.horizontal_flip
     batches = run.training.batches
@@ -1465,7 +1471,7 @@ def set_up(options, hardware, checkpoint=None):
     if options.rerank.rerank != "none":  # epochs are chosen by captions as they will be tested
         captioner.reranker = make_reranker(options, build_index(captioner, table, features))
     splits = dataset.splits(checkpoint and checkpoint["splits"])
-    objective = make_objective(options, captioner, training, splits)
+    objectives = make_objectives(options, captioner, training, splits)
     # last, because a checkpoint's random state is the one that training goes on with
     state = make_state(decoder, options, hardware, training, checkpoint)
     resolved = {
@@ -1482,15 +1488,23 @@ def set_up(options, hardware, checkpoint=None):
         training=training,
         validation=validation,
         scorer=make_scorer(val_table, texts),
-        objective=objective,
+        objectives=objectives,
         state=state,
         model=distributed(decoder, options.run.seed + state.loop["step"]),
         config=options.as_dict() | resolved,
     )
 
 
-def make_objective(options, captioner, training, splits):
-    """What a step minimises: the captions' cross entropy, with --distill_from mixed with its teachers'."""
+def make_objectives(options, captioner, training, splits):
+    """What a step minimises, by stage: how unlikely the captions are, and with --scst_epochs the reward."""
+    objectives = {"loss": on_captions(options, captioner, training, splits)}
+    if options.training.scst_epochs:
+        objectives["reward"] = self_critical(training.batches, captioner.vocabulary, options)
+    return objectives
+
+
+def on_captions(options, captioner, training, splits):
+    """The captions' cross entropy, with --distill_from mixed with its teachers'."""
     references, wanted = CrossEntropyObjective(options.training), options.training
     if not wanted.distill_from:
         return references
@@ -1565,8 +1579,9 @@ def make_state(decoder, options, hardware, training, checkpoint):
         return new_state(decoder, options, hardware, make_plan(options, batches), training.order)
     with checkpoints.checkpoint_errors(options.run.model_path):
         plan = make_plan(options, batches, checkpoint)
-        epochs = plan["epochs"] - checkpoint["epoch"]  # a schedule that begins now has these
-        options = options._replace(training=options.training._replace(epochs=epochs))
+        # a schedule that begins now has these; on the reward there is none
+        epochs = last_on_captions(plan) - checkpoint["epoch"]
+        options = options._replace(training=options.training._replace(epochs=max(1, epochs)))
         state = new_state(decoder, options, hardware, plan, training.order)
         state.load_state_dict(checkpoint)
         change_course(state, options, checkpoint)
@@ -1638,7 +1653,8 @@ def record_epoch(run, row, is_best):
         checkpoints.link_file(run.folder / "best.pt", run.folder / name)
     if keep:
         checkpoints.prune_checkpoints(run.folder, keep)
-    scheduler = describe_scheduler(run.options, state.plan)
+    plan = state.plan | ({"schedule": None} if "train_reward" in row else {})
+    scheduler = describe_scheduler(run.options, plan)
     epochs, example = state.plan["epochs"], run.example
     print(experiment_utils.epoch_summary(row, epochs, scheduler, is_best, example), flush=True)
     images = len(run.validation.table)

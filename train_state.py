@@ -24,8 +24,8 @@ EPOCH_START = {"captions": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rat
 class TrainState:
     """What a checkpoint must hold so that a resumed run is the run that was never stopped.
 
-    plan: {"epochs": the last epoch, "batches": those of an epoch, "steps": those of one_cycle,
-        "schedule": its name or None}.
+    plan: {"epochs": the last epoch, "reward_epochs": how many of the last ones are trained on the
+        reward, "batches": those of an epoch, "steps": those of one_cycle, "schedule": its name or None}.
     order: what decides the order of an epoch's captions, a string.
     loop: `epoch`, `step`, `best_score`, `best_loss`, `epochs_without_improvement`, and the position
         inside an epoch: EPOCH_START's captions seen, their loss in nats and tokens, seconds, rate
@@ -90,9 +90,23 @@ class TrainState:
             self.scaler.load_state_dict(state["scaler"])
         experiment_utils.set_random_state(state["random_state"])
 
+    @property
+    def stage(self):
+        """What the steps of this epoch are measured by: their "loss" on captions, or their "reward"."""
+        return "reward" if self.loop["epoch"] >= last_on_captions(self.plan) else "loss"
+
+    def begin_epoch(self, reward_rate):
+        """Before an epoch's first step, or the next one of an epoch that goes on: the reward's rate is constant."""
+        if self.stage == "reward":
+            for group in self.optimizer.param_groups:
+                group["lr"] = reward_rate
+        if self.loop["captions"] == 0:
+            self.loop["rate"] = self.optimizer.param_groups[0]["lr"]
+
     def step_finished(self):
         """After a batch: one_cycle's rate moves; past its plan it stays."""
-        scheduler = self.scheduler if self.plan["schedule"] == "one_cycle" else None
+        moves = self.plan["schedule"] == "one_cycle" and self.stage == "loss"
+        scheduler = self.scheduler if moves else None
         if scheduler and scheduler.last_epoch + 1 < scheduler.total_steps:
             scheduler.step()
 
@@ -102,7 +116,7 @@ class TrainState:
         That is the one of highest CIDEr, and of those that share it the one of lowest loss. Early
         stopping counts CIDEr alone.
         """
-        schedule, loop = self.plan["schedule"], self.loop
+        loop, schedule = self.loop, self.plan["schedule"] if self.stage == "loss" else None
         if schedule == "reduce_lr_on_plateau":
             self.scheduler.step(row["val_loss"])
         elif schedule not in (None, "one_cycle"):
@@ -116,6 +130,36 @@ class TrainState:
         stale = loop["epochs_without_improvement"] + 1
         loop["epochs_without_improvement"] = 0 if improved else stale
         return is_best
+
+
+def last_on_captions(plan):
+    """The last epoch of a plan that is trained on captions; those after it are trained on the reward."""
+    return plan["epochs"] - plan["reward_epochs"]
+
+
+def planned_epochs(plan, epoch, inside, typed, epochs, reward_epochs):
+    """`epochs` and `reward_epochs` of the plan of a run that goes on.
+
+    Args:
+        plan: what it was.
+        epoch, inside: whole epochs done, and whether the next one has begun: it ends as it began.
+        typed: names of options that were typed.
+        epochs, reward_epochs: --epochs and --scst_epochs, additional ones, for what was typed.
+    Raises: ValueError when --epochs comes too late.
+    """
+    captions_until, more = last_on_captions(plan), reward_epochs if "scst_epochs" in typed else None
+    if plan["reward_epochs"] and epoch >= captions_until:
+        if late := typed & {"epochs", "learning_rate", "use_scheduler", "scheduler_type"}:
+            raise ValueError(
+                f"--{min(late)} is for epochs on captions, and these are done: "
+                "give --scst_epochs for more on the reward"
+            )
+        until = plan["epochs"] if more is None else epoch + more
+        return {"epochs": until, "reward_epochs": until - captions_until}
+    if "epochs" in typed:
+        captions_until = epoch + max(epochs, inside)
+    more = plan["reward_epochs"] if more is None else more
+    return {"epochs": captions_until + more, "reward_epochs": more}
 
 
 def stretch_one_cycle(scheduler, factor):

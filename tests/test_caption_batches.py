@@ -149,12 +149,14 @@ def test_batches_worked_by_hand():
     assert first.token_place.tolist() == [0, 5, 1, 10, 2, 6, 3, 11, 4, 7]
     assert first.inputs.tolist() == [1, 1, 1, 1, 4, 7, 6, 10, 5, 8]
     assert first.targets.tolist() == [4, 7, 6, 10, 5, 8, 2, 2, 2, 2]  # 9 is beyond step 3
+    # of all captions' tokens with <SOS> and <EOS>, one after the other: 1 4 5 2, 1 6 2, 1 7 8 2, 1 10 2
+    assert first.places.tolist() == [0, 7, 4, 11, 1, 8, 5, 12, 2, 9]
     assert (first.num_tokens, first.num_captions, first.weight) == (10, 4, 1.0)
     assert second.image_rows.tolist() == [3]
     assert unpacked(second) == [(3, [1, 11, 12], [11, 12, 2]), (3, [1, 13], [13, 2])]
     assert (second.num_tokens, second.num_captions) == (5, 2)
     tensors = [field for field in (*first, *second) if isinstance(field, torch.Tensor)]
-    assert len(tensors) == 16 and all(tensor.dtype == torch.int64 for tensor in tensors)
+    assert len(tensors) == 18 and all(tensor.dtype == torch.int64 for tensor in tensors)
 
 
 def random_captions(images, seed=0):
@@ -291,6 +293,22 @@ def test_a_process_without_captions_computes_another_ones_with_weight_0(monkeypa
         weights.append(batch.weight)
         assert len(batch.inputs) > 0 and (batch.num_captions, batch.num_tokens) == (2, 5)
     assert sorted(weights) == [0.0, 3.0, 3.0]
+
+
+def test_the_whole_is_not_divided_among_processes(monkeypatch):
+    captions = [[[4, 5], [6]], [[7, 8, 9]], [[], [10]]]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    batch = CaptionBatches(captions, 2, 9, seed=0).whole()
+    (alone,) = batches_in_order(captions)
+    assert all(torch.equal(*pair) for pair in zip(batch[:8], alone[:8], strict=True))
+    assert batch.image_rows.tolist() == [0, 1, 2] and (batch.num_captions, batch.weight) == (5, 1)
+
+
+def batches_in_order(captions):
+    """The one batch of one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "1")
+        return epoch_of(captions, batch_size=9, shuffle=False)
 
 
 def test_sizes_stay_on_the_cpu_when_a_batch_goes_to_a_device():

@@ -60,6 +60,8 @@ import feature_cache
 import flickr_image_caption as fic
 import image_loading
 import runtime
+import self_critical
+from self_critical import Reward
 
 PROGRAM = Path(fic.__file__)
 CPU = runtime.Hardware(torch.device("cpu"), "float32")
@@ -560,6 +562,29 @@ def weight_decay_shrinks_matrices_but_not_embeddings_or_biases():
                 torch.testing.assert_close(textbook - parameter, shrunk, rtol=1e-3, atol=1e-6)
 
 
+def scst_options_reach_the_reward():
+    """The rate is that of the last epochs alone; each image gets so many samples; BLEU is mixed in."""
+    flags = "--epochs 0 --scst_epochs 2"
+    row = load(train(flags, "--scst_learning_rate 0.0003") / "model_epoch_2.pt")["history"][1]
+    assert row["learning_rate"] == 0.0003 and 0 <= row["train_reward"] <= 10
+    run = ready("--scst_epochs 2 --scst_samples 3 --scst_bleu_weight 0.25")
+    assert (run.state.plan["epochs"], run.state.plan["reward_epochs"]) == (3, 2)
+    objective, (batch, features) = run.objectives["reward"], next(run.training.epoch(0))
+    drawn = objective.draw(run.captioner.decoder.eval(), features)
+    captions = [[hypothesis.tokens for hypothesis in image] for image in drawn]
+    assert len(captions) == len(batch.image_rows) and {len(image) for image in captions} == {3}
+    reward, references = objective.reward, self_critical.training_references(run.training.batches)
+    plain, bleu = (Reward(*references, reward.orders[0].base, w) for w in (0.0, 1.0))
+    mixed = 0.75 * plain(batch.image_rows, captions) + 0.25 * bleu(batch.image_rows, captions)
+    torch.testing.assert_close(reward(batch.image_rows, captions), mixed)
+    assert stepped(flags)[1].state.stage == "reward" and "reward" not in ready().objectives
+    for name in ("scst_learning_rate 0.1", "scst_samples 3", "scst_bleu_weight 0.1"):
+        refused(TINY, f"--{name}", naming=[f"--{name.split()[0]} needs --scst_epochs"])
+    refused(TINY, "--epochs 0", naming=["--epochs 0", "--scst_epochs"])
+    refused(TINY, flags, "--use_scheduler", naming=["--use_scheduler", "--epochs 0"])
+    assert chosen("--preset laptop", flags).schedule.use_scheduler is False
+
+
 def label_smoothing_changes_the_update_but_not_the_plain_loss():
     (plain, sharp), (same, smooth) = (stepped(f"--label_smoothing {share}") for share in (0, 0.3))
     assert plain == same and not torch.equal(weights(sharp), weights(smooth))
@@ -892,6 +917,28 @@ def ready_from(path, *flags):
         return fic.set_up(options, runtime.resolve_hardware("cpu", "float32"))
 
 
+def distill_from_teaches_by_its_weight():
+    teacher = Path("data").resolve().parent / "lstm/best.pt"
+    flags = f"--decoder lstm --distill_from {teacher} --distill_weight"
+    (plain, captions), (same, taught) = (stepped(f"{flags} {weight}") for weight in (0, 1))
+    assert plain == same and not torch.equal(weights(captions), weights(taught))
+    assert captions.objective.weight == 0 and taught.objective.weight == 1
+
+
+def rerank_chooses_by_what_neighbours_are_called():
+    shutil.copytree(Path("data").resolve().parent / "attention", "run")
+
+    def captions(flags=""):
+        succeed("--mode test --beam_size 8 --output_dir out --model_path run/best.pt", flags)
+        return [row["caption"] for row in read_json("out/test_captions.json")]
+
+    plain, reranked = captions(), captions("--rerank consensus --neighbours 1 --rerank_weight 99")
+    assert plain != reranked
+    assert captions("--rerank consensus --neighbours 32 --rerank_weight 99") != reranked
+    assert captions("--rerank consensus --neighbours 1 --rerank_weight 0") == plain
+    assert captions("--rerank none") == plain
+
+
 FLAG_EFFECTS = {
     "--mode": mode_chooses_what_runs,
     "--preset": preset_gives_what_is_not_typed,
@@ -931,10 +978,19 @@ FLAG_EFFECTS = {
     "--patch_dropout": patch_dropout_leaves_cells_out_in_training_only,
     "--alpha_c": alpha_c_weighs_the_attention_penalty,
     "--init_from": init_from_begins_with_a_trained_decoder,
+    "--distill_from": distill_from_teaches_by_its_weight,
+    "--distill_weight": distill_from_teaches_by_its_weight,
+    "--rerank": rerank_chooses_by_what_neighbours_are_called,
+    "--neighbours": rerank_chooses_by_what_neighbours_are_called,
+    "--rerank_weight": rerank_chooses_by_what_neighbours_are_called,
     "--epochs": epochs_are_trained,
     "--batch_size": batch_size_counts_captions,
     "--learning_rate": learning_rate_is_adams,
     "--weight_decay": weight_decay_shrinks_matrices_but_not_embeddings_or_biases,
+    "--scst_epochs": scst_options_reach_the_reward,
+    "--scst_learning_rate": scst_options_reach_the_reward,
+    "--scst_samples": scst_options_reach_the_reward,
+    "--scst_bleu_weight": scst_options_reach_the_reward,
     "--label_smoothing": label_smoothing_changes_the_update_but_not_the_plain_loss,
     "--grad_clip": grad_clip_bounds_the_gradient,
     "--precision": precision_is_computed_in,
@@ -1171,6 +1227,7 @@ def test_a_run_that_draws_nothing_does_not_wait_for_matplotlib():
     "--attention_viz_samples 0", "--image_size 31", "--image_size 1025", "--coarse_size 31",
     "--beam_size 1025", "--val_beam_size 1025", "--num_captions 1025", "--max_length 1025", "--hidden_size 16385",
     "--embed_size 16385", "--attention_dim 16385", "--num_layers 65", "--batch_size 65537",
+    "--scst_epochs -1", "--scst_samples 1", "--scst_learning_rate 0", "--scst_bleu_weight 1.1",
     "--patch_dropout 1", "--weight_decay -1", "--cache_dtype float8", "--compile", "--attention soft",
     "--attention_heads 0", "--attention_heads 65",
 ])  # fmt: skip

@@ -972,6 +972,40 @@ def test_teachers_know_the_same_words_and_are_there(shop):
     assert alone.status == 2 and "--distill_weight needs --distill_from" in alone.err
 
 
+def test_an_epoch_on_the_reward_goes_on_as_if_it_had_not_been_stopped():
+    """Stopped inside the first one and at the border before it; its samples are drawn by the stored state."""
+    flags = "--epochs 1 --scst_epochs 2 --use_scheduler --scheduler_type one_cycle"
+    out = succeed(TINY, flags, "--scst_learning_rate 0.003 --scst_samples 2")
+    straight = run_dir(out)
+    assert [number for number, *_ in EPOCH_BLOCK.findall(out)] == ["1"]
+    rewards = re.findall(
+        r"^  Training Reward: (\d\.\d{5})\n(?:.+\n){2}  Scheduler: none$", out, re.M
+    )
+    rows = load(straight / "model_epoch_3.pt")["history"]
+    assert [float(x) for x in rewards] == pytest.approx(
+        [r["train_reward"] for r in rows[1:]], abs=1e-5
+    )
+    assert [row["learning_rate"] for row in rows[1:]] == [0.003, 0.003]
+    curve = read_json(straight / "loss_curve.json")
+    assert curve["train_losses"][0] > 0 and curve["train_losses"][1:] == [None, None]
+    metrics = read_json(straight / "metrics_history.json")["train_reward"]
+    assert metrics == [None, *(row["train_reward"] for row in rows[1:])]
+
+    halted = stopped(TINY, flags, "--scst_learning_rate 0.003 --scst_samples 2", at_step=STEPS + 3)
+    inside, border = (run_dir(halted) / name for name in ("last.pt", "model_epoch_1.pt"))
+    assert halted.status == 130 and load(inside)["data_position"]["captions"] == 3 * BATCH_SIZE
+    for path in (inside, border):
+        resumed = run_dir(succeed("--model_path", path))
+        pair = [load(folder / "model_epoch_3.pt") for folder in (straight, resumed)]
+        for state in pair:
+            del state["encoder"]["weights"]  # which the border's file had, as the best one's
+        assert not list(differences(*pair))
+    late = program("--epochs 1 --model_path", straight / "model_epoch_3.pt")
+    assert late.status == 2 and "--epochs is for epochs on captions" in late.err
+    more = succeed("--scst_epochs 1 --model_path", straight / "model_epoch_3.pt")
+    assert "Epoch 4 completed (4/4):\n  Training Reward:" in more
+
+
 def test_a_finished_plan_needs_epochs(shop):
     before = snapshot()
     outcome = program("--model_path", shop / "lstm/model_epoch_4.pt")

@@ -19,6 +19,7 @@ import torch
 from small_runs import CPU, make_batch, make_run, one_caption_each
 
 import flickr_image_caption as program
+import train_state
 from caption_options import inherit, parse_args
 from runtime import Hardware
 
@@ -448,7 +449,8 @@ def test_a_weight_decay_typed_on_resume_holds_from_there_on(tmp_path, name):
 
 
 def test_a_new_runs_plan():
-    expected = {"epochs": 8, "batches": BATCHES, "steps": 8 * BATCHES, "schedule": "cosine"}
+    expected = {"epochs": 8, "reward_epochs": 0, "batches": BATCHES, "steps": 8 * BATCHES}
+    expected |= {"schedule": "cosine"}
     assert program.make_plan(options("cosine"), EPOCH) == expected
     assert program.make_plan(options("none"), EPOCH) == expected | {"schedule": None}
 
@@ -474,8 +476,46 @@ def resumed_plan(typed, epoch, batch=0):
     ],
 )
 def test_the_plan_of_a_run_that_goes_on_after_epoch_5(typed, batch, epochs, steps, schedule):
-    expected = {"epochs": epochs, "batches": BATCHES, "steps": steps, "schedule": schedule}
-    assert resumed_plan(typed, 5, batch) == expected
+    expected = {"epochs": epochs, "reward_epochs": 0, "batches": BATCHES, "steps": steps}
+    assert resumed_plan(typed, 5, batch) == expected | {"schedule": schedule}
+
+
+def test_the_reward_s_epochs_follow_the_schedule_s():
+    plan = program.make_plan(options("one_cycle", "--scst_epochs", "3"), EPOCH)
+    assert (plan["epochs"], plan["reward_epochs"], plan["steps"]) == (11, 3, 8 * BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("planned", "epoch", "inside", "typed", "asked", "expected"),
+    [
+        ((11, 3), 5, False, "", (10, 3), (11, 3)),
+        ((11, 3), 9, True, "", (10, 3), (11, 3)),
+        ((11, 3), 5, False, "epochs", (1, 3), (9, 3)),  # those on the reward follow
+        ((11, 3), 5, False, "epochs", (0, 3), (8, 3)),
+        ((11, 3), 5, True, "epochs", (0, 3), (9, 3)),  # the epoch ends as it began
+        ((11, 3), 5, False, "scst_epochs", (10, 0), (8, 0)),
+        ((8, 0), 8, False, "scst_epochs", (10, 2), (10, 2)),
+        ((8, 0), 5, False, "epochs scst_epochs", (0, 2), (7, 2)),
+        ((11, 3), 10, False, "scst_epochs", (10, 4), (14, 6)),  # additional ones
+        ((11, 3), 8, False, "scst_epochs", (10, 1), (9, 1)),
+    ],
+)
+def test_a_run_that_goes_on_has_the_epochs_that_are_asked_for(
+    planned, epoch, inside, typed, asked, expected
+):
+    plan = dict(zip(("epochs", "reward_epochs"), planned, strict=True))
+    found = train_state.planned_epochs(plan, epoch, inside, set(typed.split()), *asked)
+    assert tuple(found.values()) == expected
+
+
+@pytest.mark.parametrize(
+    "typed", ["epochs", "learning_rate", "use_scheduler scheduler_type", "scheduler_type"]
+)
+def test_epochs_on_captions_do_not_follow_the_reward_s(typed):
+    plan = {"epochs": 11, "reward_epochs": 3}
+    for epoch in (8, 11):
+        with pytest.raises(ValueError, match="is for epochs on captions, and these are done"):
+            train_state.planned_epochs(plan, epoch, False, set(typed.split()), 1, 3)
 
 
 def test_a_new_schedule_on_resume_warms_up_for_a_share_of_the_epochs_that_are_left(tmp_path):
@@ -498,6 +538,7 @@ def test_a_plan_that_is_done_asks_for_epochs():
     with pytest.raises(ValueError, match="its plan of 8 epochs is done: give --epochs for more"):
         resumed_plan("", 8)
     assert resumed_plan("--epochs 1", 8)["epochs"] == 9
+    assert resumed_plan("--scst_epochs 1", 8)["reward_epochs"] == 1
 
 
 def print_rates():

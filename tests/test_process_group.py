@@ -131,6 +131,17 @@ def test_the_first_steps_gradients_are_those_of_one_process(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+def test_two_processes_learn_from_the_reward_together():
+    """They draw other samples than one would, of the same weights: the mean reward is alike."""
+    flags = f"{PLAIN} {ATTENTION} --scst_epochs 1 --scst_samples 20 --scst_learning_rate 1e-9"
+    alone = load(train(flags) / "model_epoch_2.pt")["history"]
+    done = torchrun(2, PROGRAM, *flags.split(), capture_output=True)
+    assert done.returncode == 0, done.stderr
+    together = load(run_dir(done.stdout) / "model_epoch_2.pt")["history"]
+    assert together[1]["train_reward"] == pytest.approx(alone[1]["train_reward"], rel=0.1)
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line_and_an_intact_checkpoint():
     with Path("err.txt").open("w") as err:
         streams = {"stderr": err, "stdout": subprocess.DEVNULL}
