@@ -560,7 +560,8 @@ def check_paths(typed):
     for name, value in typed.items():
         if mode not in TABLE[name].modes:
             hint = ": give --model_path" if name == "resume" else ""
-            belongs = " and ".join(TABLE[name].modes)
+            *others, last = TABLE[name].modes
+            belongs = f"{', '.join(others)} and {last}" if others else last
             raise ValueError(f"--{name} belongs to --mode {belongs}, not {mode}{hint}")
         if value == "" or (isinstance(value, tuple) and "" in value):
             raise ValueError(f"--{name} is empty: give a path")

@@ -1288,6 +1288,13 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--algorithm greedy --beam_size 3": "--beam_size belongs to --algorithm beam, not greedy",
     "--algorithm sample --length_penalty 1":
         "--length_penalty belongs to --algorithm beam, not sample",
+    "--algorithm sample --rerank consensus": "--rerank belongs to --algorithm beam, not sample",
+    "--neighbours 9": "--neighbours belongs to --rerank consensus, not none",
+    "--rerank none --rerank_weight 2": "--rerank_weight belongs to --rerank consensus, not none",
+    "--distill_weight 0.5": "--distill_weight needs --distill_from",
+    "--scst_learning_rate 1e-5": "--scst_learning_rate needs --scst_epochs",
+    "--scst_epochs 0 --scst_samples 3": "--scst_samples needs --scst_epochs",
+    "--scst_bleu_weight 0.5": "--scst_bleu_weight needs --scst_epochs",
     "--temperature 0.5": "--temperature belongs to --algorithm sample, not beam",
     "--top_k 3": "--top_k belongs to --algorithm sample, not beam",
     "--algorithm greedy --top_p 0.5": "--top_p belongs to --algorithm sample, not greedy",
@@ -1316,8 +1323,8 @@ def test_a_flag_that_does_nothing_beside_the_others_is_refused(flags):
     ("--json", "--json belongs to --mode caption, not test"),
     ("--images x.jpg", "--images belongs to --mode caption, not test"),
     ("--mode caption --split val", "--split belongs to --mode test, not caption"),
-    ("--mode caption --cache_dir x", "--cache_dir belongs to --mode train and test, not caption"),
-    ("--mode train --output_dir x", "--output_dir belongs to --mode test and caption, not train"),
+    ("--mode caption --cache_dir x", "--cache_dir belongs to --mode train, test and tune, not caption"),
+    ("--mode train --output_dir x", "--output_dir belongs to --mode test, caption and tune, not train"),
     ("--mode train --num_captions 2", "--num_captions belongs to --mode caption, not train"),
 ])  # fmt: skip
 def test_a_flag_of_another_mode_is_refused(flags, said, shop):
