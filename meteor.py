@@ -31,6 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import checkpoints
+
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75  # [1]: English, tuned to rankings
 EXACT, STEM, SYNONYM, PARAPHRASE = range(4)
 MODULE_WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # [1]
@@ -453,6 +455,5 @@ def _write_cache(asked, text):
     with contextlib.suppress(OSError, RuntimeError):
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_bytes(f"{asked} {_sha256(text)}\n{text}".encode())
-        partial.replace(path)
+        with checkpoints.replace_file(path) as file:
+            file.write(f"{asked} {_sha256(text)}\n{text}".encode())

@@ -16,6 +16,7 @@ has may be true.
 """
 
 import functools
+import operator
 import statistics
 
 import metrics_utils
@@ -242,7 +243,10 @@ def over_seeds(tests):
     """
     rows = list(map(headlines, tests))
     spreads = spread(rows)
-    mean, best = {name: row["mean"] for name, row in spreads.items()}, max(rows, key=_cider)
+    mean, best = (
+        {name: row["mean"] for name, row in spreads.items()},
+        max(rows, key=operator.itemgetter("CIDEr")),
+    )
     return {
         **{key: tests[0][key] for key in ("dataset_type", "split", "images")},
         "checkpoints": [
@@ -252,10 +256,6 @@ def over_seeds(tests):
         "spread": spreads,
         "duller": duller(mean, best),
     }
-
-
-def _cider(row):
-    return row["CIDEr"]
 
 
 def spread(tests):

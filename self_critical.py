@@ -25,8 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from caption_batches import CaptionBatches
 from caption_decoding import generate
 from consensus import MAX_WORDS, NO_WORD, ORDERS, count_by_row, find, ngrams_of, padded
-
-CIDER_SIGMA = 6.0  # words, as metrics_utils' and the paper's
+from metrics_utils import CIDER_SIGMA
 
 
 class Matches(NamedTuple):
