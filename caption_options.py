@@ -676,8 +676,9 @@ def settle(typed, stored):
     """
     values = ChainMap({}, typed, preset_values(typed), stored, DEFAULTS)
     values["save_attention_viz"] |= values["advanced_attention_viz"]
-    if values["mode"] == TUNE and "rerank" not in typed:  # it tries both
-        values["rerank"] = "consensus"
+    if values["mode"] == TUNE:
+        values["algorithm"] = "beam"
+        values["rerank"] = typed.get("rerank", "consensus")  # it tries both
     for name in typed:
         for other, wanted in TABLE[name].needs.items():
             if values[other] not in wanted:

@@ -124,20 +124,19 @@ class ConsensusIndex:
         return F.normalize((features - self.mean) / (self.std + 1e-6), dim=1)
 
     def nearest(self, features, neighbours):
-        """Mean features (N, F) -> the training images most like each, (N, neighbours) by cosine."""
-        similar = self.directions(features) @ self.features.T
+        """Mean features (N, F) on any device -> the training images most like each, (N, neighbours) by cosine."""
+        similar = self.directions(features.float().cpu()) @ self.features.T
         return similar.topk(min(neighbours, len(self.features))).indices
 
-    def agreement(self, features, captions, neighbours):
+    def agreement(self, nearest, hypotheses):
         """Mean CIDEr, 0..10, of each image's candidates against all captions of its neighbours.
 
-        Mean features (N, F) on any device; captions: N lists of K lists of word ids -> N lists of K.
+        nearest: as `nearest` returns them; hypotheses: N lists of K Hypothesis -> N lists of K floats.
         """
-        nearest = self.nearest(features.float().cpu(), neighbours)
-        return [self._of_image(*each) for each in zip(nearest, captions, strict=True)]
+        return [self._of_image(*each) for each in zip(nearest, hypotheses, strict=True)]
 
-    def _of_image(self, images, captions):
-        tokens = padded(captions).clamp_max(self.base - 1)
+    def _of_image(self, images, candidates):
+        tokens = padded([h.tokens for h in candidates]).clamp_max(self.base - 1)
         sums = sum(order.similarity(tokens, images) for order in self.orders)
         return (10 / len(ORDERS) * sums / self.num_captions[images].sum()).tolist()
 
@@ -151,8 +150,8 @@ class Reranker(NamedTuple):
 
     def __call__(self, features, hypotheses):
         """Mean features (N, F), N lists of Hypothesis -> the lists, best first, finished ones before others."""
-        captions = [[hypothesis.tokens for hypothesis in image] for image in hypotheses]
-        agreement = self.index.agreement(features, captions, self.neighbours)
+        nearest = self.index.nearest(features, self.neighbours)
+        agreement = self.index.agreement(nearest, hypotheses)
         return [ordered(*image, self.weight) for image in zip(hypotheses, agreement, strict=True)]
 
 

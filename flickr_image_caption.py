@@ -92,7 +92,7 @@ from runtime import (
     until_stopped,
 )
 from self_critical import self_critical
-from train_state import TrainState, last_on_captions, planned_epochs, scale_rate
+from train_state import TrainState, change_course, last_on_captions, make_plan
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
@@ -927,10 +927,15 @@ def index_owner(path, checkpoint):
 
 def build_index(captioner, table, features):
     """The consensus.ConsensusIndex of the training images: their table and FeatureSource."""
-    chunks = features.stream(torch.arange(len(table)).split(DECODE_CHUNK))
-    means = torch.cat([captioner.encoder.tail(chunk).mean(1).cpu() for chunk in chunks])
     encode = captioner.vocabulary.encode
-    return consensus.build_index(means, [[*map(encode, texts)] for texts in table.captions])
+    captions = [[*map(encode, texts)] for texts in table.captions]
+    return consensus.build_index(mean_features(captioner, features), captions)
+
+
+def mean_features(captioner, features):
+    """The mean over the grid of each image of a FeatureSource: (M, F) on the CPU."""
+    chunks = features.stream(torch.arange(len(features.paths)).split(DECODE_CHUNK))
+    return torch.cat([captioner.encoder.tail(chunk).mean(1).cpu() for chunk in chunks])
 
 
 def restore_decoder(path, values, checkpoint):
@@ -972,6 +977,12 @@ def open_member(options, flag, path, expected):
             "members must be trained alike"
         )
     return restore_decoder(path, config, member)[0]
+
+
+def described(captioner, splits):
+    """What a checkpoint says of the pictures, words and splits that its decoder knows."""
+    vocabulary = captioner.vocabulary.to_plain()
+    return {"encoder": {**captioner.encoder.key()}, "vocabulary": vocabulary, "splits": splits}
 
 
 def in_common(path, checkpoint):
@@ -1095,47 +1106,6 @@ def new_state(decoder, options, hardware, plan, order):
     scales = hardware.precision == "float16"
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
     return TrainState(optimizer, scheduler, scaler, plan, order)
-
-
-def make_plan(options, batches, checkpoint=None):
-    """The plan of a new run, or of one that goes on. Raises: ValueError when nothing is left.
-
-    batches: CaptionBatches, whose number decides how long one_cycle is.
-    """
-    schedule = options.schedule.scheduler_type if options.schedule.use_scheduler else None
-    num_batches = batches.num_batches
-    typed, asked = options.typed, (options.training.epochs, options.training.scst_epochs)
-    if checkpoint is None:
-        plan = {"epochs": sum(asked), "reward_epochs": asked[1], "batches": num_batches}
-        return plan | {"steps": asked[0] * num_batches, "schedule": schedule}
-    plan, epoch = {"reward_epochs": 0} | checkpoint["plan"], checkpoint["epoch"]
-    seen = checkpoint["data_position"]["captions"]
-    num_batches_before = plan["batches"] or num_batches
-    plan |= planned_epochs(plan, epoch, seen > 0, typed, *asked)
-    if schedule != plan["schedule"] and not {"use_scheduler", "scheduler_type"} & options.typed:
-        raise ValueError(f"schedule {plan['schedule']} is not that of its configuration")
-    if schedule == plan["schedule"] and "warmup_epochs" in options.typed:
-        raise ValueError("--warmup_epochs belongs to a new plan: this one keeps its warm-up")
-    if plan["epochs"] <= epoch:
-        raise ValueError(
-            f"{options.run.model_path}: its plan of {plan['epochs']} epochs is done: "
-            f"give --{'scst_' if plan['reward_epochs'] else ''}epochs for more"
-        )
-    if schedule == plan["schedule"] == "one_cycle":
-        plan["steps"] = round(plan["steps"] * num_batches / num_batches_before)
-    elif schedule not in (None, plan["schedule"]):
-        whole_epochs = last_on_captions(plan) - epoch - 1
-        plan["steps"] = batches.num_left(seen) + whole_epochs * num_batches
-    return plan | {"batches": num_batches, "schedule": schedule}
-
-
-def change_course(state, options, checkpoint):
-    """On resume: say that a new schedule begins, or go on at another --learning_rate."""
-    schedule, old_rate = state.plan["schedule"], checkpoint["config"]["learning_rate"]
-    if schedule is not None and schedule != checkpoint["plan"]["schedule"]:
-        print(f"--scheduler_type {schedule} is new to this run: its schedule starts now")
-    elif options.training.learning_rate != old_rate:
-        scale_rate(state, options.training.learning_rate / old_rate)
 
 
 # ----------------------------------------------------------------------------------------------- data
@@ -1508,14 +1478,13 @@ def on_captions(options, captioner, training, splits):
     references, wanted = CrossEntropyObjective(options.training), options.training
     if not wanted.distill_from:
         return references
-    encoder, vocabulary = captioner.encoder.key(), captioner.vocabulary.to_plain()
-    expected = in_common("", {"encoder": encoder, "vocabulary": vocabulary, "splits": splits})
+    own = described(captioner, splits)
     paths = [checkpoints.resolve_checkpoint(path) for path in wanted.distill_from]
-    teachers = [open_member(options, "distill_from", path, expected) for path in paths]
+    teachers = [open_member(options, "distill_from", path, in_common("", own)) for path in paths]
     if process_group.rank() == 0:
         print(printable(f"teachers: {', '.join(map(str, paths))}"))
     cache = None if options.features.no_feature_cache else Path(options.features.cache_dir)
-    file = targets_file(cache, paths, training.batches.tokens, encoder)
+    file = targets_file(cache, paths, training.batches.tokens, own["encoder"])
     teacher = Ensemble(teachers).to(captioner.hardware.device)
     targets = kept_in(file, lambda: ask_teacher(teacher, captioner, training))
     return Distillation(references, targets, wanted.distill_weight)
@@ -1619,13 +1588,9 @@ def save(run, name):
         splits = {"sha256": caption_splits.splits_sha256(splits)}
     holds_encoder = name == "best.pt" or captioner.encoder.from_checkpoint
     weights = captioner.encoder.trunk.state_dict() if holds_encoder else None
-    checkpoint = {
-        "config": run.config,
-        "vocabulary": captioner.vocabulary.to_plain(),
-        "model": captioner.decoder.state_dict(),
-        "encoder": {**captioner.encoder.key(), "weights": weights},
-        "splits": splits,
-    }
+    checkpoint = described(captioner, splits)
+    checkpoint["encoder"] |= {"weights": weights}
+    checkpoint |= {"config": run.config, "model": captioner.decoder.state_dict()}
     checkpoints.save_checkpoint(run.folder / name, checkpoint | run.state.state_dict())
 
 
@@ -1684,7 +1649,7 @@ def finish_run(run):
         draw_attention(run.folder, run.captioner, features.paths, best_of_each, options)
         print(pictures_note(run.folder, options))
     if run.captioner.reranker:
-        owner = index_owner(best, checkpoints.load_checkpoint(best))
+        owner = index_owner(best, described(run.captioner, run.splits))
         index = run.captioner.reranker.index
         consensus.save_index(index, run.folder / consensus.FILE_NAME, owner)
     print(
@@ -1901,11 +1866,13 @@ def tune(options, hardware, checkpoint):
     )
     table, features = open_split("val", captioner.decoder.reads_grid)
     grid, scorer = decoding_tuning.make_grid(options), make_scorer(table, None)
-    candidates = {
-        search: decoding_tuning.find_candidates(
-            captioner, features, DECODE_CHUNK, index, options, search
-        )
+    nearest = index.nearest(mean_features(captioner, features), options.rerank.neighbours)
+    beams = {
+        search: whole_beams(captioner, features, options.decoding, search)
         for search in decoding_tuning.searches(grid)
+    }
+    candidates = {
+        search: (found, index.agreement(nearest, found)) for search, found in beams.items()
     }
     tried = decoding_tuning.try_all(
         grid, candidates, lambda best: score_captions(captioner, scorer, table.image, best)[1]
@@ -1917,6 +1884,14 @@ def tune(options, hardware, checkpoint):
     print(decoding_tuning.as_text(tried, chosen))
     print(f"{path}: these are its defaults now; all scores: {folder / 'val_tuning.json'}")
     return 0
+
+
+def whole_beams(captioner, features, decoding, search):
+    """Every caption that each image's beam holds. search: decoding_tuning.Search."""
+    decoding = decoding._replace(num_captions=search.beam_size, **search._asdict())
+    chunks = features.stream(torch.arange(len(features.paths)).split(DECODE_CHUNK))
+    beams = captioner.caption_features(chunks, decoding)
+    return list(Progress(beams, f"beam {search.beam_size}", len(features.paths), "images"))
 
 
 def caption(options, hardware, checkpoint):

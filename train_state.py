@@ -1,5 +1,6 @@
 """What a run needs to go on as if it had never been stopped, as plain values for a checkpoint.
 
+    plan = make_plan(options, batches)                      # of a run that goes on: and its checkpoint
     state = TrainState(optimizer, scheduler, scaler, plan, order)
     state.load_state_dict(checkpoint)                       # as the run left it
     is_best = state.epoch_finished({"CIDEr": 0.5, "val_loss": 2.9})
@@ -130,6 +131,47 @@ class TrainState:
         stale = loop["epochs_without_improvement"] + 1
         loop["epochs_without_improvement"] = 0 if improved else stale
         return is_best
+
+
+def make_plan(options, batches, checkpoint=None):
+    """The plan of a new run, or of one that goes on. Raises: ValueError when nothing is left.
+
+    batches: CaptionBatches, whose number decides how long one_cycle is.
+    """
+    schedule = options.schedule.scheduler_type if options.schedule.use_scheduler else None
+    num_batches = batches.num_batches
+    typed, asked = options.typed, (options.training.epochs, options.training.scst_epochs)
+    if checkpoint is None:
+        plan = {"epochs": sum(asked), "reward_epochs": asked[1], "batches": num_batches}
+        return plan | {"steps": asked[0] * num_batches, "schedule": schedule}
+    plan, epoch = {"reward_epochs": 0} | checkpoint["plan"], checkpoint["epoch"]
+    seen = checkpoint["data_position"]["captions"]
+    num_batches_before = plan["batches"] or num_batches
+    plan |= planned_epochs(plan, epoch, seen > 0, typed, *asked)
+    if schedule != plan["schedule"] and not {"use_scheduler", "scheduler_type"} & options.typed:
+        raise ValueError(f"schedule {plan['schedule']} is not that of its configuration")
+    if schedule == plan["schedule"] and "warmup_epochs" in options.typed:
+        raise ValueError("--warmup_epochs belongs to a new plan: this one keeps its warm-up")
+    if plan["epochs"] <= epoch:
+        raise ValueError(
+            f"{options.run.model_path}: its plan of {plan['epochs']} epochs is done: "
+            f"give --{'scst_' if plan['reward_epochs'] else ''}epochs for more"
+        )
+    if schedule == plan["schedule"] == "one_cycle":
+        plan["steps"] = round(plan["steps"] * num_batches / num_batches_before)
+    elif schedule not in (None, plan["schedule"]):
+        whole_epochs = last_on_captions(plan) - epoch - 1
+        plan["steps"] = batches.num_left(seen) + whole_epochs * num_batches
+    return plan | {"batches": num_batches, "schedule": schedule}
+
+
+def change_course(state, options, checkpoint):
+    """On resume: say that a new schedule begins, or go on at another --learning_rate."""
+    schedule, old_rate = state.plan["schedule"], checkpoint["config"]["learning_rate"]
+    if schedule is not None and schedule != checkpoint["plan"]["schedule"]:
+        print(f"--scheduler_type {schedule} is new to this run: its schedule starts now")
+    elif options.training.learning_rate != old_rate:
+        scale_rate(state, options.training.learning_rate / old_rate)
 
 
 def last_on_captions(plan):

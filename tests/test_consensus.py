@@ -71,10 +71,9 @@ def test_agreement_is_the_mean_cider_against_the_neighbours_captions(
     index = consensus.build_index(features, captions)
     candidates = [[captions[0][0], [4, 5], [3, 99, 4], [], [4, 4, 4, 4, 4]], [captions[5][1]]]
     asked = features[[2, 5]] + 0.1
-    found = index.agreement(asked, candidates, neighbours)
-    for images, of_image, values in zip(
-        index.nearest(asked, neighbours).tolist(), candidates, found, strict=True
-    ):
+    nearest = index.nearest(asked, neighbours)
+    found = index.agreement(nearest, [hypotheses(*image) for image in candidates])
+    for images, of_image, values in zip(nearest.tolist(), candidates, found, strict=True):
         expected = [plain_cider(captions, candidate, images) for candidate in of_image]
         assert values == pytest.approx(expected, abs=1e-5)
     assert max(found[0]) > 0.1
@@ -91,7 +90,7 @@ def test_neighbours_are_nearest_by_cosine_of_standardised_features():
 def test_reranking_adds_the_weighted_agreement_to_the_score(captions, features):
     index = consensus.build_index(features, captions)
     candidates = hypotheses([9, 9], captions[4][0], captions[4][1])
-    (agreement,) = index.agreement(features[4:5], [[h.tokens for h in candidates]], 2)
+    (agreement,) = index.agreement(index.nearest(features[4:5], 2), [candidates])
     for weight in (0.0, 0.5, 50.0):
         (found,) = consensus.Reranker(index, 2, weight)(features[4:5], [candidates])
         expected = [h.score + weight * a for h, a in zip(candidates, agreement, strict=True)]
@@ -112,8 +111,10 @@ def test_what_is_stored_gives_the_same(captions, features, tmp_path):
     index = consensus.build_index(features, captions)
     consensus.save_index(index, tmp_path / "neighbours.pt", "mine")
     again = consensus.load_index(tmp_path / "neighbours.pt", "mine")
-    asked = features[:3], [[captions[1][0], [4, 5, 6]]] * 3, 3
-    assert again.agreement(*asked) == index.agreement(*asked)
+    candidates = [hypotheses(captions[1][0], [4, 5, 6])] * 3
+    nearest = index.nearest(features[:3], 3)
+    assert torch.equal(again.nearest(features[:3], 3), nearest)
+    assert again.agreement(nearest, candidates) == index.agreement(nearest, candidates)
 
 
 def test_another_owners_index_and_no_index_are_none(captions, features, tmp_path):

@@ -1647,10 +1647,9 @@ def test_a_beams_captions_are_reranked_by_those_of_similar_training_images(shop)
     beams = list(captioner.caption_features([features], decoding))
     owner = fic.index_owner("run/best.pt", checkpoints.load_checkpoint("run/best.pt"))
     index = consensus.load_index("run/neighbours.pt", owner)
-    tokens = [[hypothesis.tokens for hypothesis in beam] for beam in beams]
-    agreement = index.agreement(features.mean(1), tokens, 5)
-    pairs = zip(tokens, agreement, strict=True)
-    likest = [captions[values.index(max(values))] for captions, values in pairs]
+    agreement = index.agreement(index.nearest(features.mean(1), 5), beams)
+    pairs = zip(beams, agreement, strict=True)
+    likest = [beam[values.index(max(values))].tokens for beam, values in pairs]
     assert found["1000"] == [captioner.vocabulary.decode(caption) for caption in likest]
     texts = [text for name in listed("train") for text in references()[name]]
     assert index.plain["features"].shape[0] == 32 and len(index.plain["tokens"]) == len(texts)
