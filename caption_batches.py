@@ -135,9 +135,7 @@ class Batch(NamedTuple):
     num_tokens: int  # of all processes' shares together
     num_captions: int
     weight: float  # of the gradient; 0 where a process has no caption left and computes another's
-    places: torch.Tensor | None = (
-        None  # (tokens,) int64, on the CPU: which token of `tokens` each input is
-    )
+    places: torch.Tensor | None = None  # (tokens,) int64, on the CPU: in all captions' tokens
 
     def to(self, device):
         """The batch with what a decoder indexes by on the device; sizes stay on the CPU."""

@@ -26,7 +26,8 @@ class Hypothesis(NamedTuple):
 
     tokens: list[int]  # T word ids; <SOS> and <EOS> are not among them
     log_prob: float  # nats, the decoder's own, summed over the words and <EOS>
-    score: float  # log_prob / (tokens counting <EOS>) ** length_penalty: what the search ranks by
+    # log_prob / (tokens counting <EOS>) ** length_penalty: what the search ranks by; reranking adds to it
+    score: float
     finished: bool  # False: cut at max_length before <EOS>
     attention: torch.Tensor | None  # (T, P), row t for word t; each row sums to 1
 

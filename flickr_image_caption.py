@@ -800,10 +800,10 @@ class Captioner:
         print(captioner.vocabulary.decode(best.tokens))
     """
 
-    def __init__(self, encoder, decoder, vocabulary, hardware, reranker=None):
-        """reranker: what orders a beam's captions anew, a consensus.Reranker."""
+    def __init__(self, encoder, decoder, vocabulary, hardware):
         self.encoder, self.decoder, self.vocabulary = encoder, decoder, vocabulary
-        self.hardware, self.reranker = hardware, reranker
+        self.hardware = hardware
+        self.reranker = None  # or what orders a beam's captions anew: a consensus.Reranker
 
     def caption(self, images, decoding, seed=0):
         """The hypotheses of each image, best first.
