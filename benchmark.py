@@ -226,13 +226,16 @@ def new_run(kind, hardware, *typed):
     torch.manual_seed(0)
     decoder = program.build_decoder(options.as_dict(), CHANNELS, VOCABULARY).to(hardware.device)
     encoder = SimpleNamespace(tail=torch.nn.Identity())
+    captioner = program.Captioner(encoder, decoder, None, hardware)
     plan = program.make_plan(options, SimpleNamespace(num_batches=1))
     return SimpleNamespace(
         options=options,
-        captioner=program.Captioner(encoder, decoder, None, hardware),
+        captioner=captioner,
         objective=program.CrossEntropyObjective(options.training),
-        state=program.new_state(decoder, options, hardware, plan, order="any"),
+        state=program.new_state(captioner, options, plan, order="any"),
         model=decoder,
+        grids=encoder.tail,
+        parameters=[*decoder.parameters()],
     )
 
 

@@ -210,6 +210,7 @@ ADAPTIVE = ATTENTION | {"attention": ("adaptive",)}
 CACHED = {"no_feature_cache": (False,)}
 DRAWN = {"save_attention_viz": (True,)}
 RNN = {"decoder": ("lstm", "attention")}
+FINE_TUNED = {"fine_tune_encoder": GIVEN}
 CONSENSUS = {"rerank": ("consensus",)}
 REWARDED = {"scst_epochs": GIVEN}
 
@@ -316,6 +317,16 @@ TRAINING = {
         modes=(TRAIN,), stored=OWN),
     "batch_size": Option(BATCH, 128, "captions per step", modes=(TRAIN,)),
     "learning_rate": Option(POSITIVE, 0.0001, "AdamW's initial rate", modes=(TRAIN,)),
+    "fine_tune_encoder": Option(COUNT, 0,
+        "how many of the encoder's last blocks, such as a ResNet's bottlenecks, go on learning, BatchNorm's "
+        "statistics apart; the output of those before them is cached, and every checkpoint holds the encoder",
+        "BLOCKS", stored=FIXED),
+    "encoder_learning_rate": Option(POSITIVE, 0.0001,
+        "the initial rate of what --fine_tune_encoder trains; the schedule moves it as the other",
+        modes=(TRAIN,), needs=FINE_TUNED),
+    "fine_tune_after": Option(COUNT, 0,
+        "epochs before --fine_tune_encoder begins, while the decoder alone learns",
+        "EPOCHS", (TRAIN,), FINE_TUNED),
     "weight_decay": Option(NOT_NEGATIVE, 0.0,
         "AdamW's decoupled decay of the weight matrices; embeddings and biases do not decay",
         modes=(TRAIN,)),
@@ -697,6 +708,8 @@ def preset_values(typed):
         "min_lr": values["min_lr"] > values["learning_rate"],
         "warmup_epochs": values["warmup_epochs"] >= values["epochs"],
         "use_scheduler": not values["epochs"],
+        "rerank": values["fine_tune_encoder"],
+        "rerank_weight": values["fine_tune_encoder"],
     }
     return {
         name: value
@@ -743,12 +756,16 @@ def check_contradictions(values, new_plan):
             "--split train: --rerank consensus would show training images their own captions: "
             "add --rerank none"
         )
+    check_fine_tuning(values)
     kind = values["scheduler_type"] if values["use_scheduler"] else None
     falls_to_minimum = kind and "min_lr" in SCHEDULES[kind].arguments.values()
     if falls_to_minimum and values["min_lr"] > values["learning_rate"]:
         raise ValueError(
             f"--min_lr {values['min_lr']:g} is above --learning_rate {values['learning_rate']:g}"
         )
+    rate = values["encoder_learning_rate"]
+    if falls_to_minimum and values["fine_tune_encoder"] and values["min_lr"] > rate:
+        raise ValueError(f"--min_lr {values['min_lr']:g} is above --encoder_learning_rate {rate:g}")
     if not values["epochs"] and not values["scst_epochs"]:
         raise ValueError("--epochs 0 leaves nothing to train: it needs --scst_epochs")
     if new_plan and kind and not values["epochs"]:
@@ -758,6 +775,23 @@ def check_contradictions(values, new_plan):
     if new_plan and kind == "one_cycle" and values["warmup_epochs"] >= values["epochs"]:
         raise ValueError(
             f"--warmup_epochs {values['warmup_epochs']} must be below --epochs {values['epochs']}"
+        )
+
+
+def check_fine_tuning(values):
+    """Raises: ValueError naming what needs an encoder that stays as it is."""
+    if not values["fine_tune_encoder"]:
+        return
+    if "+" in values["encoder"]:
+        raise ValueError(f"--fine_tune_encoder takes one encoder, not {values['encoder']}")
+    if values["mode"] == TRAIN and values["distill_from"]:
+        raise ValueError(
+            "--distill_from: its teachers do not know an encoder that --fine_tune_encoder changes"
+        )
+    if values["mode"] == TRAIN and values["rerank"] != "none":
+        raise ValueError(
+            f"--rerank {values['rerank']} compares pictures by an encoder that --fine_tune_encoder still "
+            "changes: give it to --mode test"
         )
 
 

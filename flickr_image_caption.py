@@ -108,8 +108,8 @@ class Encoder(nn.Module):
     """A frozen torchvision trunk: pictures to the grid of features before pooling.
 
     `trunk` holds the weights as published; what computes is a copy with BatchNorm folded into the
-    convolutions. `tail` is what training may change, applied to the cached output of the frozen
-    stem: nothing yet.
+    convolutions. `stem` is what the feature cache keeps the output of, all of it; `tail` is what
+    turns that into the grid, and may learn: nothing here.
     """
 
     def __init__(
@@ -152,17 +152,24 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
-        self.folded = torch.fx.experimental.optimization.fuse(self.trunk)
-        self.folded.to(getattr(torch, precision), memory_format=torch.channels_last)
+        self.folded = fold(self.trunk, precision)
         with torch.inference_mode():
-            blank = torch.zeros(1, 3, self.image_size, self.image_size)
-            self.channels, *self.grid = self.trunk(blank).shape[1:]  # F, [h, w]
+            self.channels, *self.grid = self.trunk(self.blank()).shape[1:]  # F, [h, w]
         self.channels *= 2 if coarse_size else 1
 
     @property
     def parts(self):
         """The encoders whose features lie side by side: itself."""
         return [self]
+
+    @property
+    def stem(self):
+        """What the feature cache keeps the output of: itself."""
+        return self
+
+    def blank(self, size=None):
+        """A picture (1, 3, S, S), to see the shape of what comes of it."""
+        return torch.zeros(1, 3, size or self.image_size, size or self.image_size)
 
     def train(self, mode=True):
         """Stays in eval mode whatever `mode`: frozen BatchNorm must not drift."""
@@ -176,25 +183,24 @@ class Encoder(nn.Module):
         """As `forward`, of images that are computed together."""
         images = to_device(images, self.mean.device).contiguous(memory_format=torch.channels_last)
         images = (images / 255 - self.mean) / self.std
-        features = self.grid_of(images)  # (N, F, h, w)
+        looks = [images]
         if self.coarse_size:
             size = (self.coarse_size, self.coarse_size)
-            smaller = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-            coarse = F.interpolate(self.grid_of(smaller), size=features.shape[2:], mode="bilinear")
-            features = torch.cat([features, coarse], dim=1)
-        return features.flatten(2).transpose(1, 2)
+            looks.append(F.interpolate(images, size=size, mode="bilinear", antialias=True))
+        return self.join_looks([self.grid_of(look) for look in looks])
 
     def grid_of(self, images):
         """Normalised images (N, 3, S, S) -> (N, F, h, w) float32."""
         return self.folded(images.to(getattr(torch, self.precision))).float()
 
+    def join_looks(self, grids):
+        """What `grid_of` gave for each look at the same images -> features (N, P, F)."""
+        return side_by_side(grids)
+
     @functools.cached_property
     def weights_sha256(self):
-        """Over names and tensors of the trunk, which is frozen: computed once."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.trunk.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Of the trunk, which is frozen: computed once."""
+        return sha256_of(self.trunk)
 
     def key(self):
         """What decides the features: the cache's key, and a checkpoint's record of its encoder."""
@@ -215,6 +221,132 @@ class Encoder(nn.Module):
         }
 
 
+def fold(modules, precision):
+    """A copy for inference, BatchNorm folded into the convolutions. modules: nn.Sequential."""
+    folded = torch.fx.experimental.optimization.fuse(modules)
+    return folded.to(getattr(torch, precision), memory_format=torch.channels_last)
+
+
+def sha256_of(module):
+    """Over names and tensors of its state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def side_by_side(grids):
+    """Grids (N, F, h, w) of looks at the same images, the finest first -> (N, P, all F)."""
+    finest, *coarser = grids
+    stretched = [F.interpolate(grid, size=finest.shape[2:], mode="bilinear") for grid in coarser]
+    return torch.cat([finest, *stretched], dim=1).flatten(2).transpose(1, 2)
+
+
+class FineTunedEncoder(Encoder):
+    """An Encoder whose last blocks go on learning; the frozen ones before them are its stem.
+
+    BatchNorm's statistics stay as published: an epoch of a few thousand pictures has no better ones.
+    It hands on what the stem gives of each look, flattened (N, 1, D); the tail makes the grid of it.
+    """
+
+    def __init__(self, name, state, *how, trained_blocks):
+        """As Encoder; trained_blocks: how many of the last blocks learn.
+
+        Raises: ValueError when it has no more than that.
+        """
+        own = {key: tensor.clone() for key, tensor in state.items()}  # theirs are changed in place
+        super().__init__(name, own, *how)
+        frozen, trained = split_blocks(self.trunk, trained_blocks, self.name)
+        self.frozen = nn.Sequential(*frozen)
+        self.folded = fold(self.frozen, self.precision)
+        sizes = [size for size in (self.image_size, self.coarse_size) if size]
+        with torch.inference_mode():
+            shapes = [self.grid_of(self.blank(size)).shape[1:] for size in sizes]
+        self.tail = Tail(trained, shapes)
+        self.from_checkpoint = True
+
+    @property
+    def stem(self):
+        """What the feature cache keeps the output of."""
+        return Stem(self)
+
+    def join_looks(self, grids):
+        """What the stem gave for each look at the same images -> (N, 1, D)."""
+        return torch.cat([grid.flatten(1) for grid in grids], dim=1).unsqueeze(1)
+
+    @property
+    def weights_sha256(self):
+        """Of the trunk as it is by now."""
+        return sha256_of(self.trunk)
+
+
+class Tail(nn.Module):
+    """The blocks of an encoder that learn: from a stem's output of each look to the grid."""
+
+    def __init__(self, blocks, shapes):
+        """shapes: of the stem's output for each look, without N."""
+        super().__init__()
+        self.blocks, self.shapes = nn.Sequential(*blocks), shapes
+        self.requires_grad_(True)
+
+    def forward(self, features):
+        """features (N, 1, D) -> (N, P, F), cells in reading order."""
+        looks = features.squeeze(1).split([math.prod(shape) for shape in self.shapes], dim=1)
+        pairs = zip(looks, self.shapes, strict=True)
+        grids = (look.unflatten(1, shape) for look, shape in pairs)
+        return side_by_side(
+            [self.blocks(grid.contiguous(memory_format=torch.channels_last)) for grid in grids]
+        )
+
+
+class Stem:
+    """The frozen part of a FineTunedEncoder as the feature cache sees an encoder: one cell of D channels."""
+
+    def __init__(self, encoder):
+        self.encoder, self.grid, self.parts = encoder, [1, 1], [self]
+        self.name, self.image_size = encoder.name, encoder.image_size
+        self.batch_size = encoder.batch_size
+        self.channels = sum(map(math.prod, encoder.tail.shapes))  # D
+
+    def __call__(self, images):
+        """images (N, 3, S, S) uint8 RGB -> (N, 1, D) float32."""
+        return self.encoder(images)
+
+    def key(self):
+        """As an Encoder's, of the frozen weights alone."""
+        own = {"weights_sha256": sha256_of(self.encoder.frozen), "channels": self.channels}
+        return self.encoder.key() | own | {"grid": self.grid}
+
+
+def split_blocks(trunk, trained, name):
+    """The trunk's modules in their order: the frozen ones, and those to be trained.
+
+    trained: how many blocks, such as a ResNet's bottlenecks; what has no matrix of weights, such as a
+    normalisation between two of them, belongs to the one before. Raises: ValueError unless one is left.
+    """
+    modules = modules_of(trunk)
+    blocks = [place for place, module in enumerate(modules) if has_matrix(module)]
+    if trained >= len(blocks):
+        raise ValueError(
+            f"--fine_tune_encoder {trained}: {name} has {len(blocks)} blocks, "
+            "of which the first stays frozen: give fewer"
+        )
+    first = blocks[-trained]
+    return modules[:first], modules[first:]
+
+
+def modules_of(module):
+    """A module's parts in their order; a plain nn.Sequential is as many as it holds."""
+    if type(module) is not nn.Sequential:
+        return [module]
+    return [part for child in module for part in modules_of(child)]
+
+
+def has_matrix(module):
+    """Whether it has weights of more than one axis."""
+    return any(parameter.ndim > 1 for parameter in module.parameters())
+
+
 class SideBySideEncoder(nn.Module):
     """Several encoders that see the same picture: each cell has the channels of all.
 
@@ -230,6 +362,11 @@ class SideBySideEncoder(nn.Module):
         self.image_size, self.batch_size = encoders[0].image_size, encoders[0].batch_size
         self.channels = sum(encoder.channels for encoder in encoders)
         self.grid = max((encoder.grid for encoder in encoders), key=math.prod)
+
+    @property
+    def stem(self):
+        """What the feature cache keeps the output of: itself."""
+        return self
 
     def forward(self, images):
         """images (N, 3, S, S) uint8 RGB -> features (N, P, F) float32, cells in reading order."""
@@ -299,7 +436,7 @@ def open_encoder(options, hardware, checkpoint=None, initial=None):
     from_checkpoint = stored.get("weights") is not None and "encoder_weights" not in options.typed
     states = split_weights(stored["weights"], wanted.encoder) if from_checkpoint else None
     encoder = build_encoder(options, hardware, states, path)
-    encoder.from_checkpoint = from_checkpoint
+    encoder.from_checkpoint |= from_checkpoint
     key = encoder.key()
     if from_checkpoint and key["weights_sha256"] != stored["weights_sha256"]:
         raise ValueError(
@@ -327,7 +464,10 @@ def build_encoder(options, hardware, stored=None, path=None):
     size = wanted.image_size or max(map(published_size, names))
     batch_size = wanted.encode_batch_size or ENCODE_BATCH_SIZES[hardware.device.type]
     settings = (hardware.precision, size, wanted.coarse_size, batch_size)
-    encoders = [Encoder(*part, *settings) for part in zip(names, states, sources, strict=True)]
+    kind = Encoder
+    if trained_blocks := options.training.fine_tune_encoder:
+        kind = functools.partial(FineTunedEncoder, trained_blocks=trained_blocks)
+    encoders = [kind(*part, *settings) for part in zip(names, states, sources, strict=True)]
     return SideBySideEncoder(encoders) if len(encoders) > 1 else encoders[0]
 
 
@@ -817,15 +957,20 @@ class Captioner:
         return list(self.caption_features([self.encode(images)], decoding, seed))
 
     def encode(self, images):
-        """Features (N, P, F) of images as `caption` takes them."""
+        """Features of images as `caption` takes them, as the stem gives them."""
         if not isinstance(images, torch.Tensor):
             every = [range(len(images))]
             (images,) = image_loading.load_batches(images, self.encoder.image_size, every)
         with torch.inference_mode():
             return self.encoder(images)
 
+    @torch.no_grad()
+    def grids(self, features):
+        """What the encoder's stem gave -> features (N, P, F), as the decoder takes them."""
+        return self.encoder.tail(features)
+
     def caption_features(self, chunks, decoding, seed=0):
-        """Yield each image's hypotheses from chunks of encoded images (n, P, F)."""
+        """Yield each image's hypotheses from chunks of what the encoder's stem gave."""
         generator = torch.Generator(self.hardware.device).manual_seed(seed)
         self.decoder.eval()
         reranker = self.reranker if decoding.algorithm == "beam" else None
@@ -833,7 +978,7 @@ class Captioner:
         number = decoding.beam_size if reranker else decoding.num_captions
         search = decoding._replace(num_captions=number)._asdict()
         for features in chunks:
-            features = self.encoder.tail(features)
+            features = self.grids(features)
             with self.hardware.autocast():  # left before a caption is handed on
                 hypotheses = generate(
                     self.decoder, features, self.vocabulary, generator=generator, **search
@@ -843,11 +988,11 @@ class Captioner:
             yield from (image[: decoding.num_captions] for image in hypotheses)
 
     def with_maps(self, method, chunks, best):
-        """The best hypothesis of each image of the chunks (n, P, F), with --viz_method's maps."""
+        """The best hypothesis of each image of the chunks, with --viz_method's maps."""
         if method == "attention":
             return best
         mapped, remaining, how = [], iter(best), (self.vocabulary, self.hardware)
-        for features in map(self.encoder.tail, chunks):
+        for features in map(self.grids, chunks):
             captions = list(itertools.islice(remaining, len(features)))
             mapped += gradient_maps.gradient_maps(self.decoder, features, captions, *how)
         return mapped
@@ -935,7 +1080,7 @@ def build_index(captioner, table, features):
 def mean_features(captioner, features):
     """The mean over the grid of each image of a FeatureSource: (M, F) on the CPU."""
     chunks = features.stream(torch.arange(len(features.paths)).split(DECODE_CHUNK))
-    return torch.cat([captioner.encoder.tail(chunk).mean(1).cpu() for chunk in chunks])
+    return torch.cat([captioner.grids(chunk).mean(1).cpu() for chunk in chunks])
 
 
 def restore_decoder(path, values, checkpoint):
@@ -1059,6 +1204,7 @@ def build_scheduler(optimizer, options, plan):
         rising = arguments.pop("warmup_epochs") / values["epochs"]
         arguments["pct_start"] = min(1.0, rising + 1e-9)  # torch divides 0 by 0 for one step
         arguments["total_steps"] = plan["steps"]
+        arguments["max_lr"] = [group["lr"] for group in optimizer.param_groups]
     return getattr(lr_scheduler, schedule.torch_name)(optimizer, **arguments)
 
 
@@ -1098,11 +1244,15 @@ def warn_about_schedule(schedule, plan):
 # ------------------------------------------------------------------------------------ training state
 
 
-def new_state(decoder, options, hardware, plan, order):
+def new_state(captioner, options, plan, order):
     """The TrainState before the first step; plan and order as there."""
-    groups = decoder.param_groups(options.training.weight_decay)
+    groups = captioner.decoder.param_groups(options.training.weight_decay)
+    if tuned := list(captioner.encoder.tail.parameters()):
+        rate = options.training.encoder_learning_rate
+        groups.append({"params": tuned, "lr": rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=options.training.learning_rate, fused=True)
     scheduler = build_scheduler(optimizer, options, plan)
+    hardware = captioner.hardware
     scales = hardware.precision == "float16"
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
     return TrainState(optimizer, scheduler, scaler, plan, order)
@@ -1172,9 +1322,9 @@ def open_features(options, hardware, encoder, dataset, split, reads_grid, mirror
     table = dataset.table[dataset.table.split == split].reset_index(drop=True)
     paths = image_loading.ImagePaths(dataset.image_dir, table.image.tolist())
     features = open_source(
-        encoder,
+        encoder.stem,
         paths,
-        pooled=not reads_grid,
+        pooled=not (reads_grid or options.training.fine_tune_encoder),
         mirrored=mirrored,
         cache_dir=None if cache.no_feature_cache else cache.cache_dir,
         dtype=getattr(torch, cache.cache_dtype),
@@ -1207,6 +1357,7 @@ class Run:
     objectives: dict  # by stage: CrossEntropyObjective or what extends it, and SelfCritical
     state: TrainState
     model: nn.Module  # the decoder, as several processes train it
+    tail: nn.Module  # the encoder's, likewise
     config: dict  # every option's value, as run_config.json and checkpoints hold it
     folder: Path | None = None
     tracker: experiment_utils.RunTracker | None = None
@@ -1217,6 +1368,17 @@ class Run:
         """What a step of this epoch minimises."""
         return self.objectives[self.state.stage]
 
+    @property
+    def parameters(self):
+        """Of all that learns: a list."""
+        return [*self.captioner.decoder.parameters(), *self.captioner.encoder.tail.parameters()]
+
+    def grids(self, features):
+        """As Captioner.grids, through an encoder's tail that learns from --fine_tune_after on."""
+        learns = self.state.loop["epoch"] >= self.options.training.fine_tune_after
+        with torch.set_grad_enabled(learns):
+            return self.tail(features)
+
 
 @process_group.lost_peers()
 def train_step(run, features, batch):
@@ -1224,12 +1386,12 @@ def train_step(run, features, batch):
     state, captioner = run.state, run.captioner
     batch = batch.to(captioner.hardware.device)
     with captioner.hardware.autocast():
-        loss, nats = run.objective(run.model, captioner.encoder.tail(features), batch)
+        loss, nats = run.objective(run.model, run.grids(features), batch)
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(batch.weight * loss).backward()
     state.scaler.unscale_(state.optimizer)
     if run.options.training.grad_clip:
-        nn.utils.clip_grad_norm_(captioner.decoder.parameters(), run.options.training.grad_clip)
+        nn.utils.clip_grad_norm_(run.parameters, run.options.training.grad_clip)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step_finished()
@@ -1336,7 +1498,7 @@ def validation_loss(run, received):
     for batch, features in until_stopped(received, bar):
         batch = batch.to(captioner.hardware.device)
         with torch.inference_mode(), captioner.hardware.autocast():
-            logits, _ = captioner.decoder(captioner.encoder.tail(features), batch)
+            logits, _ = captioner.decoder(captioner.grids(features), batch)
             nats += float(cross_entropy(logits, batch)[1]) if batch.weight else 0.0
         tokens += batch.num_tokens
     (nats,) = process_group.all_reduce_sum([nats])
@@ -1443,7 +1605,7 @@ def set_up(options, hardware, checkpoint=None):
     splits = dataset.splits(checkpoint and checkpoint["splits"])
     objectives = make_objectives(options, captioner, training, splits)
     # last, because a checkpoint's random state is the one that training goes on with
-    state = make_state(decoder, options, hardware, training, checkpoint)
+    state = make_state(captioner, options, training, checkpoint)
     resolved = {
         "device": str(hardware.device),
         "precision": hardware.precision,
@@ -1461,6 +1623,7 @@ def set_up(options, hardware, checkpoint=None):
         objectives=objectives,
         state=state,
         model=distributed(decoder, options.run.seed + state.loop["step"]),
+        tail=distributed(encoder.tail, options.run.seed + state.loop["step"]),
         config=options.as_dict() | resolved,
     )
 
@@ -1492,9 +1655,9 @@ def on_captions(options, captioner, training, splits):
 
 def ask_teacher(teacher, captioner, training):
     """A decoder's SoftTargets for all captions of the training Split, of images that are not mirrored."""
-    batches, tail = training.batches, captioner.encoder.tail
+    batches = training.batches
     bar = Progress(
-        ((batch, tail(features)) for batch, features in training.epoch(0, shuffle=False)),
+        training.epoch(0, shuffle=False),
         "asking the teachers",
         batches.num_batches,
         "captions",
@@ -1509,7 +1672,9 @@ def new_decoder(options, encoder, vocabulary, features):
     decoder = build_decoder(options.as_dict(), encoder.channels, len(vocabulary))
     num_images = len(features.paths)
     sample = torch.linspace(0, num_images - 1, min(num_images, CALIBRATION_IMAGES)).long()
-    decoder.to(features.device).calibrate(features.stream(sample.split(DECODE_CHUNK)))
+    chunks = features.stream(sample.split(DECODE_CHUNK))
+    with torch.no_grad():
+        decoder.to(features.device).calibrate(map(encoder.tail, chunks))
     return decoder
 
 
@@ -1541,17 +1706,17 @@ def make_batches(table, vocabulary, options):
     return CaptionBatches(ids, batch_size, max_length, options.run.seed)
 
 
-def make_state(decoder, options, hardware, training, checkpoint):
+def make_state(captioner, options, training, checkpoint):
     """The state of a new run, or the checkpoint's. `training`: the Split that it goes through."""
     batches = training.batches
     if not checkpoint:
-        return new_state(decoder, options, hardware, make_plan(options, batches), training.order)
+        return new_state(captioner, options, make_plan(options, batches), training.order)
     with checkpoints.checkpoint_errors(options.run.model_path):
         plan = make_plan(options, batches, checkpoint)
         # a schedule that begins now has these; on the reward there is none
         epochs = last_on_captions(plan) - checkpoint["epoch"]
         options = options._replace(training=options.training._replace(epochs=max(1, epochs)))
-        state = new_state(decoder, options, hardware, plan, training.order)
+        state = new_state(captioner, options, plan, training.order)
         state.load_state_dict(checkpoint)
         change_course(state, options, checkpoint)
         seen = state.loop["captions"]
@@ -1566,14 +1731,14 @@ def make_state(decoder, options, hardware, training, checkpoint):
     return state
 
 
-def distributed(decoder, seed):
-    """The decoder as several processes train it together; each draws dropout of its own."""
+def distributed(module, seed):
+    """A module as several processes train it together; each draws dropout of its own."""
     if process_group.rank():
         torch.manual_seed(seed + 1_000_003 * process_group.rank())
-    if process_group.world_size() == 1:
-        return decoder
+    if process_group.world_size() == 1 or not [*module.parameters()]:
+        return module
     return nn.parallel.DistributedDataParallel(
-        decoder, forward_sync_buffers=False, gradient_as_bucket_view=True
+        module, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 
@@ -1843,7 +2008,7 @@ def measure_attention(captioner, features, best, seed):
     """What `attention_measures.measure` finds in the best hypotheses of a split's first images."""
     best = best[: attention_measures.MEASURED_IMAGES]
     chunks = first_features(features, len(best), "measuring attention")
-    chunks = map(captioner.encoder.tail, chunks)
+    chunks = map(captioner.grids, chunks)
     decoder, words, hardware = captioner.decoder, captioner.vocabulary, captioner.hardware
     return attention_measures.measure(decoder, chunks, best, words, hardware, seed)
 

@@ -64,8 +64,9 @@ def find_best(run):
 
 def check_checkpoint_sizes(run):
     """Say what the run's checkpoints will take on the disk. Raises: ValueError when it is too full."""
-    decoder, epochs = run.captioner.decoder, run.state.plan["epochs"] - run.state.loop["epoch"]
-    each = sum(p.nbytes for p in decoder.parameters()) * 3  # weights and Adam's two moments
+    epochs = run.state.plan["epochs"] - run.state.loop["epoch"]
+    each = sum(p.nbytes for p in run.captioner.decoder.parameters())
+    each += sum(p.nbytes for p in run.parameters) * 2  # Adam's two moments
     encoder = sum(t.nbytes for t in run.captioner.encoder.trunk.state_dict().values())
     if run.captioner.encoder.from_checkpoint:  # which all of them hold, as `save` says
         each, encoder = each + encoder, 0

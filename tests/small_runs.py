@@ -71,12 +71,15 @@ def make_run(decoder, options, hardware=CPU, num_batches=1, checkpoint=None):
         tail=nn.Identity(), trunk=nn.Identity(), key=lambda: key, from_checkpoint=False
     )
     vocabulary = SimpleNamespace(to_plain=dict)
+    captioner = program.Captioner(encoder, decoder.train(), vocabulary, hardware)
     training = SimpleNamespace(batches=one_caption_each(num_batches), order="theirs")
     return SimpleNamespace(
         options=options,
-        captioner=program.Captioner(encoder, decoder.train(), vocabulary, hardware),
+        captioner=captioner,
         objective=program.CrossEntropyObjective(options.training),
-        state=program.make_state(decoder, options, hardware, training, checkpoint),
+        state=program.make_state(captioner, options, training, checkpoint),
         training=training,
         model=decoder,
+        grids=encoder.tail,
+        parameters=[*decoder.parameters()],
     )

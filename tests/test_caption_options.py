@@ -535,6 +535,16 @@ def test_a_model_to_begin_with_whose_options_are_unusable_is_named():
         ("--seeds a.pt", "--seeds belongs to --mode test, not train"),
         ("--mode test --model_path a.pt --seeds b.pt --ensemble c.pt",
          "--seeds and --ensemble exclude each other: only single checkpoints have a mean"),
+        ("--fine_tune_encoder 2 --encoder resnet18+mobilenet_v2",
+         "--fine_tune_encoder takes one encoder, not resnet18+mobilenet_v2"),
+        ("--fine_tune_encoder 2 --distill_from a.pt",
+         "--distill_from: its teachers do not know an encoder that --fine_tune_encoder changes"),
+        ("--fine_tune_encoder 2 --rerank consensus",
+         "--rerank consensus compares pictures by an encoder that --fine_tune_encoder still changes: "
+         "give it to --mode test"),
+        ("--fine_tune_encoder 2 --use_scheduler --scheduler_type cosine --min_lr 1e-4 --learning_rate 1e-3 "
+         "--encoder_learning_rate 1e-5",
+         "--min_lr 0.0001 is above --encoder_learning_rate 1e-05"),
         (
             "--mode test --resume latest",
             "--resume belongs to --mode train, not test: give --model_path",

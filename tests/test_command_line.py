@@ -917,6 +917,28 @@ def ready_from(path, *flags):
         return fic.set_up(options, runtime.resolve_hardware("cpu", "float32"))
 
 
+def fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate():
+    """Its weights alone: neither BatchNorm's statistics nor the blocks before."""
+
+    def moved(flags, epoch):
+        run = ready(f"--epochs 3 --fine_tune_encoder 2 {flags}")
+        before = {name: t.clone() for name, t in run.captioner.encoder.trunk.state_dict().items()}
+        run.state.loop["epoch"] = epoch
+        batch, features = next(run.training.epoch(epoch))
+        fic.train_step(run, features, batch)
+        after = run.captioner.encoder.trunk.state_dict()
+        steps = {name: float((after[name] - before[name]).abs().max()) for name in before}
+        return {name: step for name, step in steps.items() if step}
+
+    steps = moved("--encoder_learning_rate 0.002 --grad_clip 0", 0)
+    # conv5 has one block with weights, stage4 ends with another
+    assert {name.split(".")[0] for name in steps} == {"conv5", "stage4"}
+    assert {name.split(".")[1] for name in steps if name.startswith("stage4")} == {"3"}
+    assert not any("running" in name or "num_batches" in name for name in steps)
+    assert max(steps.values()) == pytest.approx(0.002, rel=1e-2)  # Adam's first step is its rate
+    assert moved("--fine_tune_after 2", 1) == {} != moved("--fine_tune_after 2", 2)
+
+
 def distill_from_teaches_by_its_weight():
     teacher = Path("data").resolve().parent / "lstm/best.pt"
     flags = f"--decoder lstm --distill_from {teacher} --distill_weight"
@@ -978,6 +1000,9 @@ FLAG_EFFECTS = {
     "--patch_dropout": patch_dropout_leaves_cells_out_in_training_only,
     "--alpha_c": alpha_c_weighs_the_attention_penalty,
     "--init_from": init_from_begins_with_a_trained_decoder,
+    "--fine_tune_encoder": fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate,
+    "--fine_tune_after": fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate,
+    "--encoder_learning_rate": fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate,
     "--distill_from": distill_from_teaches_by_its_weight,
     "--distill_weight": distill_from_teaches_by_its_weight,
     "--rerank": rerank_chooses_by_what_neighbours_are_called,
@@ -1292,6 +1317,8 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--neighbours 9": "--neighbours belongs to --rerank consensus, not none",
     "--rerank none --rerank_weight 2": "--rerank_weight belongs to --rerank consensus, not none",
     "--distill_weight 0.5": "--distill_weight needs --distill_from",
+    "--encoder_learning_rate 1e-5": "--encoder_learning_rate needs --fine_tune_encoder",
+    "--fine_tune_encoder 0 --fine_tune_after 1": "--fine_tune_after needs --fine_tune_encoder",
     "--scst_learning_rate 1e-5": "--scst_learning_rate needs --scst_epochs",
     "--scst_epochs 0 --scst_samples 3": "--scst_samples needs --scst_epochs",
     "--scst_bleu_weight 0.5": "--scst_bleu_weight needs --scst_epochs",

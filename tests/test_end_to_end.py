@@ -171,6 +171,8 @@ def share_encoders(patch):
     """Building one takes half of a run here, and it is frozen: runs with the same weights share it."""
 
     def build(encoder, name, state, source, *geometry):
+        if type(encoder) is not fic.Encoder:  # it learns
+            return BUILD_ENCODER(encoder, name, state, source, *geometry)
         try:
             weights = ((part, hash(value.numpy().tobytes())) for part, value in state.items())
             key = name, *geometry, *weights
@@ -180,6 +182,7 @@ def share_encoders(patch):
             BUILD_ENCODER(encoder, name, state, source, *geometry)
             BUILT[key] = vars(encoder)
         vars(encoder).update({part: copy.copy(value) for part, value in BUILT[key].items()})
+        return None
 
     patch.setattr(fic.Encoder, "__init__", build)
 
@@ -860,6 +863,30 @@ def test_a_stop_during_validation_validates_again(part, monkeypatch):
     assert not list(differences(one, other))
 
 
+def test_a_run_that_fine_tunes_its_encoder_goes_on_and_is_tested_as_it_was_left():
+    """From cached features of the frozen blocks; with other weights than the ones it began with."""
+    flags = f"{ATTENTION} --fine_tune_encoder 2 --encoder_learning_rate 0.01 --horizontal_flip"
+    flags += " --epochs 2 --fine_tune_after 1"
+    straight = train(flags)
+    first = stopped(TINY, flags, at_step=STEPS + 2)
+    resumed = run_dir(succeed("--resume", run_dir(first) / "last.pt"))
+    one, other = (load(folder / "model_epoch_2.pt") for folder in (straight, resumed))
+    assert not list(differences(one, other))
+    begun = load(straight / "model_epoch_1.pt")["encoder"]["weights"]
+    changed = {
+        name for name in begun if not torch.equal(begun[name], one["encoder"]["weights"][name])
+    }
+    assert {name.split(".")[0] for name in changed} == {"conv5", "stage4"}
+    succeed("--mode test --model_path", straight / "model_epoch_2.pt")
+    rows = {row["file_name"]: row for row in read_json(straight / "test_captions.json")}
+    captioner, options = fic.load_captioner(straight / "model_epoch_2.pt", "cpu", "float32")
+    names = sorted(rows)
+    paths = [Path("data/sample/Images") / name for name in names]
+    for name, (best, *_) in zip(names, captioner.caption(paths, options.decoding), strict=True):
+        assert captioner.vocabulary.decode(best.tokens) == rows[name]["caption"]
+        assert best.log_prob == pytest.approx(rows[name]["log_prob"], abs=0.05)  # float16 features
+
+
 def test_a_stopped_run_says_how_to_go_on_and_that_command_does():
     outcome = stopped(TINY, "--epochs 2", at_step=2)
     command = re.search(r"to go on: python flickr_image_caption.py (.+)", outcome.out)[1]
@@ -1095,7 +1122,7 @@ def test_the_specified_resume_and_test_commands():
 OTHER_ARCHITECTURE = {
     "decoder": "attention", "encoder": "resnet18", "image_size": 96, "coarse_size": 64,
     "freq_threshold": 2, "embed_size": 17, "hidden_size": 17, "num_layers": 2, "attention_dim": 9,
-    "attention": "adaptive", "attention_heads": 2,
+    "attention": "adaptive", "attention_heads": 2, "fine_tune_encoder": 1,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from download_datasets import load_encoder_weights
 from flickr_image_caption import (
     ENCODERS,
     Encoder,
+    FineTunedEncoder,
     cross_entropy,
     doubly_stochastic_penalty,
 )
@@ -582,7 +583,7 @@ def test_a_training_step_is_one_of_torchs_optimizer_on_the_clipped_gradient(loss
         make_run(decoder, options),
         torch.optim.AdamW(reference.param_groups(0.2), 0.03),
     )
-    run.captioner.encoder.tail = lambda features: 2 * features
+    run.grids = lambda features: 2 * features
     if loss_scale:  # as of float16: the gradient is clipped without it
         run.state.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
     for _ in range(2):
@@ -1032,10 +1033,51 @@ def test_a_checkpoint_whose_encoder_is_not_what_it_says_is_refused(small, change
         open_encoder(stored)
 
 
-def test_training_may_change_nothing_of_the_encoder_yet(small):
+def test_training_changes_nothing_of_an_encoder_that_is_not_fine_tuned(small):
     encoder, features = Encoder("mobilenet_v3_small", small, "random"), torch.randn(2, 49, 576)
-    assert encoder.tail(features) is features
+    assert encoder.tail(features) is features and encoder.stem is encoder
     assert not list(encoder.tail.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, blocks",
+    [("mobilenet_v2", 5), ("resnet18", 2), ("swin_t", 3), ("vgg11", 2), ("convnext_tiny", 1)],
+)
+def test_stem_and_tail_are_the_whole_encoder(name, blocks):
+    """Of two looks, wherever it is cut; swin's blocks have the channels last."""
+    how = name, load_encoder_weights(name, "random", 0), "random", "float32", 96, 64
+    whole, cut = Encoder(*how), FineTunedEncoder(*how, trained_blocks=blocks)
+    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        features, stem = whole(images), cut.stem(images)
+        rebuilt = cut.tail(stem)
+    assert stem.shape == (2, 1, cut.stem.channels)
+    assert (rebuilt - features).abs().max() <= 1e-4 * features.abs().max()
+    assert cut.key() == whole.key()
+    assert cut.stem.key()["weights_sha256"] != whole.key()["weights_sha256"]
+
+
+def test_a_stems_key_knows_where_it_ends_and_what_is_frozen_but_not_what_is_trained(small):
+    def cut(blocks):
+        return FineTunedEncoder("mobilenet_v3_small", small, "random", trained_blocks=blocks)
+
+    encoder = cut(2)
+    stem, whole = encoder.stem.key(), encoder.key()
+    assert cut(3).stem.key()["weights_sha256"] != stem["weights_sha256"]
+    with torch.no_grad():
+        next(encoder.tail.parameters()).add_(1)
+    assert encoder.stem.key() == stem and encoder.key() != whole
+    with torch.no_grad():
+        next(encoder.trunk.parameters()).add_(1)
+    assert encoder.stem.key() != stem
+
+
+def test_an_encoder_keeps_a_frozen_block(small):
+    message = (
+        "^--fine_tune_encoder 13: mobilenet_v3_small has 13 blocks, of which the first stays frozen"
+    )
+    with pytest.raises(ValueError, match=message):
+        FineTunedEncoder("mobilenet_v3_small", small, "random", trained_blocks=13)
 
 
 def test_columns_beside_the_cells_are_shares_and_the_map_sums_to_1_without_them():

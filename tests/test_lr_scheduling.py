@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 import torch
-from small_runs import CPU, make_batch, make_run, one_caption_each
+from small_runs import make_batch, make_run, one_caption_each
 
 import flickr_image_caption as program
 import train_state
@@ -127,6 +127,22 @@ def plateau(losses, patience=1, factor=0.5, least=0.001):
 def cosine(start, end, share):
     """Half a cosine from `start` to `end`."""
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def test_one_cycle_rises_to_each_groups_own_rate(tmp_path):
+    """The encoder's, where it is fine-tuned, is another."""
+    settled = options("one_cycle", "--fine_tune_encoder", "1", "--encoder_learning_rate", "0.003")
+    captioner = start(settled, tmp_path).captioner
+    captioner.encoder.tail = torch.nn.Linear(1, 1)
+    plan = {"schedule": "one_cycle", "epochs": 4, "reward_epochs": 0, "batches": 4, "steps": 16}
+    state, found = program.new_state(captioner, settled, plan, "any"), []
+    for _ in range(16):
+        found.append([group["lr"] for group in state.optimizer.param_groups])
+        state.optimizer.step()
+        state.step_finished()
+    decays, others, tuned = zip(*found, strict=True)
+    assert decays == others and max(decays) == pytest.approx(0.01)
+    assert tuned == pytest.approx([0.3 * rate for rate in decays])
 
 
 def one_cycle(steps, warmup_steps):
@@ -289,8 +305,8 @@ def test_a_state_that_was_loaded_is_the_state_that_was_given(tmp_path, name, don
     torch.rand(3)  # the random state has moved on
     given = copy.deepcopy(run.state.state_dict())
     torch.manual_seed(99)
-    decoder = start(settled, tmp_path).captioner.decoder
-    other = program.new_state(decoder, settled, CPU, dict(given["plan"]), run.state.order)
+    captioner = start(settled, tmp_path).captioner
+    other = program.new_state(captioner, settled, dict(given["plan"]), run.state.order)
     other.load_state_dict(given)
     assert_same(other.state_dict(), given)
     assert other.loop == run.state.loop
@@ -305,9 +321,10 @@ def test_a_state_of_another_precision_goes_on_in_float16_and_back(tmp_path, prec
     rates(run, stop=3)
     states = []
     for hardware in (Hardware(device, precision), Hardware(device, "float16")) * 2:
-        decoder = start(settled, tmp_path).captioner.decoder
+        captioner = start(settled, tmp_path).captioner
+        captioner.hardware = hardware
         plan = dict(run.state.plan)
-        states.append(program.new_state(decoder, settled, hardware, plan, run.state.order))
+        states.append(program.new_state(captioner, settled, plan, run.state.order))
         states[-1].load_state_dict((states[-2] if states[1:] else run.state).state_dict())
     assert [state.scaler.is_enabled() for state in states] == [False, True, False, True]
     assert states[-1].scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
@@ -316,10 +333,10 @@ def test_a_state_of_another_precision_goes_on_in_float16_and_back(tmp_path, prec
 
 def test_the_loss_scale_of_float16_goes_on(tmp_path):
     settled = options("none")
-    run, half = start(settled, tmp_path), Hardware(torch.device("cpu"), "float16")
+    run = start(settled, tmp_path)
+    run.captioner.hardware = Hardware(torch.device("cpu"), "float16")
     states = [
-        program.new_state(run.model, settled, half, dict(run.state.plan), "theirs")
-        for _ in range(2)
+        program.new_state(run.captioner, settled, dict(run.state.plan), "theirs") for _ in range(2)
     ]
     scale = {"scale": 128.0, "_growth_tracker": 5}
     states[0].scaler.load_state_dict(states[0].scaler.state_dict() | scale)

@@ -35,11 +35,10 @@ import flickr_image_caption as program, process_group, runtime
 
 def first_gradients():  # a function, as a reducer alive at the interpreter's end may abort it
     run = program.set_up(options, hardware)
-    decoder = run.captioner.decoder
-    run.state.optimizer = torch.optim.SGD(decoder.parameters(), lr=0.0)
+    run.state.optimizer = torch.optim.SGD(run.parameters, lr=0.0)
     batch, features = next(run.training.epoch(0))
     program.train_step(run, features, batch)
-    return {name: p.grad for name, p in decoder.named_parameters()}
+    return dict(enumerate(p.grad for p in run.parameters))
 
 options = program.parse_args(sys.argv[2:])
 hardware = runtime.resolve_hardware("cpu", options.run.precision)
@@ -119,7 +118,7 @@ def test_two_processes_are_one_run(tmp_path, device):
 def test_the_first_steps_gradients_are_those_of_one_process(tmp_path, monkeypatch):
     script = tmp_path / "gradients.py"
     script.write_text(FIRST_GRADIENTS)
-    words = f"{PLAIN} {ATTENTION} --grad_clip 0".split()
+    words = f"{PLAIN} {ATTENTION} --grad_clip 0 --fine_tune_encoder 1".split()
     monkeypatch.setattr(sys, "argv", [str(script), "one.pt", *words])
     runpy.run_path(str(script))
     two = torchrun(2, script, "two.pt", *words, capture_output=True)
