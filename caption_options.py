@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from checkpoints import resolve_checkpoint
+from model_versions import resolve_model_path
 
 TRAIN, TEST, CAPTION, TUNE = MODES = ("train", "test", "caption", "tune")
 WITH_DATA = (TRAIN, TEST, TUNE)
@@ -222,7 +222,7 @@ RUN = {
         "a good recipe in one word, at the end of docs/OPTIONS.md: values of options that are not typed",
         modes=(TRAIN,), stored=OWN),
     "model_path": Option(str, None,
-        "checkpoint, or a folder of runs: to resume (train), test or caption with",
+        "checkpoint, a folder of runs, or registry:VERSION: to resume (train), test or caption with",
         "PATH", stored=OWN),
     "resume": Option(str, None,
         "go on from the newest run's newest checkpoint, or from PATH",
@@ -604,11 +604,11 @@ def check_files(options):
     """
     try:
         if options.checkpoint:
-            resolve_checkpoint(options.checkpoint, checkpoint_choice(options.run.mode))
+            resolve_model_path(options.checkpoint, checkpoint_choice(options.run.mode))
         training, output = options.training, options.output
         others = [*output.ensemble, *output.seeds, *training.distill_from, training.init_from]
         for path in filter(None, others):
-            resolve_checkpoint(path)
+            resolve_model_path(path)
         for flag, path in named_paths(options):
             if not path.exists():
                 raise FileNotFoundError(f"--{flag} {path}: no such file or folder")

@@ -9,6 +9,8 @@ imported where one is read or written, so that a path that leads nowhere is foun
 """
 
 import contextlib
+import errno
+import hashlib
 import itertools
 import json
 import math
@@ -40,6 +42,11 @@ UNREADABLE = (
 CHECKPOINT_NAME = re.compile(r"(?:best|last|model_epoch_(\d+))\.pt")
 RUN_NAME_END = re.compile(r"_(\d{8}_\d{6})(?:_(\d+))?$")  # _20241201_143022, _20241201_143022_2
 TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
+# A folder with this file is sealed: its files are never edited. `sha256sum --check` reads it, too.
+SEAL = "version.sha256"
+SEALED_LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)", re.ASCII)
+MAX_SEAL_BYTES = 2**16
+NEVER_EDITED = "a version of a model is never edited"
 
 
 # ------------------------------------------------------------------------------------- atomic files
@@ -50,9 +57,11 @@ def replace_file(path):
     """Yield a binary file that replaces `path` in one rename, once it is whole and on the disk.
 
     Whatever stops the block (a full disk, Ctrl-C), the old file stays as it was and the temporary
-    one is removed.
+    one is removed. Raises: PermissionError in a sealed folder.
     """
     path = Path(path)
+    if is_sealed(path.parent):
+        raise PermissionError(errno.EPERM, NEVER_EDITED, str(path))
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -62,7 +71,7 @@ def replace_file(path):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # gone already if it was renamed
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def link_file(source, path):
@@ -78,10 +87,10 @@ def link_file(source, path):
             shutil.copyfileobj(original, copy)
         return
     partial.replace(path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
-def _flush_folder(folder):
+def flush_folder(folder):
     """Bring a rename in `folder` to the disk, where the operating system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -127,6 +136,8 @@ def check_writable_dir(path, flag):
         raise ValueError(
             f"{flag} {path}: {nearest} is not a folder: give a folder, it is created when absent"
         )
+    if is_sealed(nearest):
+        raise ValueError(f"{flag} {path}: {NEVER_EDITED}: give another folder")
     try:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
@@ -156,6 +167,55 @@ def _nearest_existing(path):
     """The path itself, or the first of the folders above it that there is."""
     path = Path(path).absolute()
     return next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+
+
+# ---------------------------------------------------------------------------------- sealed folders
+
+
+class BrokenSeal(ValueError):
+    """A file of a sealed folder is not what it was when the folder was sealed."""
+
+
+def is_sealed(folder):
+    """Whether `seal_folder` closed the folder."""
+    return (Path(folder) / SEAL).is_file()
+
+
+def seal_folder(folder):
+    """Record every file's SHA-256; from now on the folder's files are checked when they are read."""
+    files = sorted(Path(folder).iterdir())
+    write_text(Path(folder) / SEAL, "".join(f"{_sha256(file)}  {file.name}\n" for file in files))
+
+
+def sealed_files(folder):
+    """{name: SHA-256 as hexadecimal digits} of a sealed folder. Raises: BrokenSeal, OSError."""
+    seal = Path(folder) / SEAL
+    with seal.open("rb") as file:
+        lines = file.read(MAX_SEAL_BYTES).decode("utf-8", errors="replace").splitlines()
+    matches = [SEALED_LINE.fullmatch(line) for line in lines]
+    if not matches or not all(matches):
+        raise BrokenSeal(f"{seal}: damaged: it is no list of SHA-256 sums")
+    return {match[2]: match[1] for match in matches}
+
+
+def check_seal(path):
+    """Raise BrokenSeal if `path` lies in a sealed folder and is not the file that was sealed."""
+    path = Path(path)
+    if not is_sealed(path.parent):
+        return
+    version, expected = path.absolute().parent.name, sealed_files(path.parent).get(path.name)
+    if not path.is_file():
+        fault = "missing"
+    elif _sha256(path) != expected:
+        fault = f"damaged: its SHA-256 is not the one in {SEAL}"
+    else:
+        return
+    raise BrokenSeal(f"{path}: {fault}: use another version than {version}, or register it anew")
+
+
+def _sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------ saving and loading a checkpoint
@@ -192,7 +252,7 @@ def load_checkpoint(path):
     Returns: dict with `format_version` and the CHECKPOINT_KEYS, its parts of the right types.
     Raises: FileNotFoundError if there is no such file; ValueError if it is no checkpoint of this
     program, is cut short or damaged (every byte is checked against its CRC), holds code, or has
-    another format version; what torch raises when memory runs out.
+    another format version; BrokenSeal in a sealed folder; what torch raises when memory runs out.
     """
     path = Path(path)
     if not path.is_file():
@@ -210,6 +270,7 @@ def load_tensors(path):
     from runtime import memory_shortage
 
     path = Path(path)
+    check_seal(path)
     _check_archive(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
@@ -442,10 +503,15 @@ def prune_checkpoints(run_dir, keep):
 
 
 def _checkpoints_below(folder):
-    """Checkpoint files up to three folders below `folder`, as deep as runs lie in saved_models."""
-    levels = (Path(folder).glob("*/" * depth + "*.pt") for depth in range(4))
+    """Checkpoint files up to three folders below `folder`, as deep as runs lie in saved_models.
+
+    A sealed folder is no run: its checkpoint is found where the folder itself is named.
+    """
+    folder = Path(folder)
+    levels = (folder.glob("*/" * depth + "*.pt") for depth in range(4))
     files = itertools.chain.from_iterable(levels)
-    return [file for file in files if CHECKPOINT_NAME.fullmatch(file.name)]
+    files = [file for file in files if CHECKPOINT_NAME.fullmatch(file.name)]
+    return [file for file in files if file.parent == folder or not is_sealed(file.parent)]
 
 
 def _epoch_number(file):

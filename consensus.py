@@ -210,6 +210,8 @@ def load_index(path, owner):
     try:
         plain = checkpoints.load_tensors(path)
         return _checked_index(plain) if plain["owner"] == owner else None
+    except checkpoints.BrokenSeal:
+        raise
     except (ValueError, TypeError, LookupError):
         raise ValueError(
             f"{path}: damaged: delete it, --mode test on the training data makes it again"

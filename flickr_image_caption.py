@@ -76,6 +76,7 @@ from caption_decoding import Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from download_datasets import load_encoder_weights
 from feature_cache import FeatureSource, open_source
+from model_versions import resolve_model_path, results_folder
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
@@ -1642,7 +1643,7 @@ def on_captions(options, captioner, training, splits):
     if not wanted.distill_from:
         return references
     own = described(captioner, splits)
-    paths = [checkpoints.resolve_checkpoint(path) for path in wanted.distill_from]
+    paths = [resolve_model_path(path) for path in wanted.distill_from]
     teachers = [open_member(options, "distill_from", path, in_common("", own)) for path in paths]
     if process_group.rank() == 0:
         print(printable(f"teachers: {', '.join(map(str, paths))}"))
@@ -1868,8 +1869,8 @@ def first_features(features, number, title):
 
 
 def output_folder(options):
-    """Where files go: --output_dir, not yet made, or the checkpoint's folder. Raises: ValueError."""
-    folder = Path(options.output.output_dir or Path(options.run.model_path).parent)
+    """Where files go: --output_dir, not yet made, or beside the checkpoint. Raises: ValueError."""
+    folder = Path(options.output.output_dir or results_folder(options.run.model_path))
     checkpoints.check_writable_dir(folder, "--output_dir")
     return folder
 
@@ -2016,6 +2017,7 @@ def measure_attention(captioner, features, best, seed):
 def tune(options, hardware, checkpoint):
     """Choose by validation CIDEr how captions are searched for: the checkpoint's defaults from now on."""
     folder, path = output_folder(options), options.run.model_path
+    checkpoints.check_writable_dir(Path(path).parent, "--model_path")
     check_cache_dir(options.features)
     dataset = open_dataset(options, checkpoint)
     if dataset.foreign:
@@ -2121,7 +2123,7 @@ def open_checkpoint(options):
     Raises: FileNotFoundError, ValueError that name the file or the flag.
     """
     if options.training.init_from:
-        path = checkpoints.resolve_checkpoint(options.training.init_from)
+        path = resolve_model_path(options.training.init_from)
         return adopt(options, path, checkpoints.load_checkpoint(path)["config"]), None
     if options.checkpoint is None:
         return options, None
@@ -2146,7 +2148,7 @@ def open_checkpoint(options):
 
 def find_checkpoint(options, path):
     """The file that `path`, a file or a folder of runs, means; printed where it is another."""
-    file = checkpoints.resolve_checkpoint(path, checkpoint_choice(options.run.mode))
+    file = resolve_model_path(path, checkpoint_choice(options.run.mode))
     if str(file) != str(path):
         stream = sys.stderr if options.run.mode == "caption" else sys.stdout
         print(f"checkpoint: {printable(file)}", file=stream)

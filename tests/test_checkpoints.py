@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,9 @@ import torch
 
 import checkpoints
 from checkpoints import (
+    BrokenSeal,
     check_free_space,
+    check_seal,
     check_writable_dir,
     checkpoint_errors,
     load_checkpoint,
@@ -29,6 +32,8 @@ from checkpoints import (
     resolve_checkpoint,
     runs_folder,
     save_checkpoint,
+    seal_folder,
+    sealed_files,
     write_json,
     write_text,
 )
@@ -536,3 +541,61 @@ def test_prune_keeps_the_last_epochs_and_every_other_file(tmp_path):
     prune_checkpoints(tmp_path, 2)
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {*others, "model_epoch_10.pt", "model_epoch_11.pt"}
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """A sealed folder with a checkpoint and a text."""
+    folder = tmp_path / "1.0.0"
+    folder.mkdir()
+    save_checkpoint(folder / "best.pt", checkpoint())
+    write_text(folder / "README.md", "a card")
+    seal_folder(folder)
+    return folder
+
+
+def test_a_sealed_folder_is_read_and_sha256sum_can_check_it(sealed):
+    assert load_checkpoint(sealed / "best.pt")["epoch"] == 2
+    assert sealed_files(sealed).keys() == {"best.pt", "README.md"}
+    command = ["sha256sum", "--check", "--quiet", checkpoints.SEAL]
+    assert subprocess.run(command, cwd=sealed).returncode == 0
+
+
+def test_no_file_of_a_sealed_folder_is_replaced_or_added(sealed):
+    before = {file: file.read_bytes() for file in sealed.iterdir()}
+    for name in ("best.pt", "new.json"):
+        with pytest.raises(PermissionError, match=rf"never edited: .*{name}"):
+            write_json(sealed / name, {})
+    with pytest.raises(PermissionError, match="never edited"):
+        checkpoints.update_config(sealed / "best.pt", {"beam_size": 9})
+    for folder in (sealed, sealed / "new"):
+        with pytest.raises(
+            ValueError, match=r"^--output_dir .*1\.0\.0.*: .* is never edited: give "
+        ):
+            check_writable_dir(folder, "--output_dir")
+    assert {file: file.read_bytes() for file in sealed.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file, seal: torch.save(checkpoint(epoch=3), file),
+        lambda file, seal: file.unlink(),
+        lambda file, seal: seal.write_text(seal.read_text().replace("best.pt", "beste.pt")),
+        lambda file, seal: seal.write_text(""),
+        lambda file, seal: seal.write_bytes(b"\xff" * 100),
+        lambda file, seal: seal.write_text("0" * 64 + "  ../best.pt\n" + seal.read_text()),
+    ],
+    ids=["other", "absent", "unlisted", "empty", "binary", "outside"],
+)
+def test_what_is_not_as_it_was_sealed_is_refused_by_version_and_file(sealed, damage):
+    """The other checkpoint is whole in itself: nothing but its hash tells."""
+    damage(sealed / "best.pt", sealed / checkpoints.SEAL)
+    with pytest.raises(BrokenSeal, match=r"1\.0\.0/(best\.pt|version\.sha256): (damaged|missing)"):
+        check_seal(sealed / "best.pt")
+
+
+def test_a_sealed_folder_is_no_run_of_the_folder_above(sealed, tmp_path):
+    run = touch(tmp_path / f"lstm_{STAMP}" / "best.pt")  # older than the version's
+    assert resolve_checkpoint(tmp_path) == run
+    assert resolve_checkpoint(sealed) == sealed / "best.pt"

@@ -145,6 +145,25 @@ def test_a_damaged_index_is_one_line_that_says_what_to_do(change, captions, feat
         consensus.load_index(file, "mine")
 
 
+def test_a_damaged_index_of_a_version_is_not_to_be_deleted(captions, features, tmp_path):
+    file, index = tmp_path / "neighbours.pt", consensus.build_index(features, captions)
+    consensus.save_index(index, file, "mine")
+    checkpoints.seal_folder(tmp_path)
+    assert consensus.load_index(file, "mine") is not None
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(checkpoints.BrokenSeal, match=r"use another version"):
+        consensus.load_index(file, "mine")
+
+
+def test_an_index_made_for_a_version_is_not_kept_in_it(captions, features, tmp_path, capsys):
+    (tmp_path / "best.pt").touch()
+    checkpoints.seal_folder(tmp_path)
+    index = consensus.build_index(features, captions)
+    assert consensus.open_index(tmp_path / "best.pt", "mine", lambda: index) is index
+    assert "not kept (a version of a model is never edited)" in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"best.pt", checkpoints.SEAL}
+
+
 def test_bytes_that_are_no_index_are_one_line(tmp_path):
     (tmp_path / "neighbours.pt").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(ValueError, match=r"neighbours\.pt: damaged: delete it"):

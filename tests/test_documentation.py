@@ -25,6 +25,7 @@ OTHER_FLAGS = {
     "metrics_utils.py": "references hypotheses",
     "benchmark.py": "quick json chart images encoder encoder_weights number rounds num_workers scale scale_dir"
     " train_images",
+    "model_versions.py": "version registry description run_id",
 }
 OUR_FILE = re.compile(
     r"`((?:docs|tests)/[\w./-]+|\w+\.(?:py|sh|cff)|\.[\w.-]+\.yaml|requirements\.txt)`"
@@ -100,6 +101,7 @@ def test_flags_of_our_other_commands_are_in_their_parsers(command):
 NUMBER_OF_COMMANDS = {
     "README.md": 9,
     "DATA.md": 1,
+    "EXPERIMENTS.md": 2,
     "PERFORMANCE.md": 1,
     "RESULTS.md": 13,
     "TRAINING.md": 13,
