@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pandas as pd
 
 import image_loading
-from caption_splits import SPLITS, Foreign, check_hash, choose_splits
+from caption_splits import RATIOS, SPLITS, Foreign, check_hash, choose_splits
 from image_loading import Shards, content_digests
 
 IMAGE_FOLDERS = ("Images", "images", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset")
@@ -117,24 +117,25 @@ def load_dataset(
     max_train_images: int | None = None,
     max_val_images: int | None = None,
     remote_shards: bool = True,
+    split_ratios: Sequence[float] = RATIOS,
 ) -> Dataset:
     """Read, check and split a dataset.
 
     Args:
         dataset_type: names the default folder only, see `find_dataset`.
-        split_seed, splits, typed, scored: as in `choose_splits`.
+        split_seed, splits, typed, scored, split_ratios: as in `choose_splits`.
         max_bad_fraction: 0..1, how many rows, and how many images, may be bad before this is an
             error.
         max_train_images, max_val_images: keep only so many of the split, chosen by `split_seed`;
             the others are in none. They do not act on a foreign dataset.
         remote_shards: whether `image_dir` may be shards that a command fetches; False when it comes
-            from a checkpoint.
+            from a checkpoint or a configuration file.
     Raises: ValueError or FileNotFoundError, one line each, naming the file or flag.
     """
     image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file, remote_shards)
     captions, recorded, bad_images, notes = _read_by_image(captions_file, max_bad_fraction)
     split_of, split_note, foreign = choose_splits(
-        recorded, image_dir, captions_file, split_seed, splits, typed, scored
+        recorded, image_dir, captions_file, split_seed, splits, typed, scored, split_ratios
     )
     absent = _absent_images(image_dir, split_of)
     bad_images |= absent

@@ -7,21 +7,28 @@
     options = adopt(options, "best.pt", stored)          # of --init_from: what builds the decoder does
     python caption_options.py > docs/OPTIONS.md          # the table, for the documentation
 
-A value comes from the flag, else from --preset or the checkpoint, else from the table. Everything
+A value comes from the flag, else from the environment, else from --config's file, else from --preset
+or the checkpoint, else from the table; `options.origins` says which. Everything
 about an option stands in its row: group, type and range, default, where it acts, and what a
 checkpoint's value means for it. torch is not imported, so that --help and a mistake answer at once.
 """
 
 import argparse
+import contextlib
 import difflib
 import math
+import os
 import re
+import sys
 from collections import ChainMap, namedtuple
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import config_file
+from checkpoints import runs_folder
+from config_file import ENVIRONMENT, FILE, FLAG, Config, Origin, Setting
 from model_versions import resolve_model_path
 
 TRAIN, TEST, CAPTION, TUNE = MODES = ("train", "test", "caption", "tune")
@@ -218,6 +225,9 @@ RUN = {
     "mode": Option(MODES, TRAIN,
         "train a model, test one, caption pictures, or tune: choose by validation captions how the checkpoint "
         "searches for them from now on", stored=OWN),
+    "config": Option(str, None,
+        "values of options that are not typed, in YAML or as an old run's run_config.json has them; see "
+        "docs/EXPERIMENTS.md", "FILE", stored=OWN),
     "preset": Option(tuple(PRESETS), None,
         "a good recipe in one word, at the end of docs/OPTIONS.md: values of options that are not typed",
         modes=(TRAIN,), stored=OWN),
@@ -254,7 +264,10 @@ DATA = {
         "captions in any of the formats of docs/DATA.md, instead of the default one",
         "FILE", WITH_DATA),
     "split_seed": Option(COUNT, 42,
-        "draws the 0.8/0.1/0.1 split if the data has none", modes=WITH_DATA),
+        "draws the split if the data has none", modes=WITH_DATA),
+    "split_ratios": Option(PROBABILITY, (0.8, 0.1, 0.1),
+        "shares of train, val and test in a split that is drawn; they sum to 1",
+        "SHARE", WITH_DATA, several=True),
     "freq_threshold": Option(SIZE, 5,
         "fewest times a word stands in training captions", stored=FIXED),
     "max_bad_fraction": Option(SHARE, 0.01,
@@ -470,13 +483,32 @@ DEFAULTS = {name: option.default for name, option in TABLE.items()}
 GROUP_TYPES = {name: namedtuple(name.capitalize(), group.rows) for name, group in GROUPS.items()}
 
 
-class Options(namedtuple("Options", (*GROUPS, "typed"))):
-    """Settled options: a named tuple of values per group, and `typed`, the names that were typed."""
+class Options(namedtuple("Options", (*GROUPS, "typed", "origins"))):
+    """Settled options: a named tuple of values per group.
+
+    `typed`: the names of those that were typed, or that environment or file give as if they were.
+    `origins`: the config_file.Origin of every option.
+    """
 
     def as_dict(self):
         """Every option's value under its flag's name."""
         values = (getattr(self, group)._asdict() for group in GROUPS)
         return {name: value for group in values for name, value in group.items()}
+
+    @property
+    def given(self):
+        """The values of what was typed, by name."""
+        return {name: value for name, value in self.as_dict().items() if name in self.typed}
+
+    @property
+    def variables(self):
+        """The environment variables that decided a value."""
+        return [o.where for o in self.origins.values() if o.source == ENVIRONMENT]
+
+    @property
+    def by_hand(self):
+        """The names of what was typed or stands in the environment: files may come from anyone."""
+        return {name for name in self.typed if self.origins[name].source != FILE}
 
     @property
     def checkpoint(self):
@@ -546,6 +578,8 @@ def default_text(option):
     """A row's default as documentation names it."""
     if option.kind is bool:
         return "off"
+    if option.several and option.default:
+        return " ".join(map(str, option.default))
     return "none" if option.default in (None, ()) else str(option.default)
 
 
@@ -558,11 +592,91 @@ def parse_args(argv=None, description=None):
     typed = vars(parser.parse_args(argv))
     typed |= {name: tuple(value) for name, value in typed.items() if isinstance(value, list)}
     try:
-        check_paths(typed)
-        options = group_options(ChainMap(typed, DEFAULTS), typed)
-        return options if options.checkpoint or options.training.init_from else settle(typed, {})
-    except ValueError as error:
+        settings, config = collect(typed)
+        given = {name: setting.value for name, setting in settings.items()}
+        origins = {name: setting.origin for name, setting in settings.items()}
+        with naming_sources(origins):
+            check_paths(given)
+            options = group_options(ChainMap(given, DEFAULTS), given, default_origins(origins))
+            if not (options.checkpoint or options.training.init_from):
+                options = settle(given, {}, origins)
+        check_feature_dim(config, options)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
+    for note in config.notes if os.environ.get("RANK", "0") == "0" else ():
+        print(f"{parser.prog}: {note}", file=sys.stderr)
+    return options
+
+
+# What a value of a file or of the environment gives way to, if that comes from a stronger source. A
+# plan is the checkpoint's: only a typed --epochs, or one that stands beside --resume, adds to it.
+CONTINUED = ("resume", "model_path")
+YIELDS_TO = {
+    "resume": ("model_path", "preset", "init_from"),
+    "model_path": ("resume", "preset", "init_from"),
+    **dict.fromkeys(("preset", "init_from", "epochs", "scst_epochs", "warmup_epochs"), CONTINUED),
+    "seeds": ("ensemble",),
+    "ensemble": ("seeds",),
+}
+
+
+def collect(typed):
+    """({option: Setting} of all that is given, the Config of --config): typed, environment, file.
+
+    What a file or the environment says of other modes is left out; they may serve all of them.
+    """
+    given = config_file.read_environment(os.environ, TABLE)
+    given |= {name: Setting(value, Origin(FLAG)) for name, value in typed.items()}
+    config = Config()
+    if "config" in given:
+        config = config_file.read_config(given["config"].value, GROUPS)
+        given = {**config.settings, **given}
+    mode = given["mode"].value if "mode" in given else TRAIN
+    return {name: s for name, s in given.items() if is_meant(name, given, mode)}, config
+
+
+def is_meant(name, given, mode):
+    """Whether a Setting acts in this mode, beside those of stronger sources. What is typed always does."""
+    origin = given[name].origin
+    if origin.source == FLAG:
+        return True
+    if mode not in TABLE[name].modes or (mode == TUNE and (name in DECODING or name in RERANK)):
+        return False  # tune chooses how captions are searched for
+    others = [given[other].origin for other in YIELDS_TO.get(name, ()) if other in given]
+    return not any(other.is_stronger(origin) for other in others)
+
+
+def check_feature_dim(config, options):
+    """Raises: ValueError where --config's feature_dim is not its encoder's, or else this run's."""
+    encoder = options.features.encoder
+    if "encoder" in config.settings:
+        encoder = config.settings["encoder"].value
+    elif options.checkpoint or options.training.init_from:
+        return  # which alone know
+    if config.feature_dim:
+        config_file.check_feature_dim(config.feature_dim, encoder)
+
+
+@contextlib.contextmanager
+def naming_sources(origins):
+    """Let an error that names options say where those come from that were not typed."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        named = {name: origins.get(name) for name in re.findall(r"--(\w+)", str(error))}
+        places = [
+            f"{origin.key or '--' + name}: {origin.where}"
+            for name, origin in named.items()
+            if origin and origin.source in config_file.SOURCES[1:]
+        ]
+        if not places:
+            raise
+        raise type(error)(f"{error} ({', '.join(places)})") from error
+
+
+def default_origins(origins):
+    """Every option's Origin, where only some are given."""
+    return dict.fromkeys(TABLE, Origin("default")) | origins
 
 
 def check_paths(typed):
@@ -603,20 +717,26 @@ def check_files(options):
     The rooms that read them would say the same, after the seconds that it takes to import torch.
     """
     try:
-        if options.checkpoint:
-            resolve_model_path(options.checkpoint, checkpoint_choice(options.run.mode))
-        training, output = options.training, options.output
-        others = [*output.ensemble, *output.seeds, *training.distill_from, training.init_from]
-        for path in filter(None, others):
-            resolve_model_path(path)
-        for flag, path in named_paths(options):
-            if not path.exists():
-                raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
-        if not options.checkpoint:
-            check_dataset_folder(options.data)
+        with naming_sources(options.origins):
+            find_files(options)
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         build_parser().error(str(error))
     return options
+
+
+def find_files(options):
+    """Raises: FileNotFoundError or ValueError naming a file, folder or checkpoint that is not there."""
+    if options.checkpoint:
+        resolve_model_path(options.checkpoint, checkpoint_choice(options.run.mode))
+    training, output = options.training, options.output
+    others = [*output.ensemble, *output.seeds, *training.distill_from, training.init_from]
+    for path in filter(None, others):
+        resolve_model_path(path)
+    for flag, path in named_paths(options):
+        if not path.exists():
+            raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
+    if not options.checkpoint:
+        check_dataset_folder(options.data)
 
 
 def checkpoint_choice(mode):
@@ -680,12 +800,17 @@ def check_dataset_folder(data):
 # ------------------------------------------------------------------------------------------ settling
 
 
-def settle(typed, stored):
+def settle(typed, stored, origins=MappingProxyType({}), path=""):
     """Options from what was typed, else from --preset or a checkpoint's `stored`, else the table.
 
+    origins: the Origin of what was not typed, but counts as if it were.
+    path: the checkpoint's.
     Raises: ValueError naming the flags that contradict each other, or would do nothing.
     """
-    values = ChainMap({}, typed, preset_values(typed), stored, DEFAULTS)
+    origins = dict.fromkeys(typed, Origin(FLAG)) | origins
+    typed = without_idle(typed, stored, origins)
+    preset = preset_values(typed)
+    values = ChainMap({}, typed, preset, stored, DEFAULTS)
     values["save_attention_viz"] |= values["advanced_attention_viz"]
     if values["mode"] == TUNE:
         values["algorithm"] = "beam"
@@ -695,8 +820,39 @@ def settle(typed, stored):
             if values[other] not in wanted:
                 raise ValueError(f"--{name} {needed(other, wanted, values[other])}")
     check_contradictions(values, new_plan=not stored or "init_from" in typed)
-    check_maps(values, "viz_method" in typed)
-    return group_options(values, typed)
+    check_maps(values, "viz_method" in typed and not origins["viz_method"].tolerant)
+    settled = dict.fromkeys(stored, Origin("checkpoint", str(path)))
+    settled |= dict.fromkeys(preset, Origin("preset", typed.get("preset")))
+    settled |= {name: origins[name] for name in typed}
+    return group_options(values, typed, default_origins(settled))
+
+
+def without_idle(given, stored, origins):
+    """`given` without what a file or the environment says in vain.
+
+    That is no mistake where a stronger source made it so, such as --decoder lstm and a file's
+    attention_dim; nor is it in the environment, in the record of a run, which names every option,
+    or of what a file only implies.
+    """
+    kept = dict(given)
+
+    def is_excused(name, other):
+        origin = origins[name]
+        overruled = other in given and (other not in kept or origins[other].is_stronger(origin))
+        return origin.tolerant or overruled
+
+    def is_idle(name):
+        unmet = [
+            other for other, wanted in TABLE[name].needs.items() if values[other] not in wanted
+        ]
+        return origins[name].source != FLAG and unmet and all(is_excused(name, o) for o in unmet)
+
+    while True:
+        values = ChainMap(kept, preset_values(kept), stored, DEFAULTS)
+        idle = {name for name in kept if is_idle(name)}
+        if not idle:
+            return kept
+        kept = {name: value for name, value in kept.items() if name not in idle}
 
 
 def preset_values(typed):
@@ -739,6 +895,12 @@ def check_contradictions(values, new_plan):
         raise ValueError(
             f"--num_captions {values['num_captions']} is more than "
             f"--algorithm {values['algorithm']} finds ({most})"
+        )
+    ratios = values["split_ratios"]
+    if len(ratios) != 3 or not math.isclose(sum(ratios), 1, abs_tol=1e-6):
+        shares = " ".join(map("{:g}".format, ratios))
+        raise ValueError(
+            f"--split_ratios {shares}: give three shares, of train, val and test, that sum to 1"
         )
     heads, adaptive = values["attention_heads"], values["attention"] == "adaptive"
     for name in ("attention_dim", "embed_size"):
@@ -807,13 +969,13 @@ def check_maps(values, method_typed):
         raise ValueError(f"--viz_method needs --save_attention_viz in --mode {mode}")
 
 
-def group_options(values, typed):
+def group_options(values, typed, origins):
     """Options of all values, in their groups."""
     groups = (
         group_type(**{name: values[name] for name in GROUPS[group].rows})
         for group, group_type in GROUP_TYPES.items()
     )
-    return Options(*groups, typed=frozenset(typed))
+    return Options(*groups, typed=frozenset(typed), origins=origins)
 
 
 def inherit(options, path, config):
@@ -822,26 +984,48 @@ def inherit(options, path, config):
     Raises: ValueError when a typed option contradicts the model, or the config is not usable.
     """
     stored = check_config(path, config)
-    typed = {name: value for name, value in options.as_dict().items() if name in options.typed}
+    stored = {n: value for n, value in stored.items() if is_inherited(TABLE[n], options.run.mode)}
+    typed, origins = news_beside(options, stored)
     differing = [
         f"--{name} {value} (stored: {stored[name]})"
         for name, value in typed.items()
         if TABLE[name].stored == FIXED and value != stored[name]
     ]
-    if differing:
-        raise ValueError(
-            f"{path}: trained with other options than {', '.join(differing)}: "
-            "leave them out, they come from the checkpoint"
-        )
-    stored = {n: value for n, value in stored.items() if is_inherited(TABLE[n], options.run.mode)}
-    settled = settle_stored(typed, stored, path)
-    return settled._replace(run=settled.run._replace(model_path=str(path), resume=None))
+    with naming_sources(origins):
+        if differing:
+            raise ValueError(
+                f"{path}: trained with other options than {', '.join(differing)}: "
+                "leave them out, they come from the checkpoint"
+            )
+        settled = settle_stored(typed, stored, path, origins)
+    named_by = options.origins["resume" if options.run.resume else "model_path"]
+    run = settled.run._replace(model_path=str(path), resume=None)
+    origins = settled.origins | {"model_path": named_by}
+    if run.mode == TRAIN and "model_save_dir" not in typed and (folder := runs_folder(path)):
+        run = run._replace(model_save_dir=str(folder))  # beside the old run's
+        origins["model_save_dir"] = Origin("checkpoint", str(path))
+    return settled._replace(run=run, origins=origins)
 
 
-def settle_stored(typed, stored, path):
+def news_beside(options, stored):
+    """({option: value}, {option: Origin}) of what is typed beside a checkpoint's `stored` values.
+
+    What environment and file give is left out where it is what the checkpoint has, or does nothing.
+    """
+    origins = {name: options.origins[name] for name in options.typed}
+    given = without_idle(options.given, stored, origins)
+    same = {
+        name
+        for name, value in given.items()
+        if origins[name].source != FLAG and name in stored and value == stored[name]
+    }
+    return {name: value for name, value in given.items() if name not in same}, origins
+
+
+def settle_stored(typed, stored, path, origins):
     """As `settle`; what goes wrong without a typed option is the fault of the checkpoint at `path`."""
     try:
-        return settle(typed, stored)
+        return settle(typed, stored, origins, path)
     except ValueError as error:
         if any(f"--{name} " in str(error) for name in typed):
             raise
@@ -855,16 +1039,16 @@ def adopt(options, path, config):
     typed ones and --preset's come before. All else is the new run's own.
     Raises: ValueError when an option contradicts the decoder, or the config is not usable.
     """
-    stored = check_config(path, config)
-    typed = {name: value for name, value in options.as_dict().items() if name in options.typed}
-    given = preset_values(typed) | typed
-    refuse_other_decoder(path, given, typed, stored)
-    names = [*MODEL]
+    stored, names = check_config(path, config), [*MODEL]
+    given = preset_values(options.given) | options.given
     if given.get("encoder", stored["encoder"]) == stored["encoder"]:  # else its sizes are its own
         names += [name for name, row in FEATURES.items() if row.stored == FIXED]
         names += ["encoder_weights"]
-    typed["init_from"] = str(path)
-    return settle_stored(typed, {name: stored[name] for name in names}, path)
+    built = {name: stored[name] for name in names}
+    typed, origins = news_beside(options, built)
+    with naming_sources(origins):
+        refuse_other_decoder(path, preset_values(typed) | typed, typed, stored)
+        return settle_stored(typed | {"init_from": str(path)}, built, path, origins)
 
 
 def refuse_other_decoder(path, given, typed, stored):
@@ -921,11 +1105,19 @@ def recipe_differences(options, other):
 
 
 def path_notes(options, config):
-    """Lines for the console: paths that a checkpoint's `config` decided, and one that it did not.
+    """Lines for the console: paths that a checkpoint's `config` decided, one that it did not, and
+    what environment or file changed.
 
     A checkpoint may come from anyone: what it has read is shown, and it never says where to write.
     """
     mode, cache, old_cache = options.run.mode, options.features, config.get("cache_dir")
+    values, origins = options.as_dict(), options.origins
+    news = [
+        f"--{name} {values[name]} ({origins[name]}), not the checkpoint's {config[name]}"
+        for name in TABLE
+        if mode != CAPTION and name in options.typed and origins[name].source != FLAG
+        if is_inherited(TABLE[name], mode) and config.get(name, values[name]) != values[name]
+    ]
     read = ("image_dir", "captions_file") if mode in WITH_DATA else ()
     notes = [
         f"{name.replace('_', ' ')} (from the checkpoint): {getattr(options.data, name)}"
@@ -938,7 +1130,7 @@ def path_notes(options, config):
             f"features go to {cache.cache_dir}; the checkpoint's run used --cache_dir {old_cache}: "
             "give it to reuse its features"
         )
-    return notes
+    return notes + news
 
 
 def is_inherited(option, mode):
@@ -971,7 +1163,8 @@ def is_value_of(option, value):
     """Whether typing `value` would give `value`."""
     try:
         if option.several:
-            return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+            one = option._replace(several=False)
+            return isinstance(value, tuple) and all(is_value_of(one, part) for part in value)
         if isinstance(option.kind, tuple):
             return value in option.kind
         if option.kind is bool:
@@ -992,10 +1185,11 @@ def as_markdown():
         "Written by `python caption_options.py` from the program's table of options; a test holds",
         "the two equal, so change the table, not this file.",
         "",
-        "A value that is not typed comes from the checkpoint when one is loaded, else from this",
-        "table; a folder to write in never comes from a checkpoint. *Acts in* names the modes in",
-        "which an option does something, and the other options it needs; empty means always. Typed",
-        "where it would do nothing, an option is refused.",
+        "A value that is not typed comes from the environment, as CAPTION_BATCH_SIZE, else from the",
+        "file of --config (see [EXPERIMENTS.md](EXPERIMENTS.md)), else from the checkpoint when one",
+        "is loaded, else from this table; a folder to write in never comes from a checkpoint. *Acts",
+        "in* names the modes in which an option does something, and the other options it needs; empty",
+        "means always. Typed where it would do nothing, an option is refused.",
     ]
     for group in GROUPS.values():
         lines += ["", f"## {group.title}", "", "| option | default | acts in | what |"]

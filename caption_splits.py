@@ -21,6 +21,7 @@ from image_loading import Shards, content_digests
 
 SPLITS = ("train", "val", "test")
 MADE_WITH = ("train", "val")  # splits that decide what a checkpoint is
+RATIOS = (0.8, 0.1, 0.1)  # of a split that is drawn
 LIST_NAMES = {"train": "train", "val": "val|dev", "test": "test"}  # in the file names of lists
 
 
@@ -58,6 +59,7 @@ def choose_splits(
     splits: dict | None = None,
     typed: bool = False,
     scored: str | None = None,
+    split_ratios: Sequence[float] = RATIOS,
 ) -> tuple[dict[str, str], str, Foreign | None]:
     """({image: split}, note for the console, how a foreign dataset was chosen from or None).
 
@@ -69,6 +71,7 @@ def choose_splits(
         typed: the user named the dataset anew, so that it may be another one than the checkpoint's:
             one that is foreign splits itself, or is scored by `Foreign`.
         scored: the one split that test mode scores; the others may be empty.
+        split_ratios: shares of train, val and test in a split that is drawn; they sum to 1.
     Raises: ValueError as `resolve_splits`, and when the checkpoint was made with all images.
     """
     names = list(recorded)
@@ -76,7 +79,7 @@ def choose_splits(
     known = None if splits is None or "sha256" in splits else splits
     ours = _splits_of_ours(names, image_dir, known, scored) if known and typed else known
     whole = scored if known and not ours else None  # a foreign dataset, in test mode
-    split_of, note = resolve_splits(recorded, captions_file, split_seed, ours, whole)
+    split_of, note = resolve_splits(recorded, captions_file, split_seed, ours, whole, split_ratios)
     if whole:
         rule = note.removeprefix("splits: ")
         split_of, foreign = _unknown_images(split_of, scored, image_dir, known, rule)
@@ -102,6 +105,7 @@ def resolve_splits(
     split_seed: int,
     splits: dict[str, list[str]] | None = None,
     whole: str | None = None,
+    split_ratios: Sequence[float] = RATIOS,
 ) -> tuple[dict[str, str], str]:
     """({image: split}, note): from `splits`, else `recorded`, else lists of names, else drawn.
 
@@ -114,23 +118,30 @@ def resolve_splits(
         recorded: {image: split} as the captions file says, None where it says nothing.
         splits: names per split, from a checkpoint.
         whole: the only split that is wanted; nothing is drawn: without lists it has all images.
+        split_seed, split_ratios: of a split that is drawn. The note says where other ratios than
+            usual did not act.
     Raises: ValueError when an image is in two splits, or lists are ambiguous or incomplete.
     """
     names = list(recorded)
+    idle = "" if tuple(split_ratios) == RATIOS else "; --split_ratios does nothing with these"
     if splits is not None:
         lists = {split: splits[split] for split in SPLITS}
         return _listed_splits(names, lists, "the checkpoint")
     if any(recorded.values()):
         split_of = {name: recorded[name] for name in names if recorded[name]}
-        left_out = _left_out(len(names) - len(split_of))
+        left_out = _left_out(len(names) - len(split_of)) + idle
         return split_of, f"splits: as recorded in {captions_file.name}{left_out}"
     if lists := _split_lists(names, captions_file, [whole] if whole else SPLITS):
         listed = {split: path.read_text("utf-8-sig").splitlines() for split, path in lists.items()}
-        return _listed_splits(names, listed, ", ".join(path.name for path in lists.values()))
+        split_of, note = _listed_splits(
+            names, listed, ", ".join(path.name for path in lists.values())
+        )
+        return split_of, note + idle
     if whole:
         return dict.fromkeys(names, whole), "splits: none, all images are scored"
-    drawn = f"splits: drawn by image with --split_seed {split_seed}"
-    return _drawn_splits(names, split_seed), drawn
+    shares = " ".join(f"{share:g}" for share in split_ratios)
+    drawn = f"splits: drawn by image with --split_seed {split_seed} --split_ratios {shares}"
+    return _drawn_splits(names, split_seed, split_ratios), drawn
 
 
 def splits_sha256(splits: dict) -> str:
@@ -210,12 +221,12 @@ def _left_out(count: int) -> str:
     return f"; {count} images in no split are left out" if count else ""
 
 
-def _drawn_splits(names: list[str], seed: int) -> dict[str, str]:
-    """{image: split}: a tenth each for val and test, decided by the names and the seed alone."""
+def _drawn_splits(names: list[str], seed: int, ratios: Sequence[float]) -> dict[str, str]:
+    """{image: split}, at least one image each for val and test, decided by names, seed and ratios."""
     shuffled = sorted(names)
     random.Random(seed).shuffle(shuffled)
-    tenth = max(1, round(len(names) / 10))
-    val, test = set(shuffled[:tenth]), set(shuffled[tenth : 2 * tenth])
+    num_val, num_test = (max(1, round(len(names) * share)) for share in ratios[1:])
+    val, test = set(shuffled[:num_val]), set(shuffled[num_val : num_val + num_test])
     return {name: "val" if name in val else "test" if name in test else "train" for name in names}
 
 

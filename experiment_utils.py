@@ -226,11 +226,11 @@ def _devices():
     return gpus + (["mps"] if torch.backends.mps.is_available() else [])
 
 
-def launch_command(arguments):
+def launch_command(arguments, variables=()):
     """The words that start this run again: `arguments`, a script and its own, and what runs it.
 
     That is torchrun, as this process was started, or Python; with the threads that its environment
-    set, which decide the results to the last bit.
+    set, which decide the results to the last bit, and with its `variables` that gave options.
     """
     environ, world_size = os.environ, process_group.world_size()
     threads = environ.get("OMP_NUM_THREADS")
@@ -245,7 +245,9 @@ def launch_command(arguments):
                 f"--node_rank={environ['GROUP_RANK']}",
                 f"--master_addr={environ['MASTER_ADDR']}",
             ]
-    before = ["env", f"OMP_NUM_THREADS={threads}"] if threads else []
+    settings = [f"OMP_NUM_THREADS={threads}"] if threads else []
+    settings += [f"{name}={environ[name]}" for name in variables]
+    before = ["env", *settings] if settings else []
     return [*before, *launcher, *map(str, arguments)]
 
 
@@ -292,17 +294,18 @@ class RunTracker:
         command: the list of arguments that reproduces the run.
         history: the rows of the run that this one resumes.
         schedule_options: names of the options of this run's schedule, in the order to print.
+        origins: {option: where its value comes from}.
     """
 
-    def __init__(self, run_dir, config, command, history=(), schedule_options=()):
+    def __init__(self, run_dir, config, command, history=(), schedule_options=(), origins=None):
         self.run_dir = Path(run_dir)
         self.history = list(history)
-        self._write_config(config, command)
+        self._write_config(config, command, origins or {})
         summary = run_summary(self.run_dir.name, config, command, schedule_options)
         write_text(self.run_dir / "run_summary.txt", summary)
         self.drawn, self.drawn_at = len(self.history), -math.inf  # epochs, and when
 
-    def _write_config(self, config, command):
+    def _write_config(self, config, command, origins):
         values = {"decoder_type" if key == "decoder" else key: config[key] for key in config}
         values["timestamp"] = _timestamp(self.run_dir.name)
         ordered = {key: values[key] for key in CONFIG_KEYS if key in values} | values
@@ -310,6 +313,7 @@ class RunTracker:
             "command": shlex.join(map(str, command)),
             "git": git_info(),
             "environment": environment(),
+            "origins": {name: str(origin) for name, origin in origins.items()},
         }
         write_json(self.run_dir / "run_config.json", ordered | origin)
 

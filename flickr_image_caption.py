@@ -1299,7 +1299,8 @@ def open_dataset(options, checkpoint=None):
             max_bad_fraction=data.max_bad_fraction,
             max_train_images=data.max_train_images,
             max_val_images=data.max_val_images,
-            remote_shards="image_dir" in options.typed,
+            remote_shards="image_dir" in options.by_hand,
+            split_ratios=data.split_ratios,
         )
     except ValueError as error:
         inherited = data.captions_file and "captions_file" not in options.typed
@@ -2130,10 +2131,6 @@ def open_checkpoint(options):
     path = find_checkpoint(options, options.checkpoint)
     checkpoint = checkpoints.load_checkpoint(path)
     options = inherit(options, path, checkpoint["config"])
-    if options.run.mode == "train" and "model_save_dir" not in options.typed:
-        folder = checkpoints.runs_folder(path)
-        if folder and folder != Path(options.run.model_save_dir):
-            options = options._replace(run=options.run._replace(model_save_dir=str(folder)))
     if process_group.rank() == 0:
         for note in path_notes(options, checkpoint["config"]):
             print(printable(note))

@@ -160,14 +160,14 @@ def is_remote(source: str) -> bool:
 
 
 def refuse_remote(source: str):
-    """Guards against a checkpoint, which may come from anyone and must not run a command.
+    """Guards against a checkpoint or a file, which may come from anyone and must not run a command.
 
     Raises: ValueError when opening these shards would run one.
     """
     if is_remote(source):
         raise ValueError(
             f"--image_dir {source}: shards that a command fetches are not opened on a "
-            "checkpoint's word; give --image_dir yourself"
+            "checkpoint's word, nor a file's; give --image_dir yourself"
         )
 
 

@@ -28,9 +28,10 @@ def open_folder(run):
     run.tracker = experiment_utils.RunTracker(
         run.folder,
         run.config,
-        experiment_utils.launch_command(sys.argv),
+        experiment_utils.launch_command(sys.argv, options.variables),
         state.history,
         schedule_options=[name for name in taken if name in options.schedule._fields],
+        origins=options.origins,
     )
     state.history = run.tracker.history
     print(f"run directory: {run.folder}")

@@ -284,6 +284,20 @@ def split_seed_draws_the_split():
     assert one == same != other
 
 
+def split_ratios_share_the_images_out():
+    flags = own_copy()
+    for path in Path("data_copy").glob("sample.*.txt"):
+        path.unlink()
+    names = fic.open_dataset(chosen(flags, "--split_ratios 0.5 0.25 0.25")).split_names()
+    assert [len(names[split]) for split in ("train", "val", "test")] == [20, 10, 10]
+
+
+def config_gives_what_is_not_typed():
+    Path("exp.yaml").write_text("grad_clip: 3\nhidden_dim: 24\n")
+    options = fic.parse_args(["--config", "exp.yaml", "--hidden_size", "8"])
+    assert (options.training.grad_clip, options.model.hidden_size) == (3, 8)
+
+
 def freq_threshold_leaves_rare_words_out():
     kept = set(ready("--freq_threshold 20").captioner.vocabulary.words[4:])
     counts, training = collections.Counter(), set(listed("train"))
@@ -963,6 +977,7 @@ def rerank_chooses_by_what_neighbours_are_called():
 
 FLAG_EFFECTS = {
     "--mode": mode_chooses_what_runs,
+    "--config": config_gives_what_is_not_typed,
     "--preset": preset_gives_what_is_not_typed,
     "--model_path": model_path_chooses_the_model,
     "--resume": resume_goes_on,
@@ -975,6 +990,7 @@ FLAG_EFFECTS = {
     "--image_dir": image_dir_and_captions_file_replace_the_default,
     "--captions_file": image_dir_and_captions_file_replace_the_default,
     "--split_seed": split_seed_draws_the_split,
+    "--split_ratios": split_ratios_share_the_images_out,
     "--freq_threshold": freq_threshold_leaves_rare_words_out,
     "--max_bad_fraction": max_bad_fraction_bounds_what_is_skipped,
     "--max_train_images": max_train_images_leaves_the_rest_out,

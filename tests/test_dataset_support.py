@@ -414,6 +414,31 @@ def test_drawn_splits_are_disjoint_by_image(tmp_path):
     assert names["val"] != _names(60)[:6]
 
 
+def test_the_shares_of_drawn_splits_can_be_chosen(tmp_path):
+    def sizes(count, *ratios):
+        names = _dataset(tmp_path, count, split_ratios=ratios).split_names()
+        return [len(names[split]) for split in ("train", "val", "test")]
+
+    assert sizes(60, 0.6, 0.2, 0.2) == [36, 12, 12]
+    assert sizes(60, 0.9, 0.05, 0.05) == [54, 3, 3]
+    assert sizes(5, 0.98, 0.01, 0.01) == [3, 1, 1]  # never none
+    dataset = _dataset(tmp_path, 60, split_ratios=(0.6, 0.2, 0.2))
+    assert "splits: drawn by image with --split_seed 42 --split_ratios 0.6 0.2 0.2" in dataset.notes
+    assert (
+        dataset.split_names() == _dataset(tmp_path, 60, split_ratios=[0.6, 0.2, 0.2]).split_names()
+    )
+
+
+def test_ratios_that_lists_leave_nothing_to_do_are_said_to_be_idle(tmp_path):
+    _dataset(tmp_path, 60)
+    for split, rows in (("train", slice(40)), ("dev", slice(40, 50)), ("test", slice(50, 60))):
+        (tmp_path / f"{split}.txt").write_text("\n".join(_names(60)[rows]))
+    notes = _dataset(tmp_path, 60, split_ratios=(0.6, 0.2, 0.2)).notes
+    idle = "; --split_ratios does nothing with these"
+    assert f"splits: from train.txt, dev.txt, test.txt{idle}" in notes
+    assert "splits: from train.txt, dev.txt, test.txt" in _dataset(tmp_path, 60).notes
+
+
 def test_a_missing_image_does_not_reshuffle_the_others(tmp_path):
     before = _dataset(tmp_path / "a", 60).split_names()
     _dataset(tmp_path / "b", 60)

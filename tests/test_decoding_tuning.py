@@ -101,4 +101,5 @@ def test_the_first_of_the_best_is_chosen_and_shown(weight, rerank):
     stored = decoding_tuning.as_options(chosen | {"rerank_weight": weight}, options)
     assert stored["rerank"] == rerank and stored["neighbours"] == 7
     values = options.as_dict() | stored
-    assert group_options(values, options.typed).as_dict() == values  # each is an option's value
+    grouped = group_options(values, options.typed, options.origins)
+    assert grouped.as_dict() == values  # each is an option's value

@@ -151,12 +151,14 @@ def test_run_directory_carries_the_local_time_of_its_making(tmp_path, monkeypatc
 
 def test_run_config_opens_with_the_specified_keys_and_keeps_everything_else(tmp_path):
     run_dir = create_run_dir(tmp_path, CONFIG, STAMP)
-    RunTracker(run_dir, CONFIG | {"cache_dir": Path("feature_cache")}, COMMAND)
+    origins = {"seed": Path("flag")}  # anything with a text
+    RunTracker(run_dir, CONFIG | {"cache_dir": Path("feature_cache")}, COMMAND, origins=origins)
     written = json.loads((run_dir / "run_config.json").read_text())
     expected = json.loads(SPECIFIED_CONFIG)
     assert list(written.items())[: len(expected)] == list(expected.items())
     rest = list(written)[len(expected) :]
-    assert rest == ["seed", "encoder", "cache_dir", "command", "git", "environment"]
+    assert rest == ["seed", "encoder", "cache_dir", "command", "git", "environment", "origins"]
+    assert written["origins"] == {"seed": "flag"}
     assert (written["seed"], written["cache_dir"]) == (7, "feature_cache")
     assert written["command"] == "python flickr_image_caption.py --image_dir 'my pictures'"
     assert written["environment"]["torch"] == torch.__version__.split("+")[0]
@@ -245,6 +247,13 @@ def test_the_command_starts_as_the_run_was_started(monkeypatch, variables, launc
         monkeypatch.setenv(name, value)
     words = ["flickr_image_caption.py", "--epochs", "2"]
     assert launch_command(words) == [*launcher.split(), *words]
+
+
+def test_the_command_has_the_variables_that_gave_options(monkeypatch):
+    for name in ("WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CAPTION_SEED", "7")
+    assert launch_command(["x.py"], ["CAPTION_SEED"]) == ["env", "CAPTION_SEED=7", PYTHON, "x.py"]
 
 
 def test_environment_says_what_the_numbers_depend_on():
