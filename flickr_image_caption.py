@@ -58,6 +58,7 @@ from torch.optim import lr_scheduler
 
 import attention_measures
 import caption_data
+import caption_report
 import caption_splits
 import checkpoints
 import consensus
@@ -1803,18 +1804,17 @@ def record_epoch(run, row, is_best):
 
 
 def finish_run(run):
-    """Draw the attention pictures that were asked for, and say what to do next."""
+    """Report on the run, draw the attention pictures that were asked for, say what to do next."""
     best, options = run.folder / "best.pt", run.options
-    if options.pictures.save_attention_viz:
-        run.captioner.decoder.load_state_dict(checkpoints.load_checkpoint(best)["model"])
-        features = run.validation.features
-        images = torch.arange(min(options.pictures.attention_viz_samples, len(features.paths)))
-        chunks = features.stream([images])
-        hypotheses = run.captioner.caption_features(chunks, options.decoding, options.run.seed)
-        best_of_each, chunks = [image[0] for image in hypotheses], features.stream([images])
-        best_of_each = run.captioner.with_maps(options.pictures.viz_method, chunks, best_of_each)
-        draw_attention(run.folder, run.captioner, features.paths, best_of_each, options)
+    paths, pictures = run.validation.features.paths, options.pictures
+    if pictures.save_attention_viz:
+        hypotheses = first_captions(run, pictures.attention_viz_samples)
+        draw_attention(run.folder, run.captioner, paths, hypotheses, options)
         print(pictures_note(run.folder, options))
+    with caption_report.only_warns():
+        shown = first_captions(run, caption_report.EACH)
+        source = "val", run.validation.table, paths
+        caption_report.report(run.folder, run.captioner, *source, shown, pictures.viz_method)
     if run.captioner.reranker:
         owner = index_owner(best, described(run.captioner, run.splits))
         index = run.captioner.reranker.index
@@ -1823,6 +1823,19 @@ def finish_run(run):
         f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"
         f"test it: {run_folder.next_command(run, '--mode', 'test', '--model_path', best)}"
     )
+
+
+def first_captions(run, number):
+    """What the best epoch's model writes of the first validation images: a hypothesis each."""
+    captioner, features, options = run.captioner, run.validation.features, run.options
+    best = checkpoints.load_checkpoint(run.folder / "best.pt")
+    captioner.decoder.load_state_dict(best["model"])
+    captioner.encoder.trunk.load_state_dict(best["encoder"]["weights"])  # its tail may have learnt
+    images = [torch.arange(len(features.paths))[:number]]
+    chunks = features.stream(images)
+    hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
+    best_of_each = [image[0] for image in hypotheses]
+    return captioner.with_maps(options.pictures.viz_method, features.stream(images), best_of_each)
 
 
 # ------------------------------------------------------------------------ test and caption new images
@@ -1969,6 +1982,12 @@ def test_checkpoint(options, hardware, checkpoint):
     if scores["duller"]:
         print(f"since the last test here: {scores['duller']}")
     print(f"written: {folder / f'{split}_metrics.json'} and {split}_captions.json")
+    with caption_report.only_warns():
+        chosen = caption_report.choose(rows)
+        chunks = features.stream([torch.tensor(chosen)])
+        shown = captioner.with_maps(method, chunks, [best[row] for row in chosen])
+        source = split, table, features.paths
+        caption_report.report(folder, captioner, *source, shown, method, chosen)
     return scores
 
 

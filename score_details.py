@@ -16,8 +16,10 @@ has may be true.
 """
 
 import functools
+import itertools
 import operator
 import statistics
+from collections import Counter
 
 import metrics_utils
 
@@ -25,6 +27,7 @@ import metrics_utils
 TRAINING_COUNTS = {"0-9": 0, "10-99": 10, "100-999": 100, "1000+": 1000}
 CAPTION_LENGTHS = {"0-7": 0, "8-10": 8, "11-13": 11, "14+": 14}
 RARE_BELOW = 100  # times in training captions; where a band begins
+NEVER_USED = 24  # words that are listed
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 SPELLINGS = {str(digits): word for digits, word in enumerate(NUMBERS, start=1)}
 SPELLINGS |= {"grey": "gray", "blonde": "blond", "golden": "gold"}
@@ -104,15 +107,18 @@ def describe(scorer, hypotheses, groups):
         hypotheses: {image id: caption}, of its images.
         groups: what it found of these captions with `group_of=length_band`.
     Returns: {"rare_recall": recall of words below RARE_BELOW, "recall": as `recall_by_band`,
-        "unsupported": {kind of KINDS: as `unsupported`}, "by_length": {band: scores}}. "rare_recall"
-        and "recall" are None without training captions, "rare_recall" also if no such words occur.
+        "never_used": as `never_used`, "unsupported": {kind of KINDS: as `unsupported`}, "by_length":
+        {band: scores}}. The first three are None without training captions, "rare_recall" also if no
+        such words occur.
     """
     references = list(scorer.references.values())
     captions = [metrics_utils.tokenize(hypotheses[image]) for image in scorer.references]
-    bands = recall_by_band(references, captions, scorer.training[1]) if scorer.training else None
+    counts = scorer.training[1] if scorer.training else None
+    bands = recall_by_band(references, captions, counts) if counts else None
     return {
         "rare_recall": rare_recall(bands) if bands else None,
         "recall": bands,
+        "never_used": never_used(references, captions, counts) if counts else None,
         "unsupported": {kind: unsupported(references, captions, kind) for kind in KINDS},
         "by_length": {band: groups[band] for band in CAPTION_LENGTHS if band in groups},
     }
@@ -144,6 +150,23 @@ def rare_recall(bands):
     rare = [band for name, band in bands.items() if TRAINING_COUNTS[name] < RARE_BELOW]
     words = sum(band["words"] for band in rare)
     return sum(band["words"] * band["recall"] for band in rare) / words if words else None
+
+
+def never_used(references, captions, counts):
+    """The content words that training captions have most often and no caption has.
+
+    Args: as of `recall_by_band`.
+    Returns: at most NEVER_USED of {"word", "training": how often training captions have it, "images":
+        number of images with a reference that has it}, the most frequent first.
+    """
+    written = set().union(*captions)
+    images = Counter(itertools.chain.from_iterable(set().union(*texts) for texts in references))
+    unused = (
+        {"word": word, "training": count, "images": images[word]}
+        for word, count in counts.most_common()
+        if word not in written and word[0].isalpha() and not is_function_word(word)
+    )
+    return list(itertools.islice(unused, NEVER_USED))
 
 
 def unsupported(references, captions, kind):

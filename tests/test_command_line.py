@@ -838,7 +838,7 @@ def seeds_are_each_tested_as_if_alone():
     assert summary["spread"]["CIDEr"] == pytest.approx(found)
     assert re.search(rf"^  CIDEr +{mean:.4f} +{sd:.4f} ", outcome.out, re.MULTILINE)
     succeed(*test)
-    files = {"test_metrics.json", "test_captions.json"}
+    files = {"test_metrics.json", "test_captions.json", "test_examples.json"}
     assert {path.name for path in second.glob("test_*")} == files
     assert {path.name for path in Path("first").glob("test_*")} == files | {"test_seeds.json"}
 
@@ -864,7 +864,8 @@ def output_dir_holds_what_is_written():
         "--mode test --algorithm greedy --output_dir new/folder --model_path", shop / "lstm/best.pt"
     )
     written = {path.name for path in Path("new/folder").iterdir()}
-    assert written == {"test_metrics.json", "test_captions.json"}
+    files = {"test_metrics.json", "test_captions.json", "test_examples.json", "report.html"}
+    assert written == files
     name = listed("test")[0]
     succeed("--mode caption --save_attention_viz --output_dir other --model_path",
             shop / "attention/best.pt", f"--images data/sample/Images/{name}")  # fmt: skip

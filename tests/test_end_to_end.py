@@ -75,6 +75,7 @@ RUN_FILES = {
     "metrics.csv",
 }
 RUN_FILES |= {"training_losses.png", "learning_rate.png", "best.pt"}
+RUN_FILES |= {"val_examples.json", "report.html"}
 EPOCH_BLOCK = re.compile(
     r"^Epoch (\d+) completed \(\1/(\d+)\):\n"
     r"  Training Loss: (\d+\.\d{5})\n"
@@ -1464,6 +1465,8 @@ def test_other_splits_have_files_of_their_own(split, listing, shop):
     assert {path.name for path in Path("found").iterdir()} == {
         f"{split}_captions.json",
         f"{split}_metrics.json",
+        f"{split}_examples.json",
+        "report.html",
     }
     assert [row["file_name"] for row in read_json(f"found/{split}_captions.json")] == listed(
         listing

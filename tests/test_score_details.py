@@ -23,6 +23,7 @@ from score_details import (  # noqa: E402
     headlines,
     kind_of,
     length_band,
+    never_used,
     over_seeds,
     rare_recall,
     recall_by_band,
@@ -148,6 +149,21 @@ def test_recall_by_band_worked_by_hand():
     }
 
 
+def test_never_used_words_worked_by_hand(monkeypatch):
+    """The most frequent first; "two" and "the" are function words, and "2" begins with no letter."""
+    counts = Counter({"the": 99, "2": 98, "two": 97, "dog": 9, "brown": 8, "men": 7, "sled": 6})
+    captions = split("a dog catches a frisbee", "a man")
+    found = never_used([*REFERENCES, split("a brown cliff", "brown")], [*captions, ["a"]], counts)
+    brown = {"word": "brown", "training": 8, "images": 2}
+    assert found == [
+        brown,
+        {"word": "men", "training": 7, "images": 1},
+        {"word": "sled", "training": 6, "images": 0},
+    ]
+    monkeypatch.setattr(score_details, "NEVER_USED", 1)
+    assert never_used([*REFERENCES, split("brown")], captions, counts) == [brown]
+
+
 def test_a_word_of_another_image_s_references_is_no_recall():
     captions = split("men", "dog")
     bands = recall_by_band(REFERENCES, captions, Counter())
@@ -248,7 +264,7 @@ def test_describe_puts_them_together(no_wordnet):
         "10-99": {"words": 1, "recall": 1},  # sled
         "100-999": {"words": 2, "recall": 1},  # dogs, run
     }
-    assert details["rare_recall"] == pytest.approx(2 / 3)
+    assert details["rare_recall"] == pytest.approx(2 / 3) and details["never_used"] == []
     assert details["unsupported"] == {
         "nouns": None,
         "colours": {"captions": 0.5, "words": 0.5, "written": 2},
@@ -256,7 +272,7 @@ def test_describe_puts_them_together(no_wordnet):
     }
     assert details["by_length"] == scores["groups"] and scores["groups"]["0-7"]["images"] == 2
     unknown = describe(CaptionScorer(references), hypotheses, scores["groups"])
-    assert unknown == details | {"recall": None, "rare_recall": None}
+    assert unknown == details | {"recall": None, "never_used": None, "rare_recall": None}
 
 
 # ------------------------------------------------------------------------------------- dullness
