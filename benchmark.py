@@ -870,7 +870,7 @@ def main(argv=None):
     report |= {
         "encoder": args.encoder,
         "threads": torch.get_num_threads(),
-        "commit": experiment_utils.git_info()["commit"],
+        "commit": experiment_utils.get_git_info()["commit"],
         "environment": experiment_utils.environment(),
     }
     for name, value in () if args.json else report.get("ceilings", {}).items():

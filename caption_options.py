@@ -16,6 +16,7 @@ checkpoint's value means for it. torch is not imported, so that --help and a mis
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -31,7 +32,9 @@ from checkpoints import runs_folder
 from config_file import ENVIRONMENT, FILE, FLAG, Config, Origin, Setting
 from model_versions import resolve_model_path
 
-TRAIN, TEST, CAPTION, TUNE = MODES = ("train", "test", "caption", "tune")
+TRAIN, TEST, CAPTION, TUNE = MODES = ("train", "test", "caption", "tune")  # with a model
+COMPARE = "compare"  # of runs' files alone
+EVERY_MODE = (*MODES, COMPARE)
 WITH_DATA = (TRAIN, TEST, TUNE)
 DECODERS = ("lstm", "attention")
 ATTENTIONS = ("additive", "adaptive")
@@ -192,6 +195,7 @@ class Option(NamedTuple):
     stored: str | tuple[str, ...] = INHERITED
     several: bool = False  # takes a list
     alias: str | None = None
+    package: str | None = None  # one of requirements-tracking.txt, which it needs
 
 
 def scheduled(option):
@@ -222,9 +226,9 @@ CONSENSUS = {"rerank": ("consensus",)}
 REWARDED = {"scst_epochs": GIVEN}
 
 RUN = {
-    "mode": Option(MODES, TRAIN,
-        "train a model, test one, caption pictures, or tune: choose by validation captions how the checkpoint "
-        "searches for them from now on", stored=OWN),
+    "mode": Option(EVERY_MODE, TRAIN,
+        "train a model, test one, caption pictures, tune: choose by validation captions how the checkpoint "
+        "searches for them from now on, or compare runs", modes=EVERY_MODE, stored=OWN),
     "config": Option(str, None,
         "values of options that are not typed, in YAML or as an old run's run_config.json has them; see "
         "docs/EXPERIMENTS.md", "FILE", stored=OWN),
@@ -253,6 +257,12 @@ RUN = {
     "num_workers": Option(COUNT, 16,
         "processes that decode images, at most one per available core, in caption mode for more than 100; "
         "0: threads of the program itself; where the encoder computes on few cores itself, 0 is quickest"),
+    "tensorboard": Option(bool, False,
+        "scalars, histograms of weights, captions and attention of validation images, in the run's logs/",
+        modes=(TRAIN,), stored=OWN, package="tensorboard"),
+    "wandb": Option(bool, False,
+        "losses, scores, captions and the best checkpoint go to Weights & Biases; offline without an API key",
+        modes=(TRAIN,), stored=OWN, package="wandb"),
 }  # fmt: skip
 DATA = {
     "dataset_type": Option(("flickr8k", "flickr30k", "sample", "custom"), "flickr30k",
@@ -423,7 +433,8 @@ RERANK = {
         needs=CONSENSUS),
 }  # fmt: skip
 OUTPUT = {
-    "split": Option(("train", "val", "test"), "test", "which images to caption and score", modes=(TEST,), stored=OWN),
+    "split": Option(("train", "val", "test"), "test", "which images to caption and score, or to compare scores of",
+        modes=(TEST, COMPARE), stored=OWN),
     "ensemble": Option(str, (),
         "more checkpoints, or folders of runs, with the same words, encoder and split; the mean "
         "of all probabilities writes the caption; for attention pictures --model_path names an "
@@ -436,10 +447,12 @@ OUTPUT = {
     "images": Option(str, (),
         "pictures, and folders of pictures",
         "FILE_OR_FOLDER", (CAPTION,), stored=OWN, several=True),
-    "json": Option(bool, False, "one JSON object per line", modes=(CAPTION,), stored=OWN),
+    "runs": Option(str, (),
+        "folders of runs to compare, or folders that runs lie below", "RUN", (COMPARE,), stored=OWN, several=True),
+    "json": Option(bool, False, "one JSON object per line", modes=(CAPTION, COMPARE), stored=OWN),
     "output_dir": Option(str, None,
-        "where files are written, instead of beside the checkpoint",
-        "FOLDER", (TEST, CAPTION, TUNE), stored=OWN),
+        "where files are written, instead of beside the checkpoint, or the first run",
+        "FOLDER", (TEST, CAPTION, TUNE, COMPARE), stored=OWN),
 }  # fmt: skip
 PICTURES = {
     "save_attention_viz": Option(bool, False,
@@ -540,7 +553,7 @@ def build_parser(description=None):
     """The parser of TABLE; what was not typed is absent from its result."""
     parser = Parser(
         prog="flickr_image_caption.py",
-        usage="flickr_image_caption.py [--mode train|test|caption|tune] [options]  (--help lists them)",
+        usage="flickr_image_caption.py [--mode train|test|caption|tune|compare] [options]  (--help lists them)",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -700,10 +713,18 @@ def check_paths(typed):
         raise ValueError(
             "--seeds and --ensemble exclude each other: only single checkpoints have a mean"
         )
+    for package in filter(None, (TABLE[name].package for name in typed)):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:  # a folder of that name is no package
+            raise ValueError(
+                f"--{package} needs the package {package}: pip install -r requirements-tracking.txt"
+            )
     device = typed.get("device", "auto")
     if device != "auto" and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device):
         raise ValueError(f"--device {device}: give auto, cpu, cuda, cuda:N or mps")
-    if mode != TRAIN and "model_path" not in typed:
+    if mode == COMPARE and "runs" not in typed:
+        raise ValueError("--mode compare needs --runs, the folders of two runs or more")
+    if mode not in (TRAIN, COMPARE) and "model_path" not in typed:
         raise ValueError(f"--mode {mode} needs --model_path, the checkpoint to use")
     if mode == TUNE and typed.get("algorithm", "beam") != "beam":
         raise ValueError("--mode tune is for --algorithm beam alone")
@@ -735,7 +756,7 @@ def find_files(options):
     for flag, path in named_paths(options):
         if not path.exists():
             raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
-    if not options.checkpoint:
+    if options.run.mode == TRAIN and not options.checkpoint:
         check_dataset_folder(options.data)
 
 
@@ -757,6 +778,8 @@ def named_paths(options):
                 yield "encoder_weights", Path(source)
     for path in options.output.images:
         yield "images", Path(path)
+    for path in options.output.runs:
+        yield "runs", Path(path)
 
 
 def named_weights(options):
@@ -1189,7 +1212,8 @@ def as_markdown():
         "file of --config (see [EXPERIMENTS.md](EXPERIMENTS.md)), else from the checkpoint when one",
         "is loaded, else from this table; a folder to write in never comes from a checkpoint. *Acts",
         "in* names the modes in which an option does something, and the other options it needs; empty",
-        "means always. Typed where it would do nothing, an option is refused.",
+        "means always, but for compare, which takes no options but those that name it. Typed where it",
+        "would do nothing, an option is refused.",
     ]
     for group in GROUPS.values():
         lines += ["", f"## {group.title}", "", "| option | default | acts in | what |"]
@@ -1215,7 +1239,7 @@ def as_flags(values):
 
 def markdown_row(name, option):
     """One option as a row of the table."""
-    scope = list(option.modes) if option.modes != MODES else []
+    scope = list(option.modes) if option.modes not in (MODES, EVERY_MODE) else []
     scope += [markdown_need(other, wanted) for other, wanted in option.needs.items()]
     what = option.help
     if isinstance(option.kind, tuple):

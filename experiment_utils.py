@@ -4,17 +4,28 @@ Imported by the program; nothing here is run by hand. It knows no models and no 
 configuration and an epoch's scores are dictionaries of plain values. One run writes
 
     saved_models/flickr8k/resnet_lstm/flickr8k_lstm_ep15_bs64_lr1e-03_cosine_20241201_143022/
-        run_config.json  run_summary.txt                            once, before training
+        run_config.json  run_summary.txt  config_snapshot.json      once, before training
         loss_curve.json  metrics_history.json  metrics.csv          after every epoch
+        run_summary.json  sample_captions.json                      the same; how the run ended
         training_losses.png  learning_rate.png                      every ten seconds, and at the end
         best.pt  model_epoch_N.pt  last.pt                          checkpoints
 
-A reader never sees half a file: each is written under a temporary name, flushed and renamed.
+A reader never sees half a file: each is written under a temporary name, flushed and renamed. Code of
+one's own tracks its runs in the same way:
+
+    set_global_seed(42)
+    with ExperimentTracker("experiments/run_001", run_name="baseline", seed=42) as tracker:
+        tracker.log_config({"model": {"hidden_dim": 256}, "training": {"epochs": 20}})
+        tracker.log_metrics(epoch=1, train_loss=2.5, val_loss=2.8, learning_rate=1e-4, accuracy=0.85)
+        tracker.log_bleu_scores(bleu1=0.65, bleu2=0.45, bleu3=0.35, bleu4=0.25, split="test")
+        tracker.log_artifact("predictions", {"dog.jpg": "a dog runs"})  # artifacts/predictions.json
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import platform
@@ -24,8 +35,12 @@ import shlex
 import subprocess
 import sys
 import time
+import uuid
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -33,6 +48,7 @@ import torch
 from tqdm import tqdm
 
 import process_group
+import run_records
 from checkpoints import (
     RUN_NAME_END,
     TIMESTAMP_FORMAT,
@@ -43,6 +59,7 @@ from checkpoints import (
     write_json,
     write_text,
 )
+from runtime import printable
 
 # The keys that run_config.json opens with, in this order.
 CONFIG_KEYS = (
@@ -72,6 +89,7 @@ CURVES = {
     "learning_rates": "learning_rate",
 }  # fmt: skip
 
+SAMPLES_FILE, SAMPLE_IMAGES = "sample_captions.json", 10
 DRAW_SECONDS = 10  # from one drawing of the curves to the next: an epoch may take two
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
@@ -81,11 +99,17 @@ LINE = {"marker": "o", "markersize": 4, "linewidth": 1.8}
 # ----------------------------------------------------------------------------------- random numbers
 
 
-def set_seed(seed):
-    """Seed Python, numpy and torch (every device) with one int in 0..2**32 - 1."""
+def set_global_seed(seed):
+    """Seed Python, numpy and torch (every device) with one int in 0..2**32 - 1.
+
+    Processes that are started from now on hash strings alike, and cuDNN takes deterministic
+    algorithms only.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    os.environ["PYTHONHASHSEED"] = str(seed)
+    torch.backends.cudnn.deterministic = True
 
 
 def random_state():
@@ -171,13 +195,16 @@ def checkpoint_sizes(folder, kept, each, encoder):
     )
 
 
-def git_info():
-    """The program's commit and branch, and whether tracked files differ; None where unknown."""
+def get_git_info():
+    """The program's commit and branch, whether tracked files differ, and origin; None where unknown."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
+    remote = _git("config", "--get", "remote.origin.url")
     return {
         "commit": _git("rev-parse", "--verify", "HEAD"),
         "branch": _git("branch", "--show-current") or None,  # empty on a detached HEAD
         "dirty": None if changes is None else bool(changes),
+        # without the password that a URL may hold
+        "remote_url": remote and re.sub(r"^(\w+://)[^/@]*@", r"\1", remote),
     }
 
 
@@ -282,50 +309,136 @@ def _timestamp(run_dir_name):
     return match.group(1) if match else None
 
 
-class RunTracker:
-    """Writes a run's configuration once, and its curves after every epoch.
-
-    `history` is the list of the epochs' rows so far. As a context it draws at its end the plots
-    that short epochs have left undrawn, since drawing takes a second.
+def write_run_files(run_dir, config, command, schedule_options=(), origins=None):
+    """Write run_config.json and run_summary.txt, which say what the run is.
 
     Args:
         run_dir: the run's directory, which exists.
         config: every option's resolved value under its flag's name.
         command: the list of arguments that reproduces the run.
-        history: the rows of the run that this one resumes.
         schedule_options: names of the options of this run's schedule, in the order to print.
         origins: {option: where its value comes from}.
     """
+    values = {"decoder_type" if key == "decoder" else key: config[key] for key in config}
+    values["timestamp"] = _timestamp(run_dir.name)
+    ordered = {key: values[key] for key in CONFIG_KEYS if key in values} | values
+    origin = {
+        "command": shlex.join(map(str, command)),
+        "git": get_git_info(),
+        "environment": environment(),
+        "origins": {name: str(source) for name, source in (origins or {}).items()},
+    }
+    write_json(run_dir / "run_config.json", ordered | origin)
+    summary = run_summary(run_dir.name, config, command, schedule_options)
+    write_text(run_dir / "run_summary.txt", summary)
 
-    def __init__(self, run_dir, config, command, history=(), schedule_options=(), origins=None):
-        self.run_dir = Path(run_dir)
-        self.history = list(history)
-        self._write_config(config, command, origins or {})
-        summary = run_summary(self.run_dir.name, config, command, schedule_options)
-        write_text(self.run_dir / "run_summary.txt", summary)
+
+# ---------------------------------------------------------------------------------------- the tracker
+
+
+@dataclass
+class RunMetadata:
+    """The first part of run_summary.json."""
+
+    run_id: str  # 20241201_143022_1a2b3c4d
+    run_name: str
+    start_time: str  # ISO 8601, local
+    seed: int | None
+    git_info: dict
+    environment: dict
+    end_time: str | None = None
+    status: str = "running"  # then completed or failed
+    error: str | None = None
+
+    @classmethod
+    def of_new_run(cls, run_name, seed):
+        """Of a run that begins now, here."""
+        here, now = environment(), datetime.now()
+        return cls(
+            run_id=f"{now.strftime(TIMESTAMP_FORMAT)}_{uuid.uuid4().hex[:8]}",
+            run_name=run_name,
+            start_time=now.isoformat(timespec="seconds"),
+            seed=seed,
+            git_info=get_git_info(),
+            environment={
+                "python_version": here["python"],
+                "torch_version": here["torch"],
+                "gpu_available": bool(here["devices"]),
+                "gpu_devices": here["devices"],
+            },
+        )
+
+
+class Sample(NamedTuple):
+    """One of the validation images that are captioned after every epoch, and its latest caption."""
+
+    image: str
+    path: object  # as image_loading.open_images takes it
+    references: list[str]
+    caption: str
+    words: list[str]  # T
+    maps: np.ndarray | None = None  # (T, h, w) where the words looked, each map sums to 1
+    beside: dict | None = None  # (T,) by name: what no cell got
+
+
+class ExperimentTracker:
+    """Keeps a run's records: its files are complete after every epoch, whatever stops it later.
+
+    `history` is the list of the epochs' rows so far. As a context it ends the run: completed, or
+    failed with the error that left the context, unless `finalize` has said how before.
+
+    Args:
+        output_dir: the run's directory, made if absent.
+        run_name: the directory's name unless given.
+        seed: noted; `set_global_seed` is what sets it.
+        history: the rows of the run that this one resumes.
+        sample_captions: its sample_captions.json.
+        listeners: hear what is logged, by the methods of `tracking_backends.Listener`. One that
+            fails is heard of on stderr and told no more: the run goes on.
+    """
+
+    def __init__(
+        self, output_dir, run_name=None, seed=None, *, history=(), sample_captions=(), listeners=()
+    ):
+        self.run_dir = Path(output_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.history, self.sample_captions = list(history), list(sample_captions)
+        self.config, self.bleu_scores, self.listeners = {}, {}, list(listeners)
+        self.metadata = RunMetadata.of_new_run(run_name or self.run_dir.name, seed)
+        self.lock = run_records.hold(self.run_dir)
         self.drawn, self.drawn_at = len(self.history), -math.inf  # epochs, and when
+        self._write_summary()
 
-    def _write_config(self, config, command, origins):
-        values = {"decoder_type" if key == "decoder" else key: config[key] for key in config}
-        values["timestamp"] = _timestamp(self.run_dir.name)
-        ordered = {key: values[key] for key in CONFIG_KEYS if key in values} | values
-        origin = {
-            "command": shlex.join(map(str, command)),
-            "git": git_info(),
-            "environment": environment(),
-            "origins": {name: str(origin) for name, origin in origins.items()},
-        }
-        write_json(self.run_dir / "run_config.json", ordered | origin)
+    def log_config(self, config):
+        """Write config_snapshot.json: the config, nested or flat, and a hash that tells configs apart."""
+        self.config = plain_values(config)
+        text = json.dumps(self.config, sort_keys=True)
+        digest = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+        snapshot = self.config | {"_config_hash": digest[:8]}
+        write_json(self.run_dir / "config_snapshot.json", snapshot)
+        self._write_summary()
+        self._tell("config_logged", self.config)
 
-    def log_epoch(self, row):
-        """Add one epoch and rewrite the curves.
+    def log_metrics(self, epoch, **values):
+        """Add an epoch, or more values of the latest one, and rewrite the curves.
 
-        `row` has the ROW_KEYS (losses in nats per token; of an epoch on the reward `train_reward` for
-        `train_loss`) and any metrics: `BLEU-4`, `CIDEr`,
-        `share_unique`, ... Metrics may come and go between epochs: where a row lacks one, its place
-        is null, or empty in metrics.csv.
+        `values` are the other ROW_KEYS (losses in nats per token; of an epoch on the reward
+        `train_reward` for `train_loss`) and any metrics: `BLEU-4`, `CIDEr`, `share_unique`, ...
+        They may come and go between epochs: where a row lacks one, its place is null, or empty in
+        metrics.csv.
         """
-        self.history.append(plain_values(row))  # checkpoints hold it and refuse numpy's floats
+        row = plain_values({"epoch": epoch} | values)  # checkpoints hold it: none of numpy's floats
+        if self.history and self.history[-1]["epoch"] == epoch:
+            self.history[-1] |= row
+        else:
+            self.history.append(row)
+        self._write_curves()
+        self._write_summary()
+        self._tell("metrics_logged", row)
+        if time.monotonic() - self.drawn_at >= DRAW_SECONDS:
+            self.draw()
+
+    def _write_curves(self):
         columns = dict.fromkeys([*ROW_KEYS, *itertools.chain.from_iterable(self.history)])
         table = {name: [epoch.get(name) for epoch in self.history] for name in columns}
         curves = {name: table[key] for name, key in CURVES.items()}
@@ -334,11 +447,81 @@ class RunTracker:
         write_json(self.run_dir / "loss_curve.json", curves)
         write_json(self.run_dir / "metrics_history.json", {"epochs": table["epoch"]} | metrics)
         write_text(self.run_dir / "metrics.csv", csv)
-        if time.monotonic() - self.drawn_at >= DRAW_SECONDS:
+
+    def log_samples(self, epoch, samples):
+        """Add an epoch's captions of the same few images, a list of Sample, to sample_captions.json."""
+        known = {entry["image"]: entry for entry in self.sample_captions}
+        for sample in samples:
+            if sample.image not in known:
+                entry = {"image": sample.image, "references": sample.references, "captions": []}
+                known[sample.image] = entry
+                self.sample_captions.append(entry)
+            known[sample.image]["captions"].append({"epoch": epoch, "caption": sample.caption})
+        write_json(self.run_dir / SAMPLES_FILE, self.sample_captions)
+        self._tell("samples_logged", epoch, samples)
+
+    def log_bleu_scores(self, bleu1, bleu2, bleu3, bleu4, split="test"):
+        """Note the scores of a split, 0..1, in run_summary.json."""
+        scores = run_records.bleu_scores(split, [bleu1, bleu2, bleu3, bleu4])
+        self.bleu_scores |= plain_values(scores)
+        self._write_summary()
+
+    def log_artifact(self, name, data, artifact_type="json"):
+        """Write artifacts/<name>.json, or .npy of an array with "numpy". Returns its Path.
+
+        Raises: ValueError for another type, or a name that would lie elsewhere.
+        """
+        if not name or Path(name).name != name:
+            raise ValueError(f"artifact {name!r}: give a plain name, without folders")
+        writers = {"json": (".json", write_json), "numpy": (".npy", _write_array)}
+        if artifact_type not in writers:
+            kinds = " or ".join(writers)
+            raise ValueError(f"artifact {name}: type {artifact_type!r} is unknown: give {kinds}")
+        ending, write = writers[artifact_type]
+        path = self.run_dir / "artifacts" / f"{name}{ending}"
+        path.parent.mkdir(exist_ok=True)
+        write(path, data)
+        return path
+
+    def finalize(self, error=None):
+        """End the run: completed, or failed with the error, a text. Returns the summary's Path."""
+        self.metadata.status = "failed" if error else "completed"
+        self.metadata.error = str(error) if error else None
+        self.metadata.end_time = datetime.now().isoformat(timespec="seconds")
+        if self.drawn < len(self.history):
             self.draw()
+        self._write_summary()
+        self._tell("run_ended", self.summary())
+        return self.run_dir / run_records.FILE_NAME
+
+    def summary(self):
+        """The content of run_summary.json."""
+        return {
+            "metadata": asdict(self.metadata),
+            "config": self.config,
+            "final_metrics": self.history[-1] if self.history else {},
+            "best_metrics": best_epoch(self.history) or {},
+            "bleu_scores": self.bleu_scores,
+            "total_epochs": len(self.history),
+        }
+
+    def _write_summary(self):
+        run_records.write_summary(self.run_dir, self.summary(), self.lock)
+
+    def _tell(self, event, *values):
+        """Call the listeners' method; other people's code must not end a run."""
+        for listener in [*self.listeners]:
+            try:
+                getattr(listener, event)(*values)
+            except Exception as error:
+                self.listeners.remove(listener)
+                fault = printable(f"{type(error).__name__}: {error}".splitlines()[0])
+                print(
+                    f"warning: {listener.name} hears no more of this run: {fault}", file=sys.stderr
+                )
 
     def draw(self):
-        """Draw the curves so far."""
+        """Draw the curves so far, which takes a second."""
         plot_losses(self.run_dir / "training_losses.png", self.history)
         plot_learning_rate(self.run_dir / "learning_rate.png", self.history)
         self.drawn, self.drawn_at = len(self.history), time.monotonic()
@@ -346,23 +529,52 @@ class RunTracker:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_error):
-        if self.drawn < len(self.history):
-            self.draw()
+    def __exit__(self, kind, error, _traceback):
+        if self.metadata.status != "running":
+            return
+        if not kind:
+            self.finalize()
+            return
+        with contextlib.suppress(OSError):  # a full disk is what the error says already
+            self.finalize(str(error) or kind.__name__)
+
+
+def _write_array(path, data):
+    with replace_file(path) as file:
+        np.save(file, np.asarray(data), allow_pickle=False)
+
+
+def earlier_sample_captions(folder, epoch):
+    """What a run that goes on after `epoch` takes over of the old one's sample_captions.json."""
+    try:
+        entries = json.loads((Path(folder) / SAMPLES_FILE).read_bytes())
+        return [
+            {
+                "image": str(entry["image"]),
+                "references": [str(reference) for reference in entry["references"]],
+                "captions": [
+                    {"epoch": int(past["epoch"]), "caption": str(past["caption"])}
+                    for past in entry["captions"]
+                    if past["epoch"] <= epoch
+                ],
+            }
+            for entry in entries
+        ]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return []  # without it captions are watched from here on
 
 
 def epoch_summary(row, epochs, scheduler, is_best, example):
     """What the console says of a finished epoch.
 
     Args:
-        row: as `RunTracker.log_epoch`'s, with the validation captions' scores.
+        row: as `ExperimentTracker.log_metrics`', with the validation captions' scores.
         epochs: the last one of the plan.
         scheduler: the schedule in words.
-        example: a validation image's name and its caption, the same image after every epoch.
+        example: the Sample of the same validation image after every epoch.
     """
     seconds, more = row["epoch_time_seconds"], epochs - row["epoch"]
     left = f", about {tqdm.format_interval(more * seconds)} left" if more else ""
-    image, caption = example
     measure = "Reward" if "train_reward" in row else "Loss"
     entropy = row.get("attention_entropy")
     attention = "" if entropy is None else f"  Attention entropy: {entropy:.3f} of uniform\n"
@@ -377,7 +589,7 @@ def epoch_summary(row, epochs, scheduler, is_best, example):
         f"{attention}"
         f"  Model checkpoint saved (best: {is_best})\n"
         f"  Time: {seconds:.1f} s{left}\n"
-        f"  First validation image {image}: {caption}"
+        f"  First validation image {printable(example.image)}: {example.caption}"
     )
 
 
@@ -407,13 +619,14 @@ def plot_losses(path, history):
 def plot_learning_rate(path, history):
     """Draw the learning rate over epochs into the PNG `path`; logarithmic if it spans a decade."""
     figure, axes = _epoch_axes("Learning rate", "Learning rate")
-    rates = [row["learning_rate"] for row in history]
-    axes.plot([row["epoch"] for row in history], rates, color=BLUE, label="Learning rate", **LINE)
-    if 0 < 10 * min(rates) < max(rates):
+    rated = [row for row in history if row.get("learning_rate") is not None]
+    rates = [row["learning_rate"] for row in rated]
+    axes.plot([row["epoch"] for row in rated], rates, color=BLUE, label="Learning rate", **LINE)
+    if rates and 0 < 10 * min(rates) < max(rates):
         axes.set_yscale("log")
         axes.set_ylabel("Learning rate (log scale)")
     else:
-        axes.set_ylim(0, 1.08 * max(rates) or 1)
+        axes.set_ylim(0, 1.08 * max(rates, default=0) or 1)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     _finish(path, figure, axes, history)
 

@@ -17,6 +17,7 @@ Normalization for Transformers.   [8] Kobayashi et al. 2020, Attention is Not On
 """
 
 from caption_options import (
+    COMPARE,
     ENCODERS,
     SCHEDULES,
     Options,
@@ -34,6 +35,10 @@ from caption_options import (
 
 if __name__ == "__main__":  # before torch: --help and mistakes answer at once
     OPTIONS = check_files(parse_args(description=__doc__))
+    if OPTIONS.run.mode == COMPARE:
+        import run_comparison
+
+        raise SystemExit(run_comparison.main(OPTIONS.output))
 
 import contextlib
 import functools
@@ -70,6 +75,7 @@ import metrics_utils
 import packed_lstm
 import process_group
 import run_folder
+import run_records
 import score_details
 import warm_start
 from caption_batches import CaptionBatches, Vocabulary
@@ -1363,8 +1369,8 @@ class Run:
     tail: nn.Module  # the encoder's, likewise
     config: dict  # every option's value, as run_config.json and checkpoints hold it
     folder: Path | None = None
-    tracker: experiment_utils.RunTracker | None = None
-    example: tuple[str, str] | None = None  # the first validation image and its latest caption
+    tracker: experiment_utils.ExperimentTracker | None = None
+    samples: list[experiment_utils.Sample] | None = None  # validation images, latest captions
 
     @property
     def objective(self):
@@ -1523,14 +1529,14 @@ def validation_scores(run, received):
     hypotheses = captioner.caption_features(chunks, decoding, options.run.seed)
     most = -(-len(table) // process_group.world_size())  # images of the largest share
     bar = epoch_progress(run, "validation captions", hypotheses, len(share), "images")
-    best = [image[0] for image in until_stopped(received, bar, most)]
+    best = own = [image[0] for image in until_stopped(received, bar, most)]
     entropy = attention_measures.mean_entropy_share(best, math.prod(captioner.encoder.grid))
     shares = process_group.all_gather([hypothesis._replace(attention=None) for hypothesis in best])
     best = list(itertools.chain.from_iterable(shares))
     scores = None
     if process_group.rank() == 0:
-        captions, scores, _ = score_captions(captioner, run.scorer, table.image, best)
-        run.example = printable(table.image[0]), captions[table.image[0]]
+        _, scores, _ = score_captions(captioner, run.scorer, table.image, best)
+        run.samples = run_folder.take_samples(run, own)
         del scores["METEOR"]
         scores |= {} if entropy is None else {"attention_entropy": entropy}
     return process_group.broadcast(scores)
@@ -1585,7 +1591,7 @@ def set_up(options, hardware, checkpoint=None):
     table, features = open_split("train", decoder_type.reads_grid, mirrored=flip)
     val_table, val_features = open_split("val", needs_grid(decoder_type, options))
     texts = list(itertools.chain.from_iterable(table.captions))
-    experiment_utils.set_seed(options.run.seed)
+    experiment_utils.set_global_seed(options.run.seed)
     if checkpoint:
         decoder, vocabulary = restore_decoder(options.run.model_path, options.as_dict(), checkpoint)
         origin = f"those of {options.run.model_path}"
@@ -1766,11 +1772,12 @@ def save_stopped(run, signum):
     """Write last.pt after a signal. Returns the exit status."""
     if process_group.rank() == 0:
         save(run, "last.pt")
+        reason = f"stopped by {signal.Signals(signum).name} in epoch {run.state.loop['epoch'] + 1}"
+        run.tracker.finalize(reason)
         if sys.stdout.isatty():
             print()  # the terminal's ^C has a line of its own
         print(
-            f"stopped by {signal.Signals(signum).name} in epoch {run.state.loop['epoch'] + 1}; "
-            f"to go on: {run_folder.next_command(run, '--resume', run.folder / 'last.pt')}"
+            f"{reason}; to go on: {run_folder.next_command(run, '--resume', run.folder / 'last.pt')}"
         )
     process_group.barrier()  # once one process has ended, torchrun ends the one that saves
     return 128 + signum
@@ -1779,7 +1786,8 @@ def save_stopped(run, signum):
 def record_epoch(run, row, is_best):
     """Write an epoch's checkpoints, curves and console block."""
     state, keep = run.state, run.options.training.keep_checkpoints
-    run.tracker.log_epoch(row)
+    run.tracker.log_samples(row["epoch"], run.samples)
+    run.tracker.log_metrics(**row)
     name = f"model_epoch_{row['epoch']}.pt"
     save(run, "best.pt" if is_best else name)
     if is_best:
@@ -1788,7 +1796,7 @@ def record_epoch(run, row, is_best):
         checkpoints.prune_checkpoints(run.folder, keep)
     plan = state.plan | ({"schedule": None} if "train_reward" in row else {})
     scheduler = describe_scheduler(run.options, plan)
-    epochs, example = state.plan["epochs"], run.example
+    epochs, example = state.plan["epochs"], run.samples[0]
     print(experiment_utils.epoch_summary(row, epochs, scheduler, is_best, example), flush=True)
     images = len(run.validation.table)
     if images > 1 and row["share_unique"] * images < 1.5:
@@ -1973,6 +1981,7 @@ def test_checkpoint(options, hardware, checkpoint):
     scores["duller"] = score_details.duller_than_before(folder / f"{split}_metrics.json", scores)
     checkpoints.write_json(folder / f"{split}_captions.json", rows)
     checkpoints.write_json(folder / f"{split}_metrics.json", scores)
+    run_records.add_scores(folder, split, scores)
     algorithm = options.decoding.algorithm
     search = f"beam {options.decoding.beam_size}" if algorithm == "beam" else algorithm
     search += f", consensus of {options.rerank.neighbours} neighbours" * bool(captioner.reranker)

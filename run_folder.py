@@ -13,8 +13,10 @@ from pathlib import Path
 import caption_splits
 import checkpoints
 import experiment_utils
+import run_records
 from caption_options import SCHEDULES
 from runtime import printable
+from tracking_backends import open_listeners
 
 
 def open_folder(run):
@@ -25,21 +27,61 @@ def open_folder(run):
     run.folder = experiment_utils.create_run_dir(options.run.model_save_dir, run.config)
     schedule = SCHEDULES.get(state.plan["schedule"])
     taken = schedule.arguments.values() if schedule else ()
-    run.tracker = experiment_utils.RunTracker(
+    experiment_utils.write_run_files(
         run.folder,
         run.config,
         experiment_utils.launch_command(sys.argv, options.variables),
-        state.history,
-        schedule_options=[name for name in taken if name in options.schedule._fields],
-        origins=options.origins,
+        [name for name in taken if name in options.schedule._fields],
+        options.origins,
     )
+    run.tracker = open_tracker(run)
     state.history = run.tracker.history
     print(f"run directory: {run.folder}")
+    for killed in run_records.end_killed_beside(run.folder):
+        print(printable(f"an earlier run was killed, and is marked as failed now: {killed}"))
     if best:
         with checkpoints.replace_file(run.folder / "best.pt") as copy, best.open("rb") as original:
             shutil.copyfileobj(original, copy)
         return
     state.loop["best_score"] = None
+
+
+def open_tracker(run):
+    """The tracker of a run whose folder is made; of a resumed one, with its past."""
+    options, state = run.options, run.state
+    past = []
+    if options.run.model_path:
+        folder = Path(options.run.model_path).parent
+        past = experiment_utils.earlier_sample_captions(folder, state.loop["epoch"])
+    tracker = experiment_utils.ExperimentTracker(
+        run.folder,
+        seed=options.run.seed,
+        history=state.history,
+        sample_captions=past,
+        listeners=open_listeners(options.run, run.folder, run.captioner.decoder.named_parameters),
+    )
+    tracker.log_config(run.config)
+    return tracker
+
+
+def take_samples(run, hypotheses):
+    """The Samples of the first validation images, from the hypotheses that validation found."""
+    captioner, table, paths = run.captioner, run.validation.table, run.validation.features.paths
+    samples = []
+    for row, hypothesis in enumerate(hypotheses[: experiment_utils.SAMPLE_IMAGES]):
+        looked = hypothesis.attention is not None
+        samples.append(
+            experiment_utils.Sample(
+                image=table.image[row],
+                path=paths[row],
+                references=table.captions[row],
+                caption=captioner.vocabulary.decode(hypothesis.tokens),
+                words=captioner.words(hypothesis),
+                maps=captioner.attention_grid(hypothesis) if looked else None,
+                beside=captioner.attention_beside(hypothesis) if looked else None,
+            )
+        )
+    return samples
 
 
 def find_best(run):

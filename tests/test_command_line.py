@@ -22,6 +22,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,8 +60,10 @@ import download_datasets
 import feature_cache
 import flickr_image_caption as fic
 import image_loading
+import run_comparison
 import runtime
 import self_critical
+import tracking_backends
 from self_critical import Reward
 
 PROGRAM = Path(fic.__file__)
@@ -858,6 +861,44 @@ def images_are_captioned_and_json_is_json():
     assert len(written()) == 4  # parsed from JSON lines
 
 
+def backends_hear_of_the_run():
+    """What they write is tested with tracking_backends."""
+    heard = {"tensorboard": [], "wandb": []}
+
+    def backend(name):
+        def hear(event):
+            return lambda *values: heard[name].append((event, values))
+
+        events = ("config_logged", "metrics_logged", "samples_logged", "run_ended")
+        return lambda *_: SimpleNamespace(name=name, **{event: hear(event) for event in events})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking_backends, "BACKENDS", {name: backend(name) for name in heard})
+        patch.setattr(caption_options.importlib.util, "find_spec", lambda name: sys.__spec__)
+        succeed(TINY, DECODERS["attention"], "--tensorboard")
+        assert heard["wandb"] == []
+        succeed(TINY, "--wandb")
+    for events in heard.values():
+        names = [name for name, _ in events]
+        assert names == ["config_logged", "samples_logged", "metrics_logged", "run_ended"]
+    (sample, *_) = heard["tensorboard"][1][1][1]
+    assert sample.maps.shape[0] == len(sample.words) and Path(sample.path).is_file()
+    (sample, *_) = heard["wandb"][1][1][1]
+    assert sample.maps is None and sample.references
+
+
+def runs_are_compared():
+    """Where --output_dir says; what is compared is tested with run_comparison."""
+    for name in ("one", "other"):
+        Path(name).mkdir()
+        checkpoints.write_json(Path(name, "run_config.json"), {"learning_rate": 0.1})
+        Path(name, "metrics.csv").write_text("epoch,CIDEr\n1,0.5\n")
+    words = ["--mode", "compare", "--runs", "one", "other", "--output_dir", "seen"]
+    options = fic.parse_args(words)
+    assert run_comparison.main(options.output) == 0
+    assert Path("seen/run_comparison.png").is_file()
+
+
 def output_dir_holds_what_is_written():
     shop = Path("data").resolve().parent
     succeed(
@@ -1062,6 +1103,9 @@ FLAG_EFFECTS = {
     "--num_captions": num_captions_are_printed,
     "--split": split_chooses_the_images,
     "--images": images_are_captioned_and_json_is_json,
+    "--runs": runs_are_compared,
+    "--tensorboard": backends_hear_of_the_run,
+    "--wandb": backends_hear_of_the_run,
     "--json": images_are_captioned_and_json_is_json,
     "--output_dir": output_dir_holds_what_is_written,
     "--save_attention_viz": pictures_are_drawn_as_asked,
@@ -1364,11 +1408,12 @@ def test_a_flag_that_does_nothing_beside_the_others_is_refused(flags):
     ("--use_scheduler", "--use_scheduler belongs to --mode train, not test"),
     ("--drop_prob 0", "--drop_prob belongs to --mode train, not test"),
     ("--num_captions 2", "--num_captions belongs to --mode caption, not test"),
-    ("--json", "--json belongs to --mode caption, not test"),
+    ("--json", "--json belongs to --mode caption and compare, not test"),
     ("--images x.jpg", "--images belongs to --mode caption, not test"),
-    ("--mode caption --split val", "--split belongs to --mode test, not caption"),
+    ("--runs x", "--runs belongs to --mode compare, not test"),
+    ("--mode caption --split val", "--split belongs to --mode test and compare, not caption"),
     ("--mode caption --cache_dir x", "--cache_dir belongs to --mode train, test and tune, not caption"),
-    ("--mode train --output_dir x", "--output_dir belongs to --mode test, caption and tune, not train"),
+    ("--mode train --output_dir x", "--output_dir belongs to --mode test, caption, tune and compare, not train"),
     ("--mode train --num_captions 2", "--num_captions belongs to --mode caption, not train"),
 ])  # fmt: skip
 def test_a_flag_of_another_mode_is_refused(flags, said, shop):

@@ -21,6 +21,7 @@ OTHER_FLAGS = {
     "torchrun": "standalone nproc_per_node nnodes node_rank rdzv_backend rdzv_endpoint",
     "pip": "index-url",
     "ruff": "check",
+    "tensorboard": "logdir",
     "download_datasets.py": "dataset data_dir force verify_only",
     "metrics_utils.py": "references hypotheses",
     "benchmark.py": "quick json chart images encoder encoder_weights number rounds num_workers scale scale_dir"
@@ -28,7 +29,7 @@ OTHER_FLAGS = {
     "model_versions.py": "version registry description run_id",
 }
 OUR_FILE = re.compile(
-    r"`((?:docs|tests)/[\w./-]+|\w+\.(?:py|sh|cff)|\.[\w.-]+\.yaml|requirements\.txt)`"
+    r"`((?:docs|tests)/[\w./-]+|\w+\.(?:py|sh|cff)|\.[\w.-]+\.yaml|requirements[\w-]*\.txt)`"
 )
 
 
@@ -101,7 +102,7 @@ def test_flags_of_our_other_commands_are_in_their_parsers(command):
 NUMBER_OF_COMMANDS = {
     "README.md": 9,
     "DATA.md": 1,
-    "EXPERIMENTS.md": 5,
+    "EXPERIMENTS.md": 6,
     "PERFORMANCE.md": 1,
     "RESULTS.md": 15,
     "TRAINING.md": 13,

@@ -73,6 +73,9 @@ RUN_FILES = {
     "loss_curve.json",
     "metrics_history.json",
     "metrics.csv",
+    "config_snapshot.json",
+    "run_summary.json",
+    "sample_captions.json",
 }
 RUN_FILES |= {"training_losses.png", "learning_rate.png", "best.pt"}
 RUN_FILES |= {"val_examples.json", "report.html"}
@@ -899,6 +902,45 @@ def test_a_stopped_run_says_how_to_go_on_and_that_command_does():
     assert run_dir(resumed).name.startswith("sample_lstm_ep2_")  # the plan's epochs, not those left
 
 
+def test_a_stopped_run_has_failed_and_the_resumed_one_goes_on_with_its_sample_captions():
+    """Of the same images, with the captions that validation found: the console shows the first."""
+    outcome = stopped(TINY, "--epochs 3", at_step=2 * STEPS + 1)
+    folder = run_dir(outcome)
+    run = read_json(folder / "run_summary.json")["metadata"]
+    assert (run["status"], run["error"]) == ("failed", "stopped by SIGINT in epoch 3")
+    out = succeed("--resume", folder / "last.pt")
+    summary = read_json(run_dir(out) / "run_summary.json")
+    assert summary["metadata"]["status"] == "completed" and summary["total_epochs"] == 3
+    samples = read_json(run_dir(out) / "sample_captions.json")
+    val = listed("dev")
+    assert [entry["image"] for entry in samples] == val[: experiment_utils.SAMPLE_IMAGES]
+    assert samples[0]["references"] == references()[val[0]]
+    shown = re.findall(r"First validation image \S+: (.+)", outcome.out + out)
+    assert [past["caption"] for past in samples[0]["captions"]] == shown and len(shown) == 3
+    assert all([past["epoch"] for past in entry["captions"]] == [1, 2, 3] for entry in samples)
+
+
+def test_a_failed_run_says_why_and_a_tested_one_what_it_scored(shop, monkeypatch):
+    shutil.copytree(shop / "lstm", "run")
+    assert succeed("--mode test --model_path run/best.pt")
+    scores, summary = read_json("run/test_metrics.json"), read_json("run/run_summary.json")
+    assert summary["bleu_scores"]["test_bleu4"] == scores["BLEU-4"]
+
+    def validation_loss(*_):
+        raise FloatingPointError("the validation loss of epoch 1 is nan")
+
+    monkeypatch.setattr(fic, "validation_loss", validation_loss)
+    killed = Path("saved_models/sample/shufflenet_v2_x0_5_lstm/killed")
+    killed.mkdir(parents=True)
+    checkpoints.write_json(killed / "run_summary.json", {"metadata": {"status": "running"}})
+    (killed / ".running").touch()
+    outcome = program(TINY)
+    assert f"an earlier run was killed, and is marked as failed now: {killed}" in outcome.out
+    assert read_json(killed / "run_summary.json")["metadata"]["status"] == "failed"
+    run = read_json(run_dir(outcome) / "run_summary.json")["metadata"]
+    assert (run["status"], run["error"]) == ("failed", "the validation loss of epoch 1 is nan")
+
+
 def test_commands_that_are_printed_can_be_pasted(monkeypatch):
     """Wherever the script lies, and with spaces in names."""
     models, cache = Path("my models"), Path("a cache")
@@ -1049,6 +1091,8 @@ def test_a_resumed_run_leaves_the_old_directory_alone_and_brings_the_best_along(
     assert {path.name for path in folder.iterdir()} == {
         "run_config.json",
         "run_summary.txt",
+        "config_snapshot.json",
+        "run_summary.json",
         "best.pt",
         "last.pt",
     }

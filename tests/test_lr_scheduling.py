@@ -63,8 +63,8 @@ def start(options, folder, checkpoint=None, batches=BATCHES):
         decoder.load_state_dict(checkpoint["model"])
     run = make_run(decoder, options, num_batches=batches, checkpoint=checkpoint)
     run.validation = SimpleNamespace(table=["an image"])
-    run.tracker = SimpleNamespace(log_epoch=lambda row: None)
-    run.example = ("dog.jpg", "a dog runs")
+    run.tracker = SimpleNamespace(log_metrics=lambda **row: None, log_samples=lambda *_: None)
+    run.samples = [SimpleNamespace(image="dog.jpg", caption="a dog runs")]
     run.splits = {"train": [], "val": [], "test": []}
     run.folder, run.config = folder, options.as_dict() | {"image_size": 224}
     return run

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 
-from experiment_utils import RunTracker, create_run_dir
+from experiment_utils import create_run_dir, write_run_files
 
 STAMP = "20241201_143022"
 BASE = {
@@ -43,7 +43,7 @@ def test_a_run_goes_where_its_parameters_say(tmp_path, changed):
     changes, expected = CHANGES[changed]
     run_dir = create_run_dir(tmp_path, BASE | changes, STAMP)
     assert run_dir == tmp_path / f"{expected}_{STAMP}"
-    RunTracker(run_dir, BASE | changes, ["python", "flickr_image_caption.py"])
+    write_run_files(run_dir, BASE | changes, ["python", "flickr_image_caption.py"])
     files = sorted(file.name for file in run_dir.iterdir())
     print(f"\n{changed}: {run_dir.relative_to(tmp_path)}/  {', '.join(files)}")
     assert files == ["run_config.json", "run_summary.txt"]
@@ -64,7 +64,9 @@ def test_the_same_parameters_in_the_same_second_are_numbered(tmp_path):
 def test_a_run_never_writes_into_an_older_one(tmp_path):
     older = create_run_dir(tmp_path, BASE, STAMP)
     (older / "best.pt").write_bytes(b"weights")
-    RunTracker(create_run_dir(tmp_path, BASE, STAMP), BASE, ["python", "flickr_image_caption.py"])
+    write_run_files(
+        create_run_dir(tmp_path, BASE, STAMP), BASE, ["python", "flickr_image_caption.py"]
+    )
     assert {file.name: file.read_bytes() for file in older.iterdir()} == {"best.pt": b"weights"}
 
 
