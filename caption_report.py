@@ -14,7 +14,6 @@ captions and of the first images of the split. The page has no script, font or p
 elsewhere, and a Content-Security-Policy that lets it have none. What files hold is shown as text.
 
 Shapes: N images, T words of a caption, (h, w) grid cells.
-[1] Efron and Tibshirani 1993, An Introduction to the Bootstrap.
 """
 
 import argparse
@@ -387,20 +386,17 @@ def _is_such_a_test(found, tested):
     return same and numbers and not found.get("foreign_dataset")
 
 
-def paired_difference(before, rows, resamples=2000):
+def paired_difference(before, rows):
     """CIDEr of these captions less that of others of the same images, and its 95 % interval.
 
     Args: rows of captions files.
     Returns: {"mean", "low", "high": as text, "clear": whether 0 is outside}; None if images differ.
-    Source: percentile bootstrap over images [1, chapter 13].
     """
     earlier = {row["file_name"]: row["CIDEr"] for row in before}
     if earlier.keys() != {row["file_name"] for row in rows} or not rows:
         return None
     differences = np.array([row["CIDEr"] - earlier[row["file_name"]] for row in rows])
-    draws = np.random.default_rng(0).integers(len(rows), size=(resamples, len(rows)))
-    low, high = np.percentile(differences[draws].mean(axis=1), (2.5, 97.5))
-    mean, low, high = map(float, (differences.mean(), low, high))
+    mean, low, high = metrics_utils.paired_bootstrap(differences)
     return {"mean": signed(mean), "low": signed(low), "high": signed(high), "clear": low * high > 0}
 
 

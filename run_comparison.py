@@ -5,7 +5,7 @@
 reads what the runs' folders hold and writes one picture of their curves. What is missing or damaged
 is said, and the rest shown. torch is not imported.
 
-Shapes: N images, R = 1000 resamples.
+Shapes: N images.
 """
 
 import csv
@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+import metrics_utils
 import run_records
 from caption_options import TABLE
 from checkpoints import plain_values, replace_file
 
 SCORES = ("CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "WER")
 PAIRED = ("CIDEr", "ROUGE-L")  # a split's score is the mean of its images' scores
-RESAMPLES, SEED = 1000, 0
 PICTURE = "run_comparison.png"
 # of a run that say nothing of its recipe
 NOT_SETTINGS = {
@@ -199,24 +199,21 @@ def paired_difference(run, best, score):
     """A run's mean score of images minus the best one's, over the images that both have captioned.
 
     Returns: {"difference", "low", "high", "images", "within_noise"}, None without such images. The
-        interval is of 95 %, from resampling the images with both runs' captions; a difference is
-        within the noise where it holds 0.
-    Source: paired bootstrap, Koehn 2004, Statistical Significance Tests for Machine Translation.
+        interval is that of `metrics_utils.paired_bootstrap`; a difference is within the noise where
+        it holds 0.
     """
     images = sorted(run.per_image.keys() & best.per_image.keys())
     if not images:
         return None
     pairs = [(run.per_image[image][score], best.per_image[image][score]) for image in images]
     differences = np.array([own - other for own, other in pairs], dtype=float)  # (N,)
-    rng, number = np.random.default_rng(SEED), len(images)
-    draws = (rng.integers(number, size=number) for _ in range(RESAMPLES))
-    low, high = np.percentile([differences[draw].mean() for draw in draws], (2.5, 97.5))
+    mean, low, high = metrics_utils.paired_bootstrap(differences)
     return {
-        "difference": float(differences.mean()),
-        "low": float(low),
-        "high": float(high),
-        "images": number,
-        "within_noise": bool(low <= 0 <= high),
+        "difference": mean,
+        "low": low,
+        "high": high,
+        "images": len(images),
+        "within_noise": low <= 0 <= high,
     }
 
 
