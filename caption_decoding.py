@@ -4,13 +4,14 @@
     caption = vocabulary.decode(hypotheses[0][0].tokens)
 
 The three searches are one loop: greedy decoding is a beam of one, and sampling draws the next word
-where beam search ranks it. All images are searched together, and each leaves the batch when it is
-done. On CUDA they stay until all are done, because asking which are would synchronise with the GPU.
-An `Ensemble` of decoders is one more decoder.
+where beam search ranks it; `register_algorithm` adds another way to choose. All images are searched
+together, and each leaves the batch when it is done. On CUDA they stay until all are done, because
+asking which are would synchronise with the GPU. An `Ensemble` of decoders is one more decoder.
 Axes: N images, K hypotheses per image, P grid cells, T steps, V words.
 """
 
 import functools
+import inspect
 import math
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 SYNC_EVERY = 8  # steps, where images stay. Each read of what is done synchronises with the GPU
+ALGORITHMS = {}  # by name: how the next words are chosen, as register_algorithm says
+SETTINGS = (
+    "beam_size", "length_penalty", "temperature", "top_k", "top_p", "num_captions", "generator",
+)  # fmt: skip
 
 
 class Hypothesis(NamedTuple):
@@ -33,7 +38,7 @@ class Hypothesis(NamedTuple):
 
 
 class Beams(NamedTuple):
-    """The hypotheses of the images that are not done; beam search starts from one, K = 1."""
+    """The hypotheses of the images that are not done; every search starts from one, K = 1."""
 
     tokens: torch.Tensor  # (N, K, 1 + t) int64: <SOS>, words, <EOS>, <PAD>
     log_prob: torch.Tensor  # (N, K) float32
@@ -63,9 +68,9 @@ def gather_beams(tree, parents):
     return map_tensors(lambda tensor: tensor[images, parents], tree)
 
 
-def start_beams(images, width, sos):
-    """`width` hypotheses, each of <SOS> alone, for every image of `images` (N,)."""
-    zeros = images.new_zeros(len(images), width)
+def start_beams(images, sos):
+    """One hypothesis, of <SOS> alone, for every image of `images` (N,)."""
+    zeros = images.new_zeros(len(images), 1)
     return Beams(zeros.unsqueeze(-1) + sos, zeros.float(), zeros.float(), zeros.bool(), None)
 
 
@@ -114,21 +119,57 @@ def forbid_repeats(logits, words, n):
     logits.scatter_reduce_(-1, ngrams[..., -1], limit, "amin")
 
 
-def beam_step(beams, logits, log_norm, width):
-    """The `width` best continuations of each image -> parents, words, log_prob, each (N, W).
+def register_algorithm(name):
+    """A decorator that lets --algorithm `name` choose the next words by the function below it.
 
-    logits (N, K, V) of the next word, log_norm (N, K) to normalise them. The best `width` words of
-    every hypothesis suffice. A finished hypothesis keeps its place in the beam at no cost, so the
-    beam narrows as captions end, and a beam of one stops at its first <EOS>.
+    function(beams, logits, log_norm, ...) -> parents, words, log_prob, each (N, W)
+        beams: Beams of what is written; before the first word one hypothesis per image, K = 1.
+        logits: (N, K, V) float32 of the next word, -inf for what may not come.
+        log_norm: (N, K), which subtracted from logits makes them the decoder's log-probabilities.
+        parents: int64, which of the K each of the W new hypotheses goes on from; words: int64, its
+        next word; log_prob: float32, its sum so far. A finished hypothesis keeps its own.
+    Its further parameters are those of SETTINGS that it takes: their flags are accepted with it.
+    Raises: ValueError when the name is taken, or a parameter is none of SETTINGS.
     """
-    best, words = logits.topk(min(width, logits.size(-1)))  # (N, K, C)
+
+    def register(function):
+        if name in ALGORITHMS:
+            raise ValueError(f"there is an algorithm {name!r} already: choose another name")
+        if unknown := set(settings_of(function)) - set(SETTINGS):
+            known = ", ".join(SETTINGS)
+            raise ValueError(f"algorithm {name!r} takes {unknown.pop()}, which is none of {known}")
+        ALGORITHMS[name] = function
+        return function
+
+    return register
+
+
+def settings_of(function):
+    """The names of the SETTINGS that an algorithm's function takes."""
+    return [*inspect.signature(function).parameters][3:]
+
+
+@register_algorithm("greedy")
+def greedy_step(beams, logits, log_norm):
+    """The likeliest word: a beam of one."""
+    return beam_step(beams, logits, log_norm, 1)
+
+
+@register_algorithm("beam")
+def beam_step(beams, logits, log_norm, beam_size):
+    """The `beam_size` best continuations of each image.
+
+    The best `beam_size` words of every hypothesis suffice. A finished hypothesis keeps its place in
+    the beam at no cost, so the beam narrows as captions end, and a beam of one stops at its first <EOS>.
+    """
+    best, words = logits.topk(min(beam_size, logits.size(-1)))  # (N, K, C)
     totals = beams.log_prob.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))
     totals = totals.masked_fill(beams.finished.unsqueeze(-1), -torch.inf)
     ranking = totals.clone()
     ranking[..., 0].masked_fill_(beams.finished, torch.inf)
     totals[..., 0] = torch.where(beams.finished, beams.log_prob, totals[..., 0])
     ranking = ranking.flatten(1)  # (N, K C)
-    index = ranking.topk(min(width, ranking.size(1))).indices
+    index = ranking.topk(min(beam_size, ranking.size(1))).indices
     log_prob, words = (each.flatten(1).gather(1, index) for each in (totals, words))
     return index // best.size(-1), words, log_prob
 
@@ -148,24 +189,27 @@ def truncate(logits, top_k, top_p):
     return logits
 
 
-def sample_step(beams, logits, log_norm, temperature, top_k, top_p, generator):
-    """One word drawn for each hypothesis; arguments and result as of `beam_step`, W = K."""
+@register_algorithm("sample")
+def sample_step(beams, logits, log_norm, num_captions, temperature, top_k, top_p, generator):
+    """One word drawn for each of `num_captions` hypotheses, all from the one before the first word."""
+    width = max(logits.size(1), num_captions)
+    parents = torch.arange(width, device=logits.device).clamp(max=logits.size(1) - 1)
+    logits, log_norm = logits.expand(-1, width, -1), log_norm.expand(-1, width)
     probabilities = truncate(logits / temperature, top_k, top_p).softmax(-1)
     words = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
     words = words.view_as(log_norm)
     word_log_prob = logits.gather(-1, words.unsqueeze(-1)).squeeze(-1) - log_norm
     log_prob = beams.log_prob + word_log_prob.masked_fill(beams.finished, 0.0)
-    parents = torch.arange(words.size(1), device=words.device).expand_as(words)
-    return parents, words, log_prob
+    return parents.expand_as(words), words, log_prob
 
 
-def step_function(algorithm, beam_size, temperature, top_k, top_p, generator):
-    """How next words are chosen: (beams, logits, log_norm) -> parents, words, log_prob."""
-    if algorithm == "sample":
-        return functools.partial(
-            sample_step, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-    return functools.partial(beam_step, width={"greedy": 1, "beam": beam_size}[algorithm])
+def step_function(algorithm, settings):
+    """How next words are chosen: (beams, logits, log_norm) -> parents, words, log_prob.
+
+    settings: {name: value} of SETTINGS.
+    """
+    function = ALGORITHMS[algorithm]
+    return functools.partial(function, **{name: settings[name] for name in settings_of(function)})
 
 
 def scores(beams, length_penalty):
@@ -245,12 +289,13 @@ def generate(
         return []
     if fixed_shapes is None:
         fixed_shapes = features.device.type == "cuda"
-    next_words = step_function(algorithm, beam_size, temperature, top_k, top_p, generator)
+    settings = beam_size, length_penalty, temperature, top_k, top_p, num_captions, generator
+    next_words = step_function(algorithm, dict(zip(SETTINGS, settings, strict=True)))
     hypotheses = {}
     images = torch.arange(len(features), device=features.device)  # the numbers of those not done
-    beams = start_beams(images, num_captions if algorithm == "sample" else 1, vocabulary.sos)
+    beams = start_beams(images, vocabulary.sos)
     per_image, per_hypothesis = decoder.start(features)
-    state = per_image, gather_beams(per_hypothesis, torch.zeros_like(beams.tokens[..., 0]))
+    state = per_image, per_hypothesis
     for step in range(1, max_length + 1):
         logits, state, attention = decoder.step(beams.tokens[..., -1], state)
         logits = logits.to(torch.float32, copy=True)  # (N, K, V)

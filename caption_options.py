@@ -28,10 +28,13 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import config_file
+import encoder_models
+import plugins
 from checkpoints import runs_folder
 from config_file import ENVIRONMENT, FILE, FLAG, Config, Origin, Setting
 from model_versions import resolve_model_path
 
+PROGRAM = "flickr_image_caption.py"
 TRAIN, TEST, CAPTION, TUNE = MODES = ("train", "test", "caption", "tune")  # with a model
 COMPARE = "compare"  # of runs' files alone
 EVERY_MODE = (*MODES, COMPARE)
@@ -54,11 +57,37 @@ ENCODER_FAMILIES = {
         convnext_base squeezenet1_0 squeezenet1_1""",
     "conv1 maxpool stage2 stage3 stage4 conv5": "shufflenet_v2_x0_5 shufflenet_v2_x1_0",
     "layers": "mnasnet0_5 mnasnet1_0",
+    """Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2
+    Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b
+    Mixed_7c""": "inception_v3",
     "features norm permute": "swin_t swin_s swin_b swin_v2_t swin_v2_s swin_v2_b",
 }
 ENCODERS = {
     name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()
 }
+
+
+def register_encoder(
+    name, build, modules, *, weights=None, image_size=224,
+    mean=encoder_models.IMAGENET_MEAN, std=encoder_models.IMAGENET_STD,
+):  # fmt: skip
+    """Let --encoder `name` mean a user's model: call it in a file that --plugin names.
+
+    Args:
+        build: () -> torch.nn.Module, untrained.
+        modules: the names of its parts from the picture (N, 3, S, S) to the last grid
+            (N, F, h, w), in their order, with spaces between. torch.fx must be able to trace them.
+        weights: () -> state dict of the model, which --encoder_weights imagenet stands for.
+        image_size: S, pixels a side.
+        mean, std: three numbers each, of RGB in 0..1; the model sees (picture - mean) / std.
+    Raises: ValueError when the name is taken or cannot be typed.
+    """
+    if name in ENCODERS:
+        raise ValueError(f"there is an encoder {name!r} already: choose another name")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"encoder {name!r}: give it a name of letters, digits and _ . -")
+    ENCODERS[name] = modules.split()
+    encoder_models.ADDED[name] = encoder_models.EncoderModel(build, image_size, mean, std, weights)
 
 
 class Schedule(NamedTuple):
@@ -150,7 +179,8 @@ def encoder_name(text):
         guess = f" (did you mean {meant[0]}?)" if meant else ""
         known = " ".join(ENCODERS)
         raise argparse.ArgumentTypeError(
-            f"no encoder {unknown[0]!r}{guess}: give one of {known}, or several joined by +"
+            f"no encoder {unknown[0]!r}{guess}: give one of {known}, several joined by +, or --plugin "
+            "FILE.py that registers it"
         )
     if len(set(text.split("+"))) < len(text.split("+")):
         raise argparse.ArgumentTypeError(f"{text} names an encoder twice")
@@ -232,6 +262,9 @@ RUN = {
     "config": Option(str, None,
         "values of options that are not typed, in YAML or as an old run's run_config.json has them; see "
         "docs/EXPERIMENTS.md", "FILE", stored=OWN),
+    "plugin": Option(str, (),
+        "Python files of yours that register encoders or decoding algorithms, see docs/EXPERIMENTS.md; they are "
+        "run, so they must be typed", "FILE.py", stored=OWN, several=True),
     "preset": Option(tuple(PRESETS), None,
         "a good recipe in one word, at the end of docs/OPTIONS.md: values of options that are not typed",
         modes=(TRAIN,), stored=OWN),
@@ -552,7 +585,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(description=None):
     """The parser of TABLE; what was not typed is absent from its result."""
     parser = Parser(
-        prog="flickr_image_caption.py",
+        prog=PROGRAM,
         usage="flickr_image_caption.py [--mode train|test|caption|tune|compare] [options]  (--help lists them)",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -596,11 +629,49 @@ def default_text(option):
     return "none" if option.default in (None, ()) else str(option.default)
 
 
+def load_plugins(argv):
+    """Run the files of --plugin before the rest is parsed, which may name what they register."""
+    parser = Parser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", nargs="+", default=())
+    try:
+        for path in parser.parse_known_args(argv)[0].plugin:
+            load_plugin(path)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def load_plugin(path):
+    """Run a user's Python file and accept the encoders and algorithms that it registers.
+
+    Raises: FileNotFoundError or ValueError that name the file and the line in it.
+    """
+    code_sha256 = plugins.run_file(path)
+    from caption_decoding import ALGORITHMS, settings_of  # and torch, which the plugin needs, too
+
+    for name, model in encoder_models.ADDED.items():
+        encoder_models.ADDED[name] = model._replace(code_sha256=model.code_sha256 or code_sha256)
+    for name, function in ALGORITHMS.items():
+        if name not in DECODING["algorithm"].kind:
+            accept_algorithm(name, settings_of(function))
+
+
+def accept_algorithm(name, settings):
+    """Let --algorithm be `name`, and let the options that it takes act beside it."""
+    row = DECODING["algorithm"]
+    DECODING["algorithm"] = row._replace(kind=(*row.kind, name))
+    for option in DECODING.keys() & set(settings):
+        row = DECODING[option]
+        if "algorithm" in row.needs:
+            DECODING[option] = row._replace(needs={"algorithm": (*row.needs["algorithm"], name)})
+    TABLE.update(DECODING)
+
+
 def parse_args(argv=None, description=None):
     """The options of one run; misuse exits with status 2 and one line.
 
     With a checkpoint they are provisional until `inherit` or `adopt` has seen what it stores.
     """
+    load_plugins(argv)
     parser = build_parser(description)
     typed = vars(parser.parse_args(argv))
     typed |= {name: tuple(value) for name, value in typed.items() if isinstance(value, list)}
@@ -913,7 +984,7 @@ def check_contradictions(values, new_plan):
         raise ValueError(
             f"--min_length {values['min_length']} must be below --max_length {values['max_length']}"
         )
-    most = {"greedy": 1, "beam": values["beam_size"], "sample": math.inf}[values["algorithm"]]
+    most = {"greedy": 1, "beam": values["beam_size"]}.get(values["algorithm"], math.inf)
     if values["num_captions"] > most:
         raise ValueError(
             f"--num_captions {values['num_captions']} is more than "
@@ -1176,10 +1247,17 @@ def check_config(path, config):
         value = checked[name] = config.get(name, option.default)
         absent = value is None and option.default is None
         if not absent and not is_value_of(option, value):
-            raise ValueError(
-                f"{path}: its configuration has no usable --{name}: give another checkpoint"
-            )
+            lacking = missing_plugin(config, name) or "give another checkpoint"
+            raise ValueError(f"{path}: its configuration has no usable --{name}: {lacking}")
     return checked
+
+
+def missing_plugin(config, name):
+    """What to type for a stored encoder or algorithm that a plugin registers; "" if it is none."""
+    paths = config.get("plugin")
+    if name not in ("encoder", "algorithm") or not isinstance(paths, (tuple, list)) or not paths:
+        return ""
+    return f"{config[name]} is a plugin's, give --plugin {' '.join(map(str, paths))}"
 
 
 def is_value_of(option, value):

@@ -122,7 +122,7 @@ RATIOS = ("train_ratio", "val_ratio", "test_ratio")
 HEADINGS = ("data", "model", "training")
 # In the record of a run, which one of these marks, the others are no options.
 RECORD_MARKS = {"timestamp", "_config_hash"}
-RECORD_KEYS = RECORD_MARKS | {"command", "git", "environment", "origins", "config"}
+RECORD_KEYS = RECORD_MARKS | {"command", "git", "environment", "origins", "config", "plugin"}
 ONLY_TYPED = {
     "config": "a file names no other one",
     "plugin": "it runs code: type it, as --plugin",
@@ -226,6 +226,8 @@ def read_environment(environ, table):
     for variable, text in environ.items():
         if variable in variables and text:
             name = variables[variable]
+            if name == "plugin":
+                raise ValueError(f"environment variable {variable}: {ONLY_TYPED[name]}")
             try:
                 words = shlex.split(text) if table[name].several else text
                 value = read_value(table[name], words)

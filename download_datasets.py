@@ -42,6 +42,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from encoder_models import ADDED, find_model
 from progress import Progress
 from sample_dataset import write_sample_dataset
 
@@ -545,7 +546,7 @@ def verify_weights(folder):
 
 
 def load_encoder_weights(name, source, seed):
-    """State dict of torchvision's `name`. `source`: imagenet, random (drawn from `seed`) or a file.
+    """State dict of the model `name`. `source`: imagenet, random (drawn from `seed`) or a file.
 
     Raises: FileNotFoundError or ValueError that say how to get the weights: an encoder is never
     silently random.
@@ -556,9 +557,15 @@ def load_encoder_weights(name, source, seed):
     if source == "random":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return torchvision.models.get_model(name, weights=None).state_dict()
+            return find_model(name).build().state_dict()
     if source != "imagenet":
         return read_weights(Path(source))
+    if name in ADDED and ADDED[name].weights:
+        return ADDED[name].weights()
+    if name in ADDED:
+        raise ValueError(
+            f"--encoder_weights imagenet: --encoder {name} comes without weights: give a FILE or random"
+        )
     url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
     names = [RESNET50.name] if name == "resnet50" else []  # document A's file, looked for first
     names += [Path(url).name]

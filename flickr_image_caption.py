@@ -56,7 +56,6 @@ import pandas
 import torch
 import torch.fx.experimental.optimization
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import lr_scheduler
@@ -82,6 +81,7 @@ from caption_batches import CaptionBatches, Vocabulary
 from caption_decoding import Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from download_datasets import load_encoder_weights
+from encoder_models import empty_trunk, find_model, grid_shape
 from feature_cache import FeatureSource, open_source
 from model_versions import resolve_model_path, results_folder
 from progress import Progress
@@ -102,7 +102,6 @@ from runtime import (
 from self_critical import self_critical
 from train_state import TrainState, change_course, last_on_captions, make_plan
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
 ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # measured, but for mps: docs/PERFORMANCE.md
 READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
@@ -142,27 +141,25 @@ class Encoder(nn.Module):
         Raises: ValueError when `state` is of another architecture, or the second look no smaller.
         """
         super().__init__()
-        with torch.device("meta"):
-            model = torchvision.models.get_model(name, weights=None)
-        self.trunk = nn.Sequential()
-        for module in ENCODERS[name]:
-            self.trunk.add_module(module, getattr(model, module))
-        load_trunk(self.trunk, state, model.state_dict(), f"--encoder_weights {source}", name)
+        self.model = find_model(name)
+        self.trunk, model_state = empty_trunk(name, ENCODERS[name])
+        load_trunk(self.trunk, state, model_state, f"--encoder_weights {source}", name)
         self.tail = nn.Identity()
         self.from_checkpoint = False  # then a run's checkpoints all hold it: nothing else may
         self.name, self.precision, self.batch_size = name, precision, batch_size
-        self.image_size, self.coarse_size = image_size or published_size(name), coarse_size
+        self.image_size, self.coarse_size = image_size or self.model.image_size, coarse_size
         if coarse_size and coarse_size >= self.image_size:
             raise ValueError(
                 f"--coarse_size {coarse_size} must be below the image size, "
                 f"{self.image_size} (--image_size)"
             )
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        for each in ("mean", "std"):
+            of_rgb = torch.tensor(getattr(self.model, each)).view(1, 3, 1, 1)
+            self.register_buffer(each, of_rgb, persistent=False)
         self.requires_grad_(False).eval()
         self.folded = fold(self.trunk, precision)
-        with torch.inference_mode():
-            self.channels, *self.grid = self.trunk(self.blank()).shape[1:]  # F, [h, w]
+        for size in filter(None, (coarse_size, self.image_size)):
+            self.channels, *self.grid = grid_shape(self.trunk, size, name)  # F, [h, w]
         self.channels *= 2 if coarse_size else 1
 
     @property
@@ -221,8 +218,7 @@ class Encoder(nn.Module):
             "image_size": self.image_size,
             "grid": list(self.grid),
             "channels": self.channels,
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
+            **self.model.key(),
             "precision": self.precision,
             **coarse,
             **elsewhere,
@@ -408,11 +404,6 @@ def stretch(features, grid, size):
     return F.interpolate(maps, size=tuple(size), mode="bilinear").flatten(2).transpose(1, 2)
 
 
-def published_size(name):
-    """Pixels a side that an encoder's published weights were tested with."""
-    return torchvision.models.get_model_weights(name).IMAGENET1K_V1.transforms().crop_size[0]
-
-
 def load_trunk(trunk, state, model_state, source, name):
     """Load a state dict that may hold a classifier, or lack BatchNorm's counters, into the trunk."""
     expected = trunk.state_dict()
@@ -469,7 +460,7 @@ def build_encoder(options, hardware, stored=None, path=None):
     names, sources = encoder_parts(wanted)
     states = stored or map(load_encoder_weights, names, sources, itertools.repeat(seed))
     sources = [path] * len(names) if stored else sources
-    size = wanted.image_size or max(map(published_size, names))
+    size = wanted.image_size or max(find_model(name).image_size for name in names)
     batch_size = wanted.encode_batch_size or ENCODE_BATCH_SIZES[hardware.device.type]
     settings = (hardware.precision, size, wanted.coarse_size, batch_size)
     kind = Encoder

@@ -120,6 +120,7 @@ def check_checkpoint_sizes(run):
 
 def next_command(run, *words):
     """A command that goes on from this run, for the shell that started it."""
-    features = run.options.features
+    features, plugins = run.options.features, run.options.run.plugin
+    code = ["--plugin", *plugins] if plugins else []
     cache = ["--cache_dir", features.cache_dir] if "cache_dir" in run.options.typed else []
-    return shlex.join(["python", sys.argv[0], *map(str, words), *cache])
+    return shlex.join(["python", sys.argv[0], *map(str, words), *code, *cache])

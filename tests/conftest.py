@@ -1,6 +1,7 @@
 """The repository root goes on the path, so that `pytest` and `python tests/test_x.py` import the same files."""
 
 import gzip
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -27,6 +28,27 @@ def one_thread(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def documented_plugins(tmp_path, monkeypatch):
+    """The working folder, which has the plugins of docs/EXPERIMENTS.md; none is loaded afterwards."""
+    import caption_decoding
+    import caption_options
+    import encoder_models
+    import plugins
+
+    page = (Path(__file__).resolve().parents[1] / "docs/EXPERIMENTS.md").read_text()
+    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page, re.M | re.S):
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    tables = [caption_options.ENCODERS, caption_options.DECODING, caption_options.TABLE]
+    tables += [encoder_models.ADDED, caption_decoding.ALGORITHMS, plugins.LOADED]
+    before = [dict(table) for table in tables]
+    yield tmp_path
+    for table, rows in zip(tables, before, strict=True):
+        table.clear()
+        table.update(rows)
 
 
 @pytest.fixture

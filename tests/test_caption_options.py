@@ -113,8 +113,10 @@ def test_without_flags_every_option_has_its_default():
     assert options.typed == frozenset() and options.checkpoint is None
 
 
-# --runs names no checkpoint that could come before or after it
-@pytest.mark.parametrize("name", [n for n in TABLE if n not in ("mode", "config", "runs")])
+# a plugin is no value, and --runs names no checkpoint that could come before or after it
+@pytest.mark.parametrize(
+    "name", [n for n in TABLE if n not in ("mode", "config", "plugin", "runs")]
+)
 def test_what_is_typed_comes_before_the_checkpoint_and_that_before_the_default(name):
     option, mode = TABLE[name], TABLE[name].modes[0]
     value = other_value(name)
@@ -840,13 +842,13 @@ def test_a_decoder_takes_the_options_that_the_table_gives_it(kind):
 def test_the_algorithms_are_the_searches():
     import caption_decoding
 
-    chosen = [
-        caption_decoding.step_function(name, 5, 1.0, 0, 1.0, None)
-        for name in caption_options.ALGORITHMS
-    ]
-    greedy, beam, sample = (choice.func for choice in chosen)
-    assert greedy == beam == caption_decoding.beam_step and sample == caption_decoding.sample_step
-    assert [choice.keywords.get("width") for choice in chosen[:2]] == [1, 5]
+    rows = GROUPS["decoding"].rows
+    assert rows["algorithm"].kind == caption_options.ALGORITHMS == (*caption_decoding.ALGORITHMS,)
+    for name, function in caption_decoding.ALGORITHMS.items():
+        taken = {option for option, row in rows.items() if name in row.needs.get("algorithm", ())}
+        # what ranks a beam is the loop's; how many captions are drawn is not asked in every mode
+        theirs = {*caption_decoding.settings_of(function)} - {"generator", "num_captions"}
+        assert taken - {"length_penalty"} == theirs
     searched = inspect.signature(caption_decoding.generate).parameters
     assert set(GROUPS["decoding"].rows) <= set(searched)
     for name, option in GROUPS["decoding"].rows.items():

@@ -352,6 +352,7 @@ def test_what_a_key_only_implies_gives_way_to_what_the_file_says():
         ("use_mixed_precision: True", "precision", "auto"),
         ("image_size: 96", "image_size", 96),
         ("feature_extractor: resnet18\nfeature_dim: 512", "encoder", "resnet18"),
+        ("feature_extractor: InceptionV3\nfeature_dim: 2048", "encoder", "inception_v3"),
         ("feature_extractor: resnet18+vgg11\nfeature_dim: 1024", "encoder", "resnet18+vgg11"),
         ("learning_rate: 1e-4", "learning_rate", 1e-4),  # in YAML 1.1 text
         ("resnet_weights: random", "encoder_weights", "random"),

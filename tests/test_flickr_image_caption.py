@@ -21,6 +21,7 @@ from caption_batches import CaptionBatches
 from caption_decoding import Hypothesis, generate
 from caption_options import parse_args
 from download_datasets import load_encoder_weights
+from encoder_models import find_model
 from flickr_image_caption import (
     ENCODERS,
     Encoder,
@@ -737,9 +738,14 @@ TAILS = {  # one member of each torchvision family, and what its model does with
     "shufflenet_v2_x0_5": through_pool,
     "mnasnet0_5": through_pool,
     "swin_t": through_pool,
+    "inception_v3": through_pool,
 }
+HOW = {
+    "inception_v3": {"init_weights": False, "transform_input": True}
+}  # as published weights have it
 SLOW = ("vgg11", "convnext_tiny")
 SMALL = 96  # pixels a side: a grid of 3 x 3 cells takes a fifth of the published size's time
+SMALLEST = {"inception_v3": 139}  # where that is too small for such a grid
 
 
 def normalize(images):
@@ -769,15 +775,17 @@ def small():
 def test_features_are_the_grid_that_torchvision_pools(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = torchvision.models.get_model(name, weights=None).eval()
+        model = torchvision.models.get_model(name, weights=None, **HOW.get(name, {})).eval()
     for module in model.modules():  # untrained networks fade out: keep the signal up
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.fill_(0.1)
     # untrained networks magnify float32's rounding
-    encoder = Encoder(name, model.state_dict(), "random", "float64", SMALL)
-    images = some_images(2, SMALL)
+    size = SMALLEST.get(name, SMALL)
+    encoder = Encoder(name, model.state_dict(), "random", "float64", size)
+    images = some_images(2, size)
     features = encoder(images)
     assert features.dtype == torch.float32
+    assert min(encoder.grid) >= 3
     assert features.shape == (2, encoder.grid[0] * encoder.grid[1], encoder.channels)
     grid = features.transpose(1, 2).unflatten(2, encoder.grid)  # cells are in reading order
     expected = model.double()(normalize(images).double())
@@ -800,7 +808,15 @@ def test_every_family_of_the_table_is_compared_with_torchvision():
 def test_every_encoder_has_imagenet_weights_made_for_our_preprocessing(name):
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     preset = weights.transforms()
-    assert (tuple(preset.mean), tuple(preset.std)) == (program.IMAGENET_MEAN, program.IMAGENET_STD)
+    published, picture = find_model(name), torch.rand(1, 3, 2, 2)
+    expected = torchvision.transforms.Normalize(preset.mean, preset.std)(picture)
+    if name == "inception_v3":  # which with these weights transforms its input once more
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, weights=None, **HOW[name])
+        expected = model._transform_input(expected)
+    found = torchvision.transforms.Normalize(published.mean, published.std)(picture)
+    torch.testing.assert_close(found, expected)
+    assert published.image_size == preset.crop_size[0]
     assert len(preset.crop_size) == 1  # square
     assert re.fullmatch(
         r".+-[0-9a-f]{8,}\.pth", Path(weights.url).name
@@ -811,6 +827,29 @@ def test_resnet50_has_a_grid_of_7_by_7_cells_of_2048_channels():
     encoder = Encoder("resnet50", load_encoder_weights("resnet50", "random", 0), "random")
     assert (encoder.grid, encoder.channels, encoder.image_size) == ([7, 7], 2048, 224)
     assert encoder(some_images(1, 224)).shape == (1, 49, 2048)
+
+
+def test_inception_v3_has_8_by_8_cells_of_2048_channels_and_its_last_blocks_can_learn():
+    state = load_encoder_weights("inception_v3", "random", 0)
+    assert {key.partition(".")[0] for key in state} >= {"AuxLogits", "fc"}  # which are not ours
+    encoder = FineTunedEncoder("inception_v3", state, "random", "float32", trained_blocks=2)
+    assert (encoder.grid, encoder.channels, encoder.image_size) == ([8, 8], 2048, 299)
+    images = some_images(1, 299)
+    grid = encoder.tail(encoder(images))
+    assert grid.shape == (1, 64, 2048)
+    plain = Encoder("inception_v3", state, "random")(images)
+    torch.testing.assert_close(grid, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+    assert len(encoder.tail.blocks) == 2  # Mixed_7b and Mixed_7c
+
+
+def test_pictures_too_small_for_the_encoder_are_refused_by_its_name():
+    state = load_encoder_weights("inception_v3", "random", 0)
+    for sizes in ({"image_size": 64}, {"coarse_size": 64}):
+        with pytest.raises(
+            ValueError,
+            match=r"^--encoder inception_v3 makes no grid of pictures of 64 pixels a side",
+        ):
+            Encoder("inception_v3", state, "random", **sizes)
 
 
 def test_images_are_normalized_as_torchvision_does(small):
