@@ -30,6 +30,7 @@ from typing import NamedTuple
 import config_file
 import encoder_models
 import plugins
+import word_vectors
 from checkpoints import runs_folder
 from config_file import ENVIRONMENT, FILE, FLAG, Config, Origin, Setting
 from model_versions import resolve_model_path
@@ -358,7 +359,13 @@ MODEL = {
         "looks of one word, each at places of its own; divides --attention_dim and --embed_size",
         needs=ADAPTIVE, stored=FIXED),
     "attention_dim": Option(UNITS, 512, "units that compare cells", needs=ATTENTION, stored=FIXED),
+    "freeze_embeddings": Option(bool, False,
+        "words that --glove_path knows keep its vectors; the others learn",
+        modes=(TRAIN,), needs={"glove_path": GIVEN}),
     "drop_prob": Option(DROPOUT, 0.3, "dropout probability in training", modes=(TRAIN,), needs=RNN),
+    "recurrent_dropout": Option(DROPOUT, 0.0,
+        "share of each LSTM's units that a step does not hear of the one before, the same at every step of a caption",
+        modes=(TRAIN,), needs=RNN),
     "patch_dropout": Option(DROPOUT, 0.0,
         "share of an image's cells left out of a training step, drawn anew each time: fewer to "
         "compute, and less overfitting", modes=(TRAIN,), needs=ATTENTION),
@@ -368,6 +375,10 @@ TRAINING = {
         "checkpoint, or a folder of runs, whose trained decoder a new run begins with: words that it knows "
         "keep their rows, others start anew, as with another encoder does what reads features; sizes and "
         "encoder come from it", "CKPT", (TRAIN,), stored=OWN),
+    "glove_path": Option(str, None,
+        "word vectors in GloVe's text format, also gzipped or in a .zip, that the decoder's words begin with, as "
+        "many numbers long as --embed_size; words that it lacks begin at random",
+        "FILE", (TRAIN,), RNN, stored=OWN),
     "epochs": Option(EPOCHS, 10,
         "passes over the training captions; on resume: additional ones; 0 with --scst_epochs only",
         modes=(TRAIN,), stored=OWN),
@@ -699,6 +710,7 @@ YIELDS_TO = {
     "resume": ("model_path", "preset", "init_from"),
     "model_path": ("resume", "preset", "init_from"),
     **dict.fromkeys(("preset", "init_from", "epochs", "scst_epochs", "warmup_epochs"), CONTINUED),
+    **dict.fromkeys(("glove_path", "freeze_embeddings"), (*CONTINUED, "init_from")),
     "seeds": ("ensemble",),
     "ensemble": ("seeds",),
 }
@@ -780,6 +792,10 @@ def check_paths(typed):
         raise ValueError("--preset is for a new run: a resumed one has its checkpoint's options")
     if "init_from" in typed and typed.keys() & {"resume", "model_path"}:
         raise ValueError("--init_from is for a new run: a resumed one has its checkpoint's weights")
+    if "glove_path" in typed and typed.keys() & {"resume", "model_path", "init_from"}:
+        raise ValueError(
+            "--glove_path is for a new decoder: leave it out, a checkpoint's words have vectors of their own"
+        )
     if "seeds" in typed and "ensemble" in typed:
         raise ValueError(
             "--seeds and --ensemble exclude each other: only single checkpoints have a mean"
@@ -827,6 +843,8 @@ def find_files(options):
     for flag, path in named_paths(options):
         if not path.exists():
             raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
+    if training.glove_path:
+        word_vectors.check_length(training.glove_path, options.model.embed_size)
     if options.run.mode == TRAIN and not options.checkpoint:
         check_dataset_folder(options.data)
 
@@ -1095,7 +1113,8 @@ def inherit(options, path, config):
     named_by = options.origins["resume" if options.run.resume else "model_path"]
     run = settled.run._replace(model_path=str(path), resume=None)
     origins = settled.origins | {"model_path": named_by}
-    if run.mode == TRAIN and "model_save_dir" not in typed and (folder := runs_folder(path)):
+    folder = runs_folder(path) if run.mode == TRAIN and "model_save_dir" not in typed else None
+    if folder and folder != Path(run.model_save_dir):
         run = run._replace(model_save_dir=str(folder))  # beside the old run's
         origins["model_save_dir"] = Origin("checkpoint", str(path))
     return settled._replace(run=run, origins=origins)

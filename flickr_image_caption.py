@@ -101,6 +101,7 @@ from runtime import (
 )
 from self_critical import self_critical
 from train_state import TrainState, change_course, last_on_captions, make_plan
+from word_embedding import begin_with_vectors, partly_frozen
 
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
 ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # measured, but for mps: docs/PERFORMANCE.md
@@ -587,7 +588,7 @@ def run_lstm(lstm, inputs, state=None):
     But for CUDA under bfloat16: torch's autocast has cuDNN's LSTM compute in float16 there, where
     small gradients vanish because nothing scales them. It computes in TF32 instead.
     """
-    if isinstance(inputs, PackedSequence) and inputs.data.device.type == "cpu":
+    if isinstance(inputs, PackedSequence) and packed_lstm.suits(lstm, inputs):
         return packed_lstm.run(lstm, inputs, state)
     if not (inputs.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16):
         return lstm(inputs, state)
@@ -670,16 +671,24 @@ class LSTMDecoder(Decoder):
     Departure: the image also reaches every output directly, or it is forgotten on the way.
     """
 
-    options = ("embed_size", "hidden_size", "num_layers", "drop_prob")
+    options = ("embed_size", "hidden_size", "num_layers", "drop_prob", "recurrent_dropout")
     reads_grid = False
 
-    def __init__(self, feature_dim, vocab_size, embed_size, hidden_size, num_layers, drop_prob):
+    def __init__(
+        self,
+        feature_dim,
+        vocab_size,
+        embed_size,
+        hidden_size,
+        num_layers,
+        drop_prob,
+        recurrent_dropout=0.0,
+    ):
         super().__init__(feature_dim, vocab_size, embed_size, hidden_size, drop_prob)
         self.project_image = nn.Linear(feature_dim, embed_size)
         self.image_skip = nn.Linear(embed_size, hidden_size, bias=False)
-        between_layers = drop_prob if num_layers > 1 else 0.0
-        self.lstm = nn.LSTM(
-            embed_size, hidden_size, num_layers, batch_first=True, dropout=between_layers
+        self.lstm = packed_lstm.LSTM(
+            embed_size, hidden_size, num_layers, drop_prob, recurrent_dropout
         )
 
     def embed_image(self, features):
@@ -755,7 +764,9 @@ class AttentionDecoder(GridDecoder):
     (equation 7) adds the LSTM's output as it is.
     """
 
-    options = ("embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim", "patch_dropout")  # fmt: skip
+    options = (
+        "embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim", "patch_dropout", "recurrent_dropout",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -767,9 +778,11 @@ class AttentionDecoder(GridDecoder):
         drop_prob,
         attention_dim,
         patch_dropout=0.0,
+        recurrent_dropout=0.0,
     ):
         sizes = feature_dim, vocab_size, embed_size, hidden_size, num_layers
         super().__init__(sizes, drop_prob, patch_dropout, output_size=hidden_size, value_bias=True)
+        self.recurrent_dropout = recurrent_dropout
         self.attention = AdditiveAttention(feature_dim, hidden_size, attention_dim)
         self.gate = RepeatedLinear(hidden_size, embed_size)
         self.word_gates = nn.Linear(embed_size, 4 * hidden_size)  # the first layer's, for words
@@ -787,6 +800,8 @@ class AttentionDecoder(GridDecoder):
         num_captions = len(batch.image_index)
         state = self.start(self.visible(features))  # once per image
         state = map_tensors(lambda part: part.index_select(0, batch.image_index), state)  # (B, ...)
+        if self.training and self.recurrent_dropout:
+            state = packed_lstm.with_masks(state, self.recurrent_dropout)
         words = self.embed(batch.inputs)  # (tokens, E)
         word_gates = self.word_gates(self.locked_dropout(words, batch.caption_index, num_captions))
         outputs, contexts, alphas = [], [], []
@@ -822,15 +837,16 @@ class AttentionDecoder(GridDecoder):
         per_image, layers = state
         context, alphas = self.attend(layers[-1][0], *per_image)  # query: the last step's output
         output, new_layers = context, []
-        for layer, (hidden, cell) in zip(self.layers, layers, strict=True):
+        for layer, (hidden, cell, *mask) in zip(self.layers, layers, strict=True):
             first = not new_layers
             below = output if first else self.dropout(output)
-            gates = layer(torch.cat([below, hidden], dim=-1))
+            heard = hidden * mask[0] if mask else hidden
+            gates = layer(torch.cat([below, heard], dim=-1))
             gates = gates + word_gates if first else gates
             i, f, g, o = gates.float().chunk(4, dim=-1)
             cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
             output = o.sigmoid() * cell.tanh()
-            new_layers.append((output, cell))
+            new_layers.append((output, cell, *mask))
         return output, context, (per_image, tuple(new_layers)), alphas
 
     def step(self, tokens, state):
@@ -852,6 +868,7 @@ class AdaptiveDecoder(GridDecoder):
 
     options = (
         "embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim", "attention_heads", "patch_dropout",
+        "recurrent_dropout",
     )  # fmt: skip
     beside_cells = ("language",)
 
@@ -866,16 +883,16 @@ class AdaptiveDecoder(GridDecoder):
         attention_dim,
         attention_heads,
         patch_dropout=0.0,
+        recurrent_dropout=0.0,
     ):
         sizes = feature_dim, vocab_size, embed_size, hidden_size, num_layers
         super().__init__(  # a cell that is like the mean of all pictures gives nothing
             sizes, drop_prob, patch_dropout, output_size=embed_size, value_bias=False
         )
-        self.reader = nn.LSTM(embed_size, embed_size, batch_first=True)
+        self.reader = packed_lstm.LSTM(embed_size, embed_size, 1, 0.0, recurrent_dropout)
         self.attention = AdaptiveAttention(feature_dim, embed_size, attention_dim, attention_heads)
-        between_layers = drop_prob if num_layers > 1 else 0.0
-        self.writer = nn.LSTM(
-            embed_size, hidden_size, num_layers, batch_first=True, dropout=between_layers
+        self.writer = packed_lstm.LSTM(
+            embed_size, hidden_size, num_layers, drop_prob, recurrent_dropout
         )
         self.project_output = nn.Linear(hidden_size, embed_size)
 
@@ -924,8 +941,11 @@ def decoder_class(values):
 
 def build_decoder(values, feature_dim, vocab_size):
     """An untrained decoder from the values of all options by name."""
-    decoder = decoder_class(values)
-    return decoder(feature_dim, vocab_size, **{name: values[name] for name in decoder.options})
+    kind = decoder_class(values)
+    decoder = kind(feature_dim, vocab_size, **{name: values[name] for name in kind.options})
+    if values["freeze_embeddings"]:
+        decoder.embed = partly_frozen(decoder.embed)
+    return decoder
 
 
 # ------------------------------------------------------------------------------------- the captioner
@@ -1599,6 +1619,9 @@ def set_up(options, hardware, checkpoint=None):
     decoder.to(hardware.device)
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
+    if path := options.training.glove_path:
+        note = begin_with_vectors(decoder.embed, path, vocabulary, training.batches.tokens)
+        print(printable(note))
     captioner = Captioner(encoder, decoder, vocabulary, hardware)
     if options.rerank.rerank != "none":  # epochs are chosen by captions as they will be tested
         captioner.reranker = make_reranker(options, build_index(captioner, table, features))

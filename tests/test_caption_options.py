@@ -123,8 +123,9 @@ def test_what_is_typed_comes_before_the_checkpoint_and_that_before_the_default(n
     stored = needs_of(name, {})
     if option.stored in (INHERITED, FIXED):
         assert resumed(stored | {name: value}, mode).as_dict()[name] == value
-    if name in ("model_path", "resume", "preset", "init_from"):  # which say what to start from
-        assert parse_args(as_flags({name: value})).as_dict()[name] == value
+    if name in ("model_path", "resume", "preset", "init_from", "glove_path", "freeze_embeddings"):
+        typed = as_flags(stored | {name: value})  # which say what to start from
+        assert parse_args(typed).as_dict()[name] == value
         return
     # what is needed is typed, too, as far as this mode lets it be
     typeable = {other: wanted for other, wanted in stored.items() if mode in TABLE[other].modes}
@@ -395,7 +396,8 @@ def adopted(config, typed=""):
 
 def test_what_builds_decoder_and_encoder_comes_from_the_model_it_begins_with_and_nothing_else():
     everything = {name: other_value(name) for name, row in TABLE.items() if row.stored != OWN}
-    built = PICTURES | ADAPTIVE | {"attention_heads": 2}
+    built = PICTURES | ADAPTIVE | {"attention_heads": 2, "freeze_embeddings": True}
+    built["recurrent_dropout"] = everything["recurrent_dropout"]
     expected = DEFAULTS | built | {"init_from": "runs/best.pt"}
     assert adopted(everything | built) == expected
 
@@ -454,6 +456,8 @@ LSTM = {"embed_size": 512, "hidden_size": 1024, "num_layers": 3}
          "checkpoint's weights"),
         ("--init_from a.pt --model_path b.pt", "--init_from is for a new run: a resumed one has its "
          "checkpoint's weights"),
+        *((f"--glove_path a.txt --{other} b.pt", "--glove_path is for a new decoder: leave it out, "
+           "a checkpoint's words have vectors of their own") for other in ("init_from", "resume", "model_path")),
         ("--mode test --model_path a.pt --init_from b.pt",
          "--init_from belongs to --mode train, not test"),
         ("--init_from=", "--init_from is empty: give a path"),

@@ -519,6 +519,12 @@ def drop_prob_drops_in_every_decoder():
         assert losses[0] == losses[1] != losses[2]
 
 
+def recurrent_dropout_drops_in_every_decoder():
+    for flags in DECODERS.values():
+        losses = [stepped(flags, f"--drop_prob 0 --recurrent_dropout {p}")[0] for p in (0, 0, 0.6)]
+        assert losses[0] == losses[1] != losses[2]
+
+
 def patch_dropout_leaves_cells_out_in_training_only():
     losses = [
         stepped(ATTENTION, f"--drop_prob 0 --patch_dropout {share}")[0] for share in (0, 0.5, 0.99)
@@ -995,6 +1001,27 @@ def fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate():
     assert moved("--fine_tune_after 2", 1) == {} != moved("--fine_tune_after 2", 2)
 
 
+def glove_path_gives_words_their_vectors_and_freeze_embeddings_keeps_them():
+    """Of a file with the length of --embed_size; with the second the rows that it has do not learn."""
+    words = ready().captioner.vocabulary.words[4:20]
+    row = torch.linspace(0, 1, 16)
+    numbers = " ".join(map("{:.6f}".format, row))
+    Path("words.txt").write_text("".join(f"{word} {numbers}\n" for word in words))
+    given = "--embed_size 16 --learning_rate 0.01 --glove_path words.txt"
+    known = ready(given).captioner.decoder.embed.weight
+    torch.testing.assert_close(known[4:20], row.expand(16, 16), rtol=0, atol=1e-6)
+    fresh = ready("--embed_size 16").captioner.decoder.embed.weight
+    assert torch.equal(known[:4], fresh[:4]) and torch.equal(known[20:], fresh[20:])
+    learnt = [stepped(given, flag)[1] for flag in ("", "--freeze_embeddings")]
+    moved = [(run.captioner.decoder.embed.weight != known).any(1) for run in learnt]
+    assert moved[0][4:20].any() and not moved[1][4:20].any()
+    assert torch.equal(moved[0][20:], moved[1][20:]) and moved[1][[1, *range(20, 30)]].any()
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+        fic.check_files(chosen("--embed_size 8 --glove_path words.txt"))
+    message = "--embed_size 8 must be the length of the vectors in words.txt, 16"
+    assert said.getvalue() == f"flickr_image_caption.py: error: {message}\n"
+
+
 def distill_from_teaches_by_its_weight():
     teacher = Path("data").resolve().parent / "lstm/best.pt"
     flags = f"--decoder lstm --distill_from {teacher} --distill_weight"
@@ -1053,11 +1080,14 @@ FLAG_EFFECTS = {
     "--attention_dim": sizes_reach_the_decoders,
     "--num_layers": num_layers_are_built_by_every_decoder,
     "--drop_prob": drop_prob_drops_in_every_decoder,
+    "--recurrent_dropout": recurrent_dropout_drops_in_every_decoder,
     "--attention": attention_is_of_the_kind_that_is_named,
     "--attention_heads": attention_heads_look_each_at_a_part_of_the_features,
     "--patch_dropout": patch_dropout_leaves_cells_out_in_training_only,
     "--alpha_c": alpha_c_weighs_the_attention_penalty,
     "--init_from": init_from_begins_with_a_trained_decoder,
+    "--glove_path": glove_path_gives_words_their_vectors_and_freeze_embeddings_keeps_them,
+    "--freeze_embeddings": glove_path_gives_words_their_vectors_and_freeze_embeddings_keeps_them,
     "--fine_tune_encoder": fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate,
     "--fine_tune_after": fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate,
     "--encoder_learning_rate": fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate,
@@ -1242,6 +1272,7 @@ LOST = {  # command line -> what it names
     "--resume latest --model_save_dir data": "data: no such checkpoint: there is none in ",
     "--mode test --model_path RUN --ensemble nowhere.pt": "nowhere.pt: no such checkpoint: ",
     "--dataset_type sample --init_from nowhere.pt": "nowhere.pt: no such checkpoint: the newest one nearby is ",
+    "--dataset_type sample --glove_path words.txt": "--glove_path words.txt: no such file",
     "--dataset_type custom --init_from RUN": "--dataset_type custom needs both --image_dir and ",
     "--mode test --model_path RUN --seeds nowhere.pt": "nowhere.pt: no such checkpoint: ",
     "--mode test --model_path RUN --captions_file a.csv": "--captions_file a.csv: no such file",
@@ -1378,6 +1409,7 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--neighbours 9": "--neighbours belongs to --rerank consensus, not none",
     "--rerank none --rerank_weight 2": "--rerank_weight belongs to --rerank consensus, not none",
     "--distill_weight 0.5": "--distill_weight needs --distill_from",
+    "--freeze_embeddings": "--freeze_embeddings needs --glove_path",
     "--encoder_learning_rate 1e-5": "--encoder_learning_rate needs --fine_tune_encoder",
     "--fine_tune_encoder 0 --fine_tune_after 1": "--fine_tune_after needs --fine_tune_encoder",
     "--scst_learning_rate 1e-5": "--scst_learning_rate needs --scst_epochs",
@@ -1387,7 +1419,9 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--top_k 3": "--top_k belongs to --algorithm sample, not beam",
     "--algorithm greedy --top_p 0.5": "--top_p belongs to --algorithm sample, not greedy",
 }  # fmt: skip
-EVERY_DECODER = {"embed_size", "hidden_size", "num_layers", "drop_prob"}
+EVERY_DECODER = {
+    "embed_size", "hidden_size", "num_layers", "drop_prob", "recurrent_dropout", "glove_path",
+}  # fmt: skip
 BY_A_RULE = {"save_attention_viz", "advanced_attention_viz", "viz_method"}  # of check_maps
 
 

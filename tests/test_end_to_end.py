@@ -867,6 +867,15 @@ def test_a_stop_during_validation_validates_again(part, monkeypatch):
     assert not list(differences(one, other))
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_units_that_are_hidden_between_steps_are_the_same_after_a_stop(decoder):
+    flags = f"{DECODERS[decoder]} --recurrent_dropout 0.4 --epochs 2"
+    straight, first = train(flags), stopped(TINY, flags, at_step=STEPS + 2)
+    resumed = run_dir(succeed("--resume", run_dir(first) / "last.pt"))
+    one, other = (load(folder / "model_epoch_2.pt") for folder in (straight, resumed))
+    assert not list(differences(one, other))
+
+
 def test_a_run_that_fine_tunes_its_encoder_goes_on_and_is_tested_as_it_was_left():
     """From cached features of the frozen blocks; with other weights than the ones it began with."""
     flags = f"{ATTENTION} --fine_tune_encoder 2 --encoder_learning_rate 0.01 --horizontal_flip"

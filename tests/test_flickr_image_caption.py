@@ -17,6 +17,7 @@ from small_runs import CPU, make_batch, make_run, packed_order, unpack
 from torch import nn
 
 import flickr_image_caption as program
+import packed_lstm
 from caption_batches import CaptionBatches
 from caption_decoding import Hypothesis, generate
 from caption_options import parse_args
@@ -52,7 +53,8 @@ def make_decoder(kind, num_layers, drop_prob=0.0, seed=0, scale=3.0, **more):
     torch.manual_seed(seed)
     embed_size = EVEN if kind == "adaptive" else EMBED
     sizes = {"embed_size": embed_size, "hidden_size": HIDDEN, "num_layers": num_layers}
-    sizes |= {"attention_dim": COMPARE, "patch_dropout": 0.0, "drop_prob": drop_prob, **more}
+    sizes |= {"attention_dim": COMPARE, "patch_dropout": 0.0, "drop_prob": drop_prob}
+    sizes |= {"recurrent_dropout": 0.0, "freeze_embeddings": False, **more}
     named = {"decoder": "lstm"} if kind == "lstm" else {"decoder": "attention"}
     named |= {"attention": "adaptive" if kind == "adaptive" else "additive", "attention_heads": 2}
     decoder = program.build_decoder(named | sizes, CHANNELS, VOCAB_SIZE)
@@ -431,6 +433,37 @@ def test_dropout_acts_on_every_layers_input_in_training_only(kind, num_layers, m
     decoder.eval()
     first, second = (run_decoder(decoder, features, captions)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@every_decoder
+def test_recurrent_dropout_hides_all_that_steps_hear_of_each_other_and_nothing_else(
+    kind, num_layers, monkeypatch
+):
+    """With nothing heard, a decoder is one whose recurrent weights are 0; units of each layer are drawn once."""
+    decoder, (features, captions) = make_decoder(kind, num_layers, scale=1.0), make_data()
+    dropping = make_decoder(kind, num_layers, scale=1.0, recurrent_dropout=0.5)
+    dropping.load_state_dict(decoder.state_dict())
+    plain = run_decoder(decoder, features, captions)[0]
+    assert torch.equal(run_decoder(dropping, features, captions)[0], plain)  # eval mode
+    first, second = (run_decoder(dropping.train(), features, captions)[0] for _ in range(2))
+    assert not torch.allclose(first, second) and not torch.allclose(first, plain)
+    drawn = []
+
+    def hear_nothing(hidden, share):
+        drawn.append((hidden.numel(), share))
+        return torch.zeros_like(hidden)
+
+    monkeypatch.setattr(packed_lstm, "recurrent_masks", hear_nothing)
+    found = run_decoder(dropping, features, captions)[0]
+    units = len(LENGTHS) * (HIDDEN * num_layers + (EVEN if kind == "adaptive" else 0))
+    assert sum(number for number, _ in drawn) == units and {share for _, share in drawn} == {0.5}
+    with torch.no_grad():
+        for name, weight in decoder.named_parameters():
+            if "weight_hh" in name:
+                weight.zero_()
+            elif re.fullmatch(r"layers\.\d+\.weight", name):
+                weight[:, -HIDDEN:] = 0
+    torch.testing.assert_close(found, run_decoder(decoder, features, captions)[0])
 
 
 @every_decoder

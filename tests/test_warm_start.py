@@ -10,7 +10,7 @@ import warm_start
 from caption_batches import Vocabulary
 
 VALUES = {"embed_size": 6, "hidden_size": 8, "num_layers": 2, "attention_dim": 4, "attention_heads": 2,
-          "drop_prob": 0.0, "patch_dropout": 0.0}  # fmt: skip
+          "drop_prob": 0.0, "patch_dropout": 0.0, "recurrent_dropout": 0.0, "freeze_embeddings": False}  # fmt: skip
 KINDS = {
     "lstm": {"decoder": "lstm"},
     "additive": {"decoder": "attention", "attention": "additive"},
