@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./setup.sh              make .venv and install requirements.txt
 # ./setup.sh demo         that, then train, test and draw attention pictures on the built-in sample dataset, offline
-# ./setup.sh test         that and requirements-tracking.txt, then lint and run the tests
+# ./setup.sh test         that and requirements-test.txt, then lint and run the tests
 # ./setup.sh flickr8k     that, then download Flickr8k (or flickr30k); further options go to download_datasets.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -32,7 +32,7 @@ fi
 if ! command -v uv >/dev/null && [ ! -x .venv/bin/uv ]; then .venv/bin/python -m pip install --quiet uv; fi
 uv=$(command -v uv || echo .venv/bin/uv)
 requirements=(-r requirements.txt)
-if [ "${1:-}" = test ]; then requirements+=(-r requirements-tracking.txt); fi
+if [ "${1:-}" = test ]; then requirements+=(-r requirements-test.txt); fi
 echo "installing requirements.txt into .venv"
 "$uv" pip install --quiet --python .venv "${requirements[@]}"
 export PATH="$PWD/.venv/bin:$PATH"
