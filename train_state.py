@@ -167,11 +167,14 @@ def make_plan(options, batches, checkpoint=None):
 
 def change_course(state, options, checkpoint):
     """On resume: say that a new schedule begins, or go on at another --learning_rate."""
-    schedule, old_rate = state.plan["schedule"], checkpoint["config"]["learning_rate"]
+    schedule, old, training = state.plan["schedule"], checkpoint["config"], options.training
     if schedule is not None and schedule != checkpoint["plan"]["schedule"]:
         print(f"--scheduler_type {schedule} is new to this run: its schedule starts now")
-    elif options.training.learning_rate != old_rate:
-        scale_rate(state, options.training.learning_rate / old_rate)
+        return
+    factors = [training.learning_rate / old["learning_rate"]] * len(state.optimizer.param_groups)
+    if training.fine_tune_encoder:  # whose group is the last
+        factors[-1] = training.encoder_learning_rate / old["encoder_learning_rate"]
+    scale_rates(state, factors)
 
 
 def last_on_captions(plan):
@@ -214,10 +217,11 @@ def stretch_one_cycle(scheduler, factor):
     scheduler.last_epoch = int(scheduler.last_epoch * factor)
 
 
-def scale_rate(state, factor):
-    """Multiply everything that the schedule computes the rate from."""
-    for group in state.optimizer.param_groups:
+def scale_rates(state, factors):
+    """Multiply everything that the schedule computes each group's rate from."""
+    for group, factor in zip(state.optimizer.param_groups, factors, strict=True):
         for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
             group[name] *= factor
     if hasattr(state.scheduler, "base_lrs"):
-        state.scheduler.base_lrs = [rate * factor for rate in state.scheduler.base_lrs]
+        pairs = zip(state.scheduler.base_lrs, factors, strict=True)
+        state.scheduler.base_lrs = [rate * factor for rate, factor in pairs]

@@ -145,6 +145,26 @@ def test_one_cycle_rises_to_each_groups_own_rate(tmp_path):
     assert tuned == pytest.approx([0.3 * rate for rate in decays])
 
 
+@pytest.mark.parametrize(
+    "typed, factors",
+    [({"learning_rate": 0.02}, (2, 1)), ({"encoder_learning_rate": 0.006}, (1, 2))],
+)
+def test_each_groups_rate_is_scaled_on_resume_by_its_own_option(tmp_path, typed, factors):
+    settled = options("one_cycle", "--fine_tune_encoder", "1", "--encoder_learning_rate", "0.003")
+    captioner = start(settled, tmp_path).captioner
+    captioner.encoder.tail = torch.nn.Linear(1, 1)
+    plan = {"schedule": "one_cycle", "epochs": 4, "reward_epochs": 0, "batches": 4, "steps": 16}
+    state = program.new_state(captioner, settled, plan, "any")
+    before = [group["max_lr"] for group in state.optimizer.param_groups]
+    checkpoint = {"config": settled.as_dict(), "plan": plan}
+    program.change_course(
+        state, settled._replace(training=settled.training._replace(**typed)), checkpoint
+    )
+    after = [group["max_lr"] for group in state.optimizer.param_groups]
+    decoder, encoder = factors
+    assert after == pytest.approx([decoder * before[0], decoder * before[1], encoder * before[2]])
+
+
 def one_cycle(steps, warmup_steps):
     """The rate of every step: half cosines from RATE / 25 up to RATE, then down to RATE / 250,000."""
     peak = warmup_steps - 1
