@@ -262,7 +262,7 @@ RUN = {
         "searches for them from now on, or compare runs", modes=EVERY_MODE, stored=OWN),
     "config": Option(str, None,
         "values of options that are not typed, in YAML or as an old run's run_config.json has them; see "
-        "docs/EXPERIMENTS.md", "FILE", stored=OWN),
+        "docs/EXPERIMENTS.md", "FILE", EVERY_MODE, stored=OWN),
     "plugin": Option(str, (),
         "Python files of yours that register encoders or decoding algorithms, see docs/EXPERIMENTS.md; they are "
         "run, so they must be typed", "FILE.py", stored=OWN, several=True),
@@ -800,7 +800,7 @@ def check_paths(typed):
         raise ValueError(
             "--seeds and --ensemble exclude each other: only single checkpoints have a mean"
         )
-    for package in filter(None, (TABLE[name].package for name in typed)):
+    for package in filter(None, (TABLE[name].package for name, value in typed.items() if value)):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:  # a folder of that name is no package
             raise ValueError(
@@ -1030,7 +1030,7 @@ def check_contradictions(values, new_plan):
             "--split train: --rerank consensus would show training images their own captions: "
             "add --rerank none"
         )
-    check_fine_tuning(values)
+    check_fine_tuning(values, new_plan)
     kind = values["scheduler_type"] if values["use_scheduler"] else None
     falls_to_minimum = kind and "min_lr" in SCHEDULES[kind].arguments.values()
     if falls_to_minimum and values["min_lr"] > values["learning_rate"]:
@@ -1052,12 +1052,16 @@ def check_contradictions(values, new_plan):
         )
 
 
-def check_fine_tuning(values):
-    """Raises: ValueError naming what needs an encoder that stays as it is."""
+def check_fine_tuning(values, new_plan):
+    """Raises: ValueError naming what needs an encoder that stays as it is, or a plan that leaves it so."""
     if not values["fine_tune_encoder"]:
         return
     if "+" in values["encoder"]:
         raise ValueError(f"--fine_tune_encoder takes one encoder, not {values['encoder']}")
+    if new_plan and values["fine_tune_after"] >= values["epochs"]:
+        raise ValueError(
+            f"--fine_tune_after {values['fine_tune_after']} must be below --epochs {values['epochs']}"
+        )
     if values["mode"] == TRAIN and values["distill_from"]:
         raise ValueError(
             "--distill_from: its teachers do not know an encoder that --fine_tune_encoder changes"
@@ -1097,6 +1101,8 @@ def inherit(options, path, config):
     """
     stored = check_config(path, config)
     stored = {n: value for n, value in stored.items() if is_inherited(TABLE[n], options.run.mode)}
+    if options.run.mode == TRAIN and stored["fine_tune_encoder"]:
+        stored["rerank"] = "none"  # what tuning or test mode chose is for an encoder that stays
     typed, origins = news_beside(options, stored)
     differing = [
         f"--{name} {value} (stored: {stored[name]})"

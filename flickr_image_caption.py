@@ -1394,8 +1394,12 @@ class Run:
         return [*self.captioner.decoder.parameters(), *self.captioner.encoder.tail.parameters()]
 
     def grids(self, features):
-        """As Captioner.grids, through an encoder's tail that learns from --fine_tune_after on."""
-        learns = self.state.loop["epoch"] >= self.options.training.fine_tune_after
+        """As Captioner.grids, through an encoder's tail that learns from --fine_tune_after on.
+
+        On the reward, whose rate is the decoder's, it rests.
+        """
+        begun = self.state.loop["epoch"] >= self.options.training.fine_tune_after
+        learns = begun and self.state.stage == "loss"
         with torch.set_grad_enabled(learns):
             return self.tail(features)
 
@@ -1547,7 +1551,7 @@ def validation_scores(run, received):
     scores = None
     if process_group.rank() == 0:
         _, scores, _ = score_captions(captioner, run.scorer, table.image, best)
-        run.samples = run_folder.take_samples(run, own)
+        run.samples = run_folder.take_samples(run, own or best)
         del scores["METEOR"]
         scores |= {} if entropy is None else {"attention_entropy": entropy}
     return process_group.broadcast(scores)
@@ -1995,7 +1999,8 @@ def test_checkpoint(options, hardware, checkpoint):
     scores["duller"] = score_details.duller_than_before(folder / f"{split}_metrics.json", scores)
     checkpoints.write_json(folder / f"{split}_captions.json", rows)
     checkpoints.write_json(folder / f"{split}_metrics.json", scores)
-    run_records.add_scores(folder, split, scores)
+    if not (options.output.ensemble or dataset.foreign):  # else they are not the run's own
+        run_records.add_scores(folder, split, scores)
     algorithm = options.decoding.algorithm
     search = f"beam {options.decoding.beam_size}" if algorithm == "beam" else algorithm
     search += f", consensus of {options.rerank.neighbours} neighbours" * bool(captioner.reranker)

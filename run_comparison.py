@@ -29,7 +29,7 @@ PICTURE = "run_comparison.png"
 # of a run that say nothing of its recipe
 NOT_SETTINGS = {
     "timestamp", "command", "mode", "model_path", "resume", "model_save_dir", "cache_dir", "device",
-    "keep_checkpoints", "num_workers", "threads", "tensorboard", "wandb",
+    "keep_checkpoints", "num_workers", "threads", "tensorboard", "wandb", "origins", "config", "preset",
 }  # fmt: skip
 NAME_WIDTH = 24  # of the table's first column
 # Okabe and Ito's colours, which colour-blind readers can tell apart

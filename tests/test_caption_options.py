@@ -155,6 +155,20 @@ def test_what_shapes_the_model_comes_from_the_checkpoint_and_may_not_be_typed_ot
             resumed(stored, mode, f"--{name} {alien}")
 
 
+def test_a_fine_tuned_model_that_was_tuned_to_rerank_is_trained_on_without():
+    stored = {"fine_tune_encoder": 2, "rerank": "consensus"}
+    assert resumed(stored, TRAIN).rerank.rerank == "none"
+    assert resumed(stored, "test").rerank.rerank == "consensus"
+
+
+def test_only_a_tracker_that_is_asked_for_needs_its_package(monkeypatch, capsys, tmp_path):
+    """The record of a run names it, too, as false."""
+    monkeypatch.setattr(caption_options.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "record.yaml").write_text("tensorboard: false\nwandb: false\n")
+    parse_args(["--config", str(tmp_path / "record.yaml")])
+    assert "pip install -r requirements-tracking.txt" in refusal(capsys, "--wandb")
+
+
 def alternatives(name):
     """Values that an option may have."""
     kind = TABLE[name].kind
@@ -549,6 +563,8 @@ def test_a_model_to_begin_with_whose_options_are_unusable_is_named():
          "--seeds and --ensemble exclude each other: only single checkpoints have a mean"),
         ("--fine_tune_encoder 2 --encoder resnet18+mobilenet_v2",
          "--fine_tune_encoder takes one encoder, not resnet18+mobilenet_v2"),
+        ("--fine_tune_encoder 2 --fine_tune_after 10",
+         "--fine_tune_after 10 must be below --epochs 10"),
         ("--fine_tune_encoder 2 --distill_from a.pt",
          "--distill_from: its teachers do not know an encoder that --fine_tune_encoder changes"),
         ("--fine_tune_encoder 2 --rerank consensus",

@@ -999,6 +999,7 @@ def fine_tuning_moves_the_last_blocks_from_its_epoch_on_at_its_rate():
     assert not any("running" in name or "num_batches" in name for name in steps)
     assert max(steps.values()) == pytest.approx(0.002, rel=1e-2)  # Adam's first step is its rate
     assert moved("--fine_tune_after 2", 1) == {} != moved("--fine_tune_after 2", 2)
+    assert moved("--scst_epochs 1", 3) == {}  # on the reward the decoder alone learns
 
 
 def glove_path_gives_words_their_vectors_and_freeze_embeddings_keeps_them():
