@@ -67,6 +67,11 @@ SETTINGS = {
     "learning_rate": "Learning rate", "weight_decay": "Weight decay", "seed": "Seed",
     "device": "Device", "precision": "Precision",
 }  # fmt: skip
+EXTRAS = {  # shown where they were asked for
+    "init_from": "Begun as", "fine_tune_encoder": "Encoder blocks that learn",
+    "glove_path": "Word vectors", "recurrent_dropout": "Recurrent dropout",
+    "distill_from": "Teachers", "scst_epochs": "Epochs on the reward",
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- what test hands over
@@ -306,8 +311,8 @@ def settings(config):
     """{"rows": (label, value) of the settings that a reader asks for, "command": of the run}."""
     shown = [
         (label, f"{config[key]:g}" if isinstance(config[key], float) else config[key])
-        for key, label in SETTINGS.items()
-        if config.get(key) is not None
+        for key, label in (SETTINGS | EXTRAS).items()
+        if (config.get(key) if key in EXTRAS else config.get(key) is not None)
     ]
     schedule = config["scheduler_type"] if config.get("use_scheduler") else "constant"
     shown.append(("Schedule", schedule))

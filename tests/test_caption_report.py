@@ -556,3 +556,11 @@ def test_words_show_their_maps_in_a_browser(browser, tmp_path):
     assert shown() == 2
     assert first.locator("image").first.evaluate("image => image.getBBox().width") == 60
     assert complaints == [] and page.title() == "vgg11, adaptive attention \u00b7 run report"
+
+
+def test_settings_that_few_runs_have_are_shown_where_they_were_asked_for():
+    asked = {"fine_tune_encoder": 3, "glove_path": "vectors.txt", "seed": 0}
+    labels = dict(caption_report.settings(asked)["rows"])
+    assert labels["Encoder blocks that learn"] == 3 and labels["Word vectors"] == "vectors.txt"
+    unasked = {"fine_tune_encoder": 0, "glove_path": None, "distill_from": [], "seed": 0}
+    assert [label for label, _ in caption_report.settings(unasked)["rows"]] == ["Seed", "Schedule"]
