@@ -184,7 +184,7 @@ def only_warns():
     """Make a failure to report a warning: what is reported on has been done, and is kept."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # hours of training must not end as failed for want of a page
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         _warn(f"no {FILE_NAME}: {reason}")
 
@@ -482,6 +482,10 @@ def example_cards(examples):
 
 
 def example_card(example, method):
+    """What the page shows of an image, from one of a file's examples.
+
+    Raises: ValueError, TypeError or LookupError when the example is damaged.
+    """
     photograph = base64.b64decode(example["photograph"], validate=True)
     width, height = example["size"]
     if not all(1 <= side <= PHOTOGRAPH_SIDES[0] for side in (width, height)):

@@ -513,7 +513,7 @@ class ExperimentTracker:
         for listener in [*self.listeners]:
             try:
                 getattr(listener, event)(*values)
-            except Exception as error:
+            except Exception as error:  # TensorBoard's or W&B's, which may raise anything
                 self.listeners.remove(listener)
                 fault = printable(f"{type(error).__name__}: {error}".splitlines()[0])
                 print(

@@ -1999,17 +1999,9 @@ def test_checkpoint(options, hardware, checkpoint):
     scores["duller"] = score_details.duller_than_before(folder / f"{split}_metrics.json", scores)
     checkpoints.write_json(folder / f"{split}_captions.json", rows)
     checkpoints.write_json(folder / f"{split}_metrics.json", scores)
+    print_scores(folder, captioner, scores, options)
     if not (options.output.ensemble or dataset.foreign):  # else they are not the run's own
         run_records.add_scores(folder, split, scores)
-    algorithm = options.decoding.algorithm
-    search = f"beam {options.decoding.beam_size}" if algorithm == "beam" else algorithm
-    search += f", consensus of {options.rerank.neighbours} neighbours" * bool(captioner.reranker)
-    print(f"{options.data.dataset_type} {split}: {len(table)} images, {search}")
-    print(metrics_utils.scores_table(scores))
-    print(score_details.details_table(scores["details"]))
-    if scores["duller"]:
-        print(f"since the last test here: {scores['duller']}")
-    print(f"written: {folder / f'{split}_metrics.json'} and {split}_captions.json")
     with caption_report.only_warns():
         chosen = caption_report.choose(rows)
         chunks = features.stream([torch.tensor(chosen)])
@@ -2017,6 +2009,19 @@ def test_checkpoint(options, hardware, checkpoint):
         source = split, table, features.paths
         caption_report.report(folder, captioner, *source, shown, method, chosen)
     return scores
+
+
+def print_scores(folder, captioner, scores, options):
+    """The console's tables of a test, and where its files are."""
+    algorithm, split = options.decoding.algorithm, scores["split"]
+    search = f"beam {options.decoding.beam_size}" if algorithm == "beam" else algorithm
+    search += f", consensus of {options.rerank.neighbours} neighbours" * bool(captioner.reranker)
+    print(f"{options.data.dataset_type} {split}: {scores['images']} images, {search}")
+    print(metrics_utils.scores_table(scores))
+    print(score_details.details_table(scores["details"]))
+    if scores["duller"]:
+        print(f"since the last test here: {scores['duller']}")
+    print(f"written: {folder / f'{split}_metrics.json'} and {split}_captions.json")
 
 
 def open_boxes(dataset, table):

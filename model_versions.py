@@ -558,6 +558,7 @@ def register(manager, args):
 
 
 def list_all(manager, args):
+    """`list`: a line for each version; damaged ones go to stderr."""
     versions = manager.list_versions()
     whole = [version for version in versions if "damaged" not in version]
     if args.json:
@@ -584,6 +585,7 @@ def _number(value):
 
 
 def show(manager, args):
+    """`show`: the model card of a version whose hashes are right."""
     version = manager.get_version(args.version)
     card = Path(version["path"], CARD).read_text("utf-8").splitlines()
     lines = [json.dumps(version, indent=2)] if args.json else map(_printable, card)
@@ -592,6 +594,7 @@ def show(manager, args):
 
 
 def compare(manager, args):
+    """`compare`: two versions' scores and differing options."""
     comparison = manager.compare_versions(args.first, args.second)
     lines = [json.dumps(comparison, indent=2)] if args.json else _differences(comparison)
     print(*lines, sep="\n")
@@ -613,6 +616,7 @@ def _differences(comparison):
 
 
 def verify(manager, args):
+    """`verify`: one version, or all; status 1 if a file is damaged."""
     faults = manager.verify(args.version)
     for version in faults:
         if faults[version] is None:
@@ -621,18 +625,21 @@ def verify(manager, args):
 
 
 def delete(manager, args):
+    """`delete`: a version that has no tag."""
     manager.delete_version(args.version)
     print(f"deleted version {args.version}")
     return 0
 
 
 def tag(manager, args):
+    """`tag`: let a tag name a version."""
     manager.tag_version(args.version, args.tag)
     print(f"{args.tag}: {manager.folder_of(args.tag)}")
     return 0
 
 
 def untag(manager, args):
+    """`untag`: remove a tag."""
     manager.untag(args.tag)
     return 0
 

@@ -28,7 +28,7 @@ def hold(run_dir):
     lock = filelock.FileLock(Path(run_dir) / RUNNING, thread_local=False)
     try:
         lock.acquire(timeout=0)
-    except (OSError, NotImplementedError):  # filelock.Timeout is an OSError
+    except (OSError, NotImplementedError):  # the latter is filelock's, where flock is not supported
         return None
     return lock
 
