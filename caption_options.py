@@ -41,7 +41,7 @@ COMPARE = "compare"  # of runs' files alone
 EVERY_MODE = (*MODES, COMPARE)
 WITH_DATA = (TRAIN, TEST, TUNE)
 DECODERS = ("lstm", "attention")
-ATTENTIONS = ("additive", "adaptive")
+ATTENTIONS = ("additive", "multi_head", "adaptive")
 ALGORITHMS = ("greedy", "beam", "sample")
 RERANKINGS = ("none", "consensus")
 VIZ_METHODS = ("attention", "gradient")
@@ -247,8 +247,8 @@ class Given:
 
 GIVEN = Given()
 ATTENTION = {"decoder": ("attention",)}
-ADDITIVE = ATTENTION | {"attention": ("additive",)}
-ADAPTIVE = ATTENTION | {"attention": ("adaptive",)}
+BEFORE_EACH_WORD = ATTENTION | {"attention": ("additive", "multi_head")}
+WITH_HEADS = ATTENTION | {"attention": ("multi_head", "adaptive")}
 CACHED = {"no_feature_cache": (False,)}
 DRAWN = {"save_attention_viz": (True,)}
 RNN = {"decoder": ("lstm", "attention")}
@@ -352,12 +352,13 @@ MODEL = {
     "hidden_size": Option(UNITS, 1024, "LSTM units per layer", needs=RNN, stored=FIXED),
     "num_layers": Option(LAYERS, 3, "stacked LSTM layers", needs=RNN, stored=FIXED),
     "attention": Option(ATTENTIONS, "additive",
-        "additive: the LSTM looks before each word, by a small network; adaptive: each word looks once "
-        "it is read, by dot products, or at nothing, and training has no loop over steps",
+        "additive: the LSTM looks before each word, by a small network; multi_head: as additive, but by scaled dot "
+        "products; adaptive: each word looks once it is read, by dot products, or at nothing, and training has no "
+        "loop over steps",
         needs=ATTENTION, stored=FIXED),
     "attention_heads": Option(number(int, 1, 64), 4,
         "looks of one word, each at places of its own; divides --attention_dim and --embed_size",
-        needs=ADAPTIVE, stored=FIXED),
+        needs=WITH_HEADS, stored=FIXED),
     "attention_dim": Option(UNITS, 512, "units that compare cells", needs=ATTENTION, stored=FIXED),
     "freeze_embeddings": Option(bool, False,
         "words that --glove_path knows keep its vectors; the others learn",
@@ -398,7 +399,7 @@ TRAINING = {
         "AdamW's decoupled decay of the weight matrices; embeddings and biases do not decay",
         modes=(TRAIN,)),
     "alpha_c": Option(NOT_NEGATIVE, 1.0,
-        "weight of the doubly stochastic penalty", modes=(TRAIN,), needs=ADDITIVE),
+        "weight of the doubly stochastic penalty", modes=(TRAIN,), needs=BEFORE_EACH_WORD),
     "distill_from": Option(str, (),
         "checkpoints, or folders of runs, with the same words, encoder and split: the step also learns the words "
         "that the mean of their probabilities expects, computed once and kept in --cache_dir",
@@ -1014,9 +1015,10 @@ def check_contradictions(values, new_plan):
         raise ValueError(
             f"--split_ratios {shares}: give three shares, of train, val and test, that sum to 1"
         )
-    heads, adaptive = values["attention_heads"], values["attention"] == "adaptive"
+    heads = values["attention_heads"]
+    has_heads = all(values[name] in kinds for name, kinds in WITH_HEADS.items())
     for name in ("attention_dim", "embed_size"):
-        if values["decoder"] == "attention" and adaptive and values[name] % heads:
+        if has_heads and values[name] % heads:
             raise ValueError(f"--attention_heads {heads} does not divide --{name} {values[name]}")
     if values["mode"] == CAPTION and values["output_dir"] and not values["save_attention_viz"]:
         raise ValueError("--output_dir needs --save_attention_viz in --mode caption")

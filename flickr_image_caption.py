@@ -515,8 +515,39 @@ class AdditiveAttention(nn.Module):
         return alphas.type_as(values) @ values, alphas
 
 
-class AdaptiveAttention(nn.Module):
-    """Scaled dot products, several heads; a word may look at no cell. Sources: [4] section 3.2; [5] section 3.2.
+class MultiHeadAttention(nn.Module):
+    """Scaled dot products, several heads. Source: [4] section 3.2.
+
+    Departure: no layer mixes the heads; those that read the context do.
+    """
+
+    def __init__(self, feature_dim, query_dim, attention_dim, attention_heads):
+        super().__init__()
+        self.heads = attention_heads
+        self.project_keys = nn.Linear(feature_dim, attention_dim, bias=False)  # softmax ignores one
+        self.project_query = RepeatedLinear(query_dim, attention_dim)
+
+    def split(self, x):
+        """(N, L, D) -> (N, heads, L, D / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys(self, features):
+        """features (N, P, F) -> keys (N, heads, P, A / heads), once per image."""
+        return self.split(self.project_keys(features))
+
+    def forward(self, query, keys, values):
+        """query (N, K, H), keys, values (N, P, E) -> context (N, K, E), alphas (N, K, P).
+
+        Each row of alphas sums to 1: the mean of the heads' weights.
+        """
+        scores = self.split(self.project_query(query)) @ keys.transpose(-1, -2)
+        weights = (scores.float() / math.sqrt(keys.size(-1))).softmax(dim=-1)  # (N, heads, K, P)
+        context = weights.type_as(values) @ self.split(values)  # (N, heads, K, E / heads)
+        return context.transpose(1, 2).flatten(2), weights.mean(1)
+
+
+class AdaptiveAttention(MultiHeadAttention):
+    """Scaled dot products, but a word may look at no cell. Sources: [4] section 3.2; [5] section 3.2.
 
     What a word does not look for in the picture, it has from the words before it: one more thing to
     look at, the sentinel, which is made from the LSTM's output; [5] makes it from the memory.
@@ -524,20 +555,13 @@ class AdaptiveAttention(nn.Module):
     but with a learned gain for each unit. A key is of what sets a cell apart from its picture's mean.
     """
 
-    def __init__(self, feature_dim, query_dim, attention_dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.project_keys = nn.Linear(feature_dim, attention_dim, bias=False)
-        self.project_query = nn.Linear(query_dim, attention_dim)
+    def __init__(self, feature_dim, query_dim, attention_dim, attention_heads):
+        super().__init__(feature_dim, query_dim, attention_dim, attention_heads)
         self.sentinel_key = nn.Linear(query_dim, attention_dim)
         self.sentinel_value = nn.Linear(query_dim, query_dim)
-        self.norm_query = nn.RMSNorm(attention_dim // heads)
+        self.norm_query = nn.RMSNorm(attention_dim // attention_heads)
         # where a cell is all but the mean, what sets it apart is rounding: eps keeps that small
-        self.norm_key = nn.RMSNorm(attention_dim // heads, eps=1e-2)
-
-    def split(self, x):
-        """(N, L, D) -> (N, heads, L, D / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        self.norm_key = nn.RMSNorm(attention_dim // attention_heads, eps=1e-2)
 
     def keys(self, features):
         """features (N, P, F) -> keys (N, heads, P, A / heads), once per image."""
@@ -767,6 +791,7 @@ class AttentionDecoder(GridDecoder):
     options = (
         "embed_size", "hidden_size", "num_layers", "drop_prob", "attention_dim", "patch_dropout", "recurrent_dropout",
     )  # fmt: skip
+    kind_of_attention = AdditiveAttention
 
     def __init__(
         self,
@@ -779,11 +804,12 @@ class AttentionDecoder(GridDecoder):
         attention_dim,
         patch_dropout=0.0,
         recurrent_dropout=0.0,
+        **heads,
     ):
         sizes = feature_dim, vocab_size, embed_size, hidden_size, num_layers
         super().__init__(sizes, drop_prob, patch_dropout, output_size=hidden_size, value_bias=True)
         self.recurrent_dropout = recurrent_dropout
-        self.attention = AdditiveAttention(feature_dim, hidden_size, attention_dim)
+        self.attention = self.kind_of_attention(feature_dim, hidden_size, attention_dim, **heads)
         self.gate = RepeatedLinear(hidden_size, embed_size)
         self.word_gates = nn.Linear(embed_size, 4 * hidden_size)  # the first layer's, for words
         below = [embed_size] + [hidden_size] * (num_layers - 1)
@@ -855,6 +881,13 @@ class AttentionDecoder(GridDecoder):
         output, context, state, alphas = self.lstm_step(self.word_gates(words), state)
         output = output + self.deep_output(torch.cat([words, context], dim=-1))
         return self.head(output), state, alphas
+
+
+class MultiHeadDecoder(AttentionDecoder):
+    """The same with dot products of several heads. Source: [4] section 3.2."""
+
+    options = (*AttentionDecoder.options, "attention_heads")
+    kind_of_attention = MultiHeadAttention
 
 
 class AdaptiveDecoder(GridDecoder):
@@ -930,7 +963,10 @@ class AdaptiveDecoder(GridDecoder):
         return logits, (per_image, (reader, writer)), shares
 
 
-DECODERS = {"lstm": LSTMDecoder, "additive": AttentionDecoder, "adaptive": AdaptiveDecoder}
+DECODERS = {
+    "lstm": LSTMDecoder, "additive": AttentionDecoder, "multi_head": MultiHeadDecoder,
+    "adaptive": AdaptiveDecoder,
+}  # fmt: skip
 
 
 def decoder_class(values):

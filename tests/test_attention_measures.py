@@ -132,8 +132,8 @@ def test_captions_without_words_are_passed_over():
 def attention_decoder(kind="additive"):
     """A small real one that knows six words and 3 x 4 cells of 5 channels, standardised."""
     torch.manual_seed(0)
-    heads = (2,) if kind == "adaptive" else ()
-    decoder = program.DECODERS[kind](5, 9, 6, 8, 2, 0.3, 4, *heads).eval()
+    heads = {} if kind == "additive" else {"attention_heads": 2}
+    decoder = program.DECODERS[kind](5, 9, 6, 8, 2, 0.3, 4, **heads).eval()
     decoder.calibrate([2 + 3 * torch.randn(50, 12, 5)])
     with torch.no_grad():
         decoder.head.weight *= 5
@@ -187,7 +187,9 @@ def by_steps(decoder, features, hypotheses):
 
 
 @pytest.mark.parametrize(("bytes_at_once", "chunk"), [(2**26, 4), (1, 4), (10_000, 3)])
-@pytest.mark.parametrize(("kind", "members"), [("additive", 1), ("adaptive", 1), ("adaptive", 2)])
+@pytest.mark.parametrize(
+    ("kind", "members"), [("additive", 1), ("multi_head", 1), ("adaptive", 1), ("adaptive", 2)]
+)
 def test_teacher_forcing_all_copies_at_once_is_the_decoder_step_by_step(
     bytes_at_once, chunk, kind, members, monkeypatch
 ):

@@ -644,7 +644,9 @@ def test_a_typed_option_is_judged_by_what_the_checkpoint_says():
     with pytest.raises(ValueError, match="--alpha_c belongs to --decoder attention, not lstm"):
         resumed({"decoder": "lstm"}, typed="--alpha_c 0.3")
     adaptive = {"decoder": "attention", "attention": "adaptive"}
-    with pytest.raises(ValueError, match="--alpha_c belongs to --attention additive, not adaptive"):
+    with pytest.raises(
+        ValueError, match="--alpha_c belongs to --attention additive or multi_head, not adaptive"
+    ):
         resumed(adaptive, typed="--alpha_c 0.3")
     with pytest.raises(ValueError, match="--min_length 9 must be below --max_length 9"):
         resumed({"max_length": 9}, typed="--min_length 9")
@@ -855,8 +857,10 @@ def test_a_decoder_takes_the_options_that_the_table_gives_it(kind):
     decoder = program.DECODERS[kind]
     assert set(decoder.options) == expected and len(decoder.options) == len(expected)
     assert [name for name, row in rows.items() if not row.needs] == ["decoder"]
-    arguments = list(inspect.signature(decoder).parameters)
-    assert arguments == ["feature_dim", "vocab_size", *decoder.options]
+    arguments = inspect.signature(decoder).parameters
+    named = [name for name, argument in arguments.items() if argument.kind != argument.VAR_KEYWORD]
+    passed_on = ["attention_heads"] if kind == "multi_head" else []
+    assert [*named, *passed_on] == ["feature_dim", "vocab_size", *decoder.options]
 
 
 def test_the_algorithms_are_the_searches():
@@ -1020,9 +1024,10 @@ def test_a_second_look_must_be_smaller_than_the_first(capsys):
     assert "--coarse_size 96 must be below the image size, 96" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("attention", ["multi_head", "adaptive"])
 @pytest.mark.parametrize(("name", "size"), [("attention_dim", 30), ("embed_size", 50)])
-def test_heads_divide_what_they_share(name, size, capsys):
-    typed = ["--decoder", "attention", "--attention", "adaptive", f"--{name}", str(size)]
+def test_heads_divide_what_they_share(name, size, attention, capsys):
+    typed = ["--decoder", "attention", "--attention", attention, f"--{name}", str(size)]
     assert parse_args([*typed, "--attention_heads", "2"]).model.attention_heads == 2
     with pytest.raises(SystemExit):
         parse_args(typed)

@@ -490,14 +490,17 @@ def sizes_reach_the_decoders():
 
 
 def attention_is_of_the_kind_that_is_named():
-    additive, adaptive = (ready(ATTENTION, f"--attention {a}") for a in ("additive", "adaptive"))
-    assert type(additive.captioner.decoder) is fic.AttentionDecoder
-    assert type(adaptive.captioner.decoder) is fic.AdaptiveDecoder
+    kinds = {
+        "additive": fic.AttentionDecoder, "multi_head": fic.MultiHeadDecoder,
+        "adaptive": fic.AdaptiveDecoder,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        assert type(ready(ATTENTION, f"--attention {name}").captioner.decoder) is kind
 
 
 def attention_heads_look_each_at_a_part_of_the_features():
-    for heads in (1, 2, 8):
-        decoder = ready(DECODERS["adaptive"], f"--attention_heads {heads}").captioner.decoder
+    for kind, heads in itertools.product(("multi_head", "adaptive"), (1, 2, 8)):
+        decoder = ready(DECODERS[kind], f"--attention_heads {heads}").captioner.decoder
         (keys, _), _ = decoder.start(torch.zeros(3, 4, 1024))
         assert keys.shape == (3, heads, 4, 8 // heads)
 
@@ -1393,7 +1396,7 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--attention_dim 8": "--attention_dim belongs to --decoder attention, not lstm",
     "--attention adaptive": "--attention belongs to --decoder attention, not lstm",
     "--decoder attention --attention_heads 2":
-        "--attention_heads belongs to --attention adaptive, not additive",
+        "--attention_heads belongs to --attention multi_head or adaptive, not additive",
     "--alpha_c 1": "--alpha_c belongs to --decoder attention, not lstm",
     "--save_attention_viz": "--save_attention_viz belongs to --decoder attention, not lstm: "
         "--viz_method gradient maps any decoder",

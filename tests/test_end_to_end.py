@@ -64,6 +64,7 @@ STEPS = 4  # per epoch
 DECODERS = {
     "lstm": "--decoder lstm",
     "attention": "--decoder attention --attention_dim 8",
+    "multi_head": "--decoder attention --attention multi_head --attention_dim 8",
     "adaptive": "--decoder attention --attention adaptive --attention_dim 8",
 }
 ATTENTION = DECODERS["attention"]

@@ -34,11 +34,14 @@ from repeated_linear import RepeatedLinear
 
 VOCAB_SIZE, CHANNELS, CELLS = 13, 6, 9
 EMBED, HIDDEN, COMPARE = 5, 8, 4  # --embed_size --hidden_size --attention_dim
-EVEN = 6  # --embed_size of the adaptive decoder, whose two heads share it
+EVEN = 6  # --embed_size of decoders whose two heads share it
 LENGTHS = torch.tensor([5, 2, 6, 1, 3, 6, 4])
 IMAGE_INDEX = torch.tensor([2, 0, 3, 0, 2, 2, 1])  # several captions per image, in no order
 VOCABULARY = SimpleNamespace(pad=0, sos=1, eos=2, unk=3)
-KINDS = [(kind, layers) for kind in ("lstm", "attention", "adaptive") for layers in (1, 3)]
+BEFORE_EACH_WORD = ("attention", "multi_head")  # looked at
+WITH_HEADS = ("multi_head", "adaptive")
+DECODERS = ("lstm", "attention", *WITH_HEADS)
+KINDS = [(kind, layers) for kind in DECODERS for layers in (1, 3)]
 every_decoder = pytest.mark.parametrize(("kind", "num_layers"), KINDS)
 
 
@@ -51,12 +54,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def make_decoder(kind, num_layers, drop_prob=0.0, seed=0, scale=3.0, **more):
     """A decoder in eval mode; `scale` makes its random weights large enough for captions to differ."""
     torch.manual_seed(seed)
-    embed_size = EVEN if kind == "adaptive" else EMBED
+    embed_size = EVEN if kind in WITH_HEADS else EMBED
     sizes = {"embed_size": embed_size, "hidden_size": HIDDEN, "num_layers": num_layers}
     sizes |= {"attention_dim": COMPARE, "patch_dropout": 0.0, "drop_prob": drop_prob}
     sizes |= {"recurrent_dropout": 0.0, "freeze_embeddings": False, **more}
     named = {"decoder": "lstm"} if kind == "lstm" else {"decoder": "attention"}
-    named |= {"attention": "adaptive" if kind == "adaptive" else "additive", "attention_heads": 2}
+    named |= {"attention": kind if kind in WITH_HEADS else "additive", "attention_heads": 2}
     decoder = program.build_decoder(named | sizes, CHANNELS, VOCAB_SIZE)
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -125,9 +128,9 @@ def test_step_by_step_is_teacher_forcing(kind, num_layers):
     for row, (image, length) in enumerate(zip(IMAGE_INDEX, LENGTHS, strict=True)):
         expected, expected_alphas = run_steps(decoder, features[image], captions[row, :length])
         torch.testing.assert_close(logits[row, :length], expected, atol=1e-5, rtol=0)
-        if kind == "attention":
+        if kind in BEFORE_EACH_WORD:
             torch.testing.assert_close(alphas[row, :length], expected_alphas, atol=1e-5, rtol=0)
-    assert (alphas is None) == (kind != "attention")
+    assert (alphas is None) == (kind not in BEFORE_EACH_WORD)
 
 
 @every_decoder
@@ -138,16 +141,16 @@ def test_many_captions_of_very_different_lengths_are_those_of_step_by_step(kind,
     decoder, (features, captions) = make_decoder(kind, num_layers, scale=1.5), make_data(lengths, 8)
     batch = make_batch(captions, lengths, image_index)
     heights = []
-    if kind == "attention":
+    if kind in BEFORE_EACH_WORD:
         decoder.layers[0].register_forward_pre_hook(lambda _layer, x: heights.append(len(x[0])))
     logits, alphas = decoder(features, batch)
-    if kind == "attention":
+    if kind in BEFORE_EACH_WORD:
         sizes = batch.batch_sizes.tolist()
         assert heights == [37 if size > 32 else 32 if size > 16 else 16 for size in sizes]
         assert set(heights) == {16, 32, 37}
     steps = run_steps_packed(decoder, features, captions, lengths, image_index)
     torch.testing.assert_close(logits, steps[0], atol=1e-5, rtol=0)
-    if kind == "attention":
+    if kind in BEFORE_EACH_WORD:
         torch.testing.assert_close(alphas, steps[1], atol=1e-5, rtol=0)
     expected = gradients(decoder, total_loss(*steps, batch))
     for name, gradient in gradients(decoder, total_loss(logits, alphas, batch)).items():
@@ -167,7 +170,7 @@ def check_against_teacher_forcing(decoder, features, image, hypothesis):
     assert hypothesis.log_prob == pytest.approx(float(expected), abs=1e-4)
     if alphas is not None:
         torch.testing.assert_close(
-            hypothesis.attention, alphas[0, : len(hypothesis.tokens)], atol=1e-5, rtol=0
+            hypothesis.attention, alphas[0, : len(hypothesis.tokens)], atol=1e-4, rtol=0
         )
     return logits[0].argmax(-1).tolist()
 
@@ -176,7 +179,7 @@ def check_against_teacher_forcing(decoder, features, image, hypothesis):
 def test_greedy_decoding_is_the_argmax_of_teacher_forcing_on_its_own_output(kind, num_layers):
     lengths = set()
     features = torch.randn(6, CELLS, CHANNELS, generator=torch.Generator().manual_seed(2)) * 2
-    for seed in range(8):
+    for seed in range(12):
         decoder = make_decoder(kind, num_layers, seed=seed, scale=4.0)
         with torch.no_grad():
             decoder.head.bias[[0, 1, 3]] = -50.0  # search never writes these: the argmax must not
@@ -243,6 +246,43 @@ def test_the_attention_decoder_is_additive_attention_written_out_plainly(num_lay
         # Xu et al. 2015, equation 7
         deep = inputs + decoder.deep_output(torch.cat([decoder.embed.weight[7], context]))
         torch.testing.assert_close(logits[0, 0], decoder.head(deep), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_multi_head_attention_is_torchs_own(heads):
+    """nn.MultiheadAttention's, where its last layer gives what it gets; and scaled_dot_product_attention's."""
+    torch.manual_seed(0)
+    attention = program.MultiHeadAttention(CHANNELS, HIDDEN, COMPARE, heads)
+    query, grid = torch.randn(3, 2, HIDDEN), torch.randn(3, CELLS, CHANNELS)
+    values = torch.randn(3, CELLS, COMPARE)
+    keys = attention.keys(grid)
+    context, alphas = attention(query, keys, values)
+    queries = attention.split(attention.project_query(query))
+    expected = F.scaled_dot_product_attention(queries, keys, attention.split(values))
+    torch.testing.assert_close(context, expected.transpose(1, 2).flatten(2), atol=1e-5, rtol=0)
+    torchs = nn.MultiheadAttention(COMPARE, heads, batch_first=True)
+    with torch.no_grad():
+        torchs.in_proj_weight.copy_(torch.eye(COMPARE).repeat(3, 1))
+        torchs.out_proj.weight.copy_(torch.eye(COMPARE))
+    expected = torchs(attention.project_query(query), attention.project_keys(grid), values)
+    torch.testing.assert_close((context, alphas), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(alphas.sum(-1), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_the_multi_head_decoder_is_the_additive_one_with_another_attention(num_layers):
+    """Where every cell is the same one it does not matter how they are compared."""
+    multi_head = make_decoder("multi_head", num_layers)
+    additive = make_decoder("attention", num_layers, embed_size=EVEN)
+    weights = multi_head.state_dict()
+    shared = {name: weights[name] for name in weights if not name.startswith("attention.")}
+    assert additive.load_state_dict(shared, strict=False).unexpected_keys == []
+    features, captions = make_data()
+    logits = [run_steps(decoder, features[1], captions[2])[0] for decoder in (multi_head, additive)]
+    assert not torch.allclose(*logits, atol=0.01)
+    alike = features[1, :1].expand(CELLS, -1)
+    logits = [run_steps(decoder, alike, captions[2])[0] for decoder in (multi_head, additive)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -322,8 +362,9 @@ def test_the_adaptive_decoder_knows_the_picture_by_looking_and_from_its_mean_onl
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_attention_sums_to_1_and_varies_by_word_and_by_image(num_layers):
-    decoder, (features, captions) = make_decoder("attention", num_layers, scale=5.0), make_data()
+@pytest.mark.parametrize("kind", BEFORE_EACH_WORD)
+def test_attention_sums_to_1_and_varies_by_word_and_by_image(kind, num_layers):
+    decoder, (features, captions) = make_decoder(kind, num_layers, scale=5.0), make_data()
     _, alphas = run_decoder(decoder, features, captions)
     is_token = torch.arange(6) < LENGTHS.unsqueeze(1)
     torch.testing.assert_close(alphas[is_token].sum(-1), torch.ones(int(LENGTHS.sum())))
@@ -368,23 +409,27 @@ def test_captions_of_one_image_share_its_work_without_a_trace(kind, num_layers):
 
 @every_decoder
 def test_every_size_counts(kind, num_layers):
-    upper = (
-        1 if kind == "attention" else 2
-    )  # biases of a layer above the first: torch's LSTM has two
+    # biases of a layer above the first: torch's LSTM has two
+    upper = 1 if kind in BEFORE_EACH_WORD else 2
     lstm = {  # weights and two biases for each of four gates
         "lstm": 4 * HIDDEN * (EMBED + HIDDEN + 2), "attention": 4 * HIDDEN * (2 * EMBED + HIDDEN + 2),
+        "multi_head": 4 * HIDDEN * (2 * EVEN + HIDDEN + 2),
         "adaptive": 4 * EVEN * (2 * EVEN + 2) + 4 * HIDDEN * (EVEN + HIDDEN + 2),
     }[kind] + (num_layers - 1) * 4 * HIDDEN * (2 * HIDDEN + upper)  # fmt: skip
     image = {
         "lstm": CHANNELS * EMBED + EMBED + EMBED * HIDDEN,
         "attention": (CHANNELS * EMBED + EMBED) + (CHANNELS * COMPARE + COMPARE) + HIDDEN * COMPARE + COMPARE
         + (HIDDEN * EMBED + EMBED) + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EMBED + 1) * HIDDEN,
+        "multi_head": (CHANNELS + 1) * EVEN + (CHANNELS + HIDDEN + 1) * COMPARE
+        + (HIDDEN + 1) * EVEN + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EVEN + 1) * HIDDEN,
         "adaptive": CHANNELS * (EVEN + COMPARE) + 2 * (EVEN + 1) * COMPARE + (EVEN + 1) * EVEN
         + COMPARE + (HIDDEN + 1) * EVEN  # COMPARE gains: 2 of each head's 2 units
         + 2 * num_layers * HIDDEN * (CHANNELS + 1),
     }[kind]  # fmt: skip
-    words = VOCAB_SIZE * (2 * EVEN + 1 if kind == "adaptive" else EMBED + HIDDEN + 1)
     decoder = make_decoder(kind, num_layers)
+    embed_size = EVEN if kind in WITH_HEADS else EMBED
+    written = EVEN if kind == "adaptive" else HIDDEN  # what words are chosen from
+    words = VOCAB_SIZE * (embed_size + written + 1)
     assert sum(parameter.numel() for parameter in decoder.parameters()) == lstm + image + words
 
 
@@ -428,7 +473,7 @@ def test_dropout_acts_on_every_layers_input_in_training_only(kind, num_layers, m
         if name.startswith("layer"):
             dropped[name] *= 2  # its other half is its own output one step ago
     assert dropped == pytest.approx(dict.fromkeys(modules, 0.5), abs=0.05)
-    if kind != "attention" and num_layers > 1:  # between its layers, where no hook reaches
+    if kind not in BEFORE_EACH_WORD and num_layers > 1:  # between its layers, where no hook reaches
         assert (decoder.lstm if kind == "lstm" else decoder.writer).dropout == 0.5
     decoder.eval()
     first, second = (run_decoder(decoder, features, captions)[0] for _ in range(2))
@@ -486,8 +531,9 @@ def test_gradients_reach_every_parameter(kind, num_layers):
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_gradients_summed_once_are_those_summed_step_by_step(num_layers, monkeypatch):
-    decoder = make_decoder("attention", num_layers, scale=1.0).double()
+@pytest.mark.parametrize("kind", BEFORE_EACH_WORD)
+def test_gradients_summed_once_are_those_summed_step_by_step(kind, num_layers, monkeypatch):
+    decoder = make_decoder(kind, num_layers, scale=1.0).double()
     features, captions = make_data()
     batch, found = make_batch(captions, LENGTHS, IMAGE_INDEX), []
     for plain in (False, True):
@@ -523,7 +569,7 @@ def test_dropout_leaves_the_same_units_out_of_all_cells_of_an_image():
     assert torch.equal(values[:, 0], values[:, 1]) and not torch.equal(values[0], values[1])
 
 
-@pytest.mark.parametrize("kind", ["attention", "adaptive"])
+@pytest.mark.parametrize("kind", DECODERS[1:])
 def test_patch_dropout_hides_cells_in_training_only(kind):
     (features, captions), looked = make_data(), []
     decoder = make_decoder(kind, 1, patch_dropout=0.4)
@@ -584,14 +630,14 @@ def run_options(*typed):
     return parse_args([*sizes.split(), *typed])
 
 
-@pytest.mark.parametrize("kind", ["lstm", "attention", "adaptive"])
+@pytest.mark.parametrize("kind", DECODERS)
 def test_five_images_are_overfitted(kind):
     torch.manual_seed(0)
     features = torch.randn(5, CELLS, CHANNELS)
     # shared beginnings: the image must tell
     texts = [[4, 5, 6], [4, 5, 7, 8], [9], [4, 10, 4, 11, 12], [6, 5, 4]]
-    attention = ["--attention_dim", "16", "--alpha_c", "0.1"] if kind == "attention" else []
-    attention = ["--attention", "adaptive"] if kind == "adaptive" else attention
+    attention = ["--attention_dim", "16", "--alpha_c", "0.1"] if kind in BEFORE_EACH_WORD else []
+    attention += ["--attention", kind] if kind in WITH_HEADS else []
     decoder = "lstm" if kind == "lstm" else "attention"
     options = run_options("--decoder", decoder, "--learning_rate", "0.02", *attention)
     decoder = program.build_decoder(options.as_dict(), CHANNELS, VOCAB_SIZE)

@@ -18,7 +18,7 @@ from runtime import Hardware
 WORDS = Vocabulary([*Vocabulary.SPECIALS, "a", "b", "c", "d", "e"])
 CELLS, CHANNELS = 12, 5
 CAPTIONS = [[4, 7], [], [5, 8, 6, 4], [8, 8, 4, 5]]
-DECODERS = ("lstm", "additive", "adaptive", "ensemble")
+DECODERS = ("lstm", "additive", "multi_head", "adaptive", "ensemble")
 
 
 def hypothesis(tokens):
@@ -31,8 +31,9 @@ def real_decoder(kind):
     torch.manual_seed(0)
     if kind == "ensemble":
         return Ensemble([real_decoder(each) for each in ("lstm", "additive", "adaptive")])
-    extra = {"lstm": (), "additive": (4,), "adaptive": (4, 2)}[kind]
-    decoder = program.DECODERS[kind](CHANNELS, 9, 6, 8, 2, 0.3, *extra).eval()
+    extra = {} if kind == "lstm" else {"attention_dim": 4}
+    extra |= {"attention_heads": 2} if kind in ("multi_head", "adaptive") else {}
+    decoder = program.DECODERS[kind](CHANNELS, 9, 6, 8, 2, 0.3, **extra).eval()
     decoder.calibrate([pictures(50)])
     with torch.no_grad():
         decoder.head.weight *= 5

@@ -221,7 +221,7 @@ def test_captions_are_drawn_as_often_as_they_are_likely_and_finished_ones_end(ba
         assert count == pytest.approx(expected, abs=5 * math.sqrt(expected) + 3)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "additive", "adaptive"])
+@pytest.mark.parametrize("kind", ["lstm", "additive", "multi_head", "adaptive"])
 def test_captions_that_score_better_become_likelier(kind):
     """Of every decoder: here captions get 1 for each "dog"; and nothing is dropped out meanwhile."""
     flags = ["--decoder", "lstm"] if kind == "lstm" else ["--decoder", "attention", "--attention", kind]  # fmt: skip

@@ -14,6 +14,7 @@ VALUES = {"embed_size": 6, "hidden_size": 8, "num_layers": 2, "attention_dim": 4
 KINDS = {
     "lstm": {"decoder": "lstm"},
     "additive": {"decoder": "attention", "attention": "additive"},
+    "multi_head": {"decoder": "attention", "attention": "multi_head"},
     "adaptive": {"decoder": "attention", "attention": "adaptive"},
 }
 GRID_READERS = ["attention.project_keys", "feature_mean", "feature_std", "init_cell", "init_hidden",
@@ -21,6 +22,7 @@ GRID_READERS = ["attention.project_keys", "feature_mean", "feature_std", "init_c
 READERS = {
     "lstm": ["feature_mean", "feature_std", "project_image"],
     "additive": GRID_READERS,
+    "multi_head": GRID_READERS,
     "adaptive": GRID_READERS,
 }
 BY_WORD = {"embed.weight", "head.weight", "head.bias"}
