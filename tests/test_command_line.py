@@ -512,7 +512,7 @@ def num_layers_are_built_by_every_decoder():
         extra += (
             2 * (1024 + 1) * 16 if name != "lstm" else 0
         )  # its first state, from the mean feature
-        extra += 4 * 16 if name != "attention" else 0  # torch's second bias
+        extra += 4 * 16 if name in ("lstm", "adaptive") else 0  # torch's second bias
         assert len(weights(two)) - len(weights(one)) == extra
 
 
