@@ -4,6 +4,7 @@
     python download_datasets.py --dataset flickr8k
     python download_datasets.py --dataset flickr8k --verify_only
     python download_datasets.py --dataset sample    # drawn in seconds, no network
+    python download_datasets.py --entities Flickr30kEntities  # boxes.json of Flickr30k's phrases
     python download_datasets.py --dataset resnet50  # ../../resources/models/resnet50-19c8e357.pth
 
 A dataset lies in DATA_DIR/NAME (./data/NAME): `Images/`, a captions file as its authors wrote it,
@@ -646,6 +647,8 @@ def get(name, args):
         path = verify_weights(folder) if args.verify_only else download_weights(folder, args.force)
         return f"resnet50: {path}, checksum as published"
     folder = args.data_dir / name
+    if args.entities:
+        return convert_entities(args.entities, folder)
     if args.verify_only:
         images, captions = verify_dataset(name, folder)
     elif name == "sample":
@@ -655,10 +658,25 @@ def get(name, args):
     return f"{name}: {images:,} images and {captions:,} captions in {folder}"
 
 
+def convert_entities(entities, folder):
+    """Write boxes.json into Flickr30k's folder. Returns the line to print. Raises: ValueError."""
+    from flickr30k_entities import write_boxes  # brings torch, which --help does not wait for
+
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: not there; get it with: python download_datasets.py --dataset flickr30k"
+        )
+    path = folder / "boxes.json"
+    images, boxes, outside = write_boxes(entities, path)
+    note = f"; {outside:,} without area in their picture left out" if outside else ""
+    return f"flickr30k: {boxes:,} named boxes of {images:,} images in {path}{note}"
+
+
 def parse_args(argv=None):
     """The options; a mistake exits with status 2 and one line."""
     parser = argparse.ArgumentParser(
-        usage="download_datasets.py [--dataset NAME] [--data_dir DIR] [--force | --verify_only]",
+        usage="download_datasets.py [--dataset NAME] [--data_dir DIR] "
+        "[--force | --verify_only | --entities FOLDER]",
         description="Download, check and unpack the datasets and weights, "
         "or draw the sample dataset.",
     )
@@ -682,7 +700,16 @@ def parse_args(argv=None):
         action="store_true",
         help="only count and check what is there",
     )
+    action.add_argument(
+        "--entities",
+        type=Path,
+        metavar="FOLDER",
+        help="of Flickr30k Entities, with Annotations and Sentences: write their boxes into "
+        "DATA_DIR/flickr30k/boxes.json, with which --mode test compares attention",
+    )
     args = parser.parse_args(argv)
+    if args.entities and args.dataset not in ("both", "flickr30k"):
+        parser.error(f"--entities has boxes of flickr30k, not of --dataset {args.dataset}")
     if args.data_dir.exists() and not args.data_dir.is_dir():
         parser.error(f"--data_dir {args.data_dir}: is a file, expected a folder")
     return args
@@ -693,6 +720,7 @@ def main(argv=None):
     args = parse_args(argv)
     status = 0
     names = ("flickr8k", "flickr30k") if args.dataset == "both" else (args.dataset,)
+    names = ("flickr30k",) if args.entities else names
     for name in names:
         try:
             print(get(name, args))

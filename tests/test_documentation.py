@@ -22,7 +22,7 @@ OTHER_FLAGS = {
     "pip": "index-url",
     "ruff": "check",
     "tensorboard": "logdir",
-    "download_datasets.py": "dataset data_dir force verify_only",
+    "download_datasets.py": "dataset data_dir entities force verify_only",
     "metrics_utils.py": "references hypotheses",
     "benchmark.py": "quick json chart images encoder encoder_weights number rounds num_workers scale scale_dir"
     " train_images",

@@ -493,6 +493,8 @@ def test_verify_only_names_what_is_damaged(flickr8k, capsys, damage, message):
     [
         ["--dataset", "imagenet"],
         ["--force", "--verify_only"],
+        ["--force", "--entities", "folder"],
+        ["--dataset", "flickr8k", "--entities", "folder"],
         ["--data_dir", "{file}"],
         ["--dataset", "sample", "extra"],
     ],
