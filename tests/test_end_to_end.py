@@ -524,7 +524,8 @@ def test_training_reads_no_image_once_they_are_in_the_cache_and_the_encoder_rest
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_without_the_cache_features_are_the_same_up_to_float16(decoder):
-    cached, fresh = train(DECODERS[decoder]), train(DECODERS[decoder], "--no_feature_cache")
+    flags = f"{DECODERS[decoder]} --learning_rate 0.001"  # at 0.01 dot products blow rounding up
+    cached, fresh = train(flags), train(flags, "--no_feature_cache")
     for one, other in zip(
         load(cached / "best.pt")["history"], load(fresh / "best.pt")["history"], strict=True
     ):
