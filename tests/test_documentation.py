@@ -26,6 +26,7 @@ OTHER_FLAGS = {
     "metrics_utils.py": "references hypotheses",
     "benchmark.py": "quick json chart images encoder encoder_weights number rounds num_workers scale scale_dir"
     " train_images",
+    "kaggle_setup.py": "output root working flickr_dataset glove_dataset",
     "model_versions.py": "version registry description run_id",
 }
 OUR_FILE = re.compile(
