@@ -518,7 +518,9 @@ class AdditiveAttention(nn.Module):
 class MultiHeadAttention(nn.Module):
     """Scaled dot products, several heads. Source: [4] section 3.2.
 
-    Departure: no layer mixes the heads; those that read the context do.
+    Departures: no layer mixes the heads; those that read the context do. Queries and keys are
+    normalised, so that weight decay does not blur the maps: as [7] section 3, but with a learned gain
+    for each unit. A key is of what sets a cell apart from its picture's mean.
     """
 
     def __init__(self, feature_dim, query_dim, attention_dim, attention_heads):
@@ -526,6 +528,9 @@ class MultiHeadAttention(nn.Module):
         self.heads = attention_heads
         self.project_keys = nn.Linear(feature_dim, attention_dim, bias=False)  # softmax ignores one
         self.project_query = RepeatedLinear(query_dim, attention_dim)
+        self.norm_query = nn.RMSNorm(attention_dim // attention_heads)
+        # where a cell is all but the mean, what sets it apart is rounding: eps keeps that small
+        self.norm_key = nn.RMSNorm(attention_dim // attention_heads, eps=1e-2)
 
     def split(self, x):
         """(N, L, D) -> (N, heads, L, D / heads)."""
@@ -533,14 +538,19 @@ class MultiHeadAttention(nn.Module):
 
     def keys(self, features):
         """features (N, P, F) -> keys (N, heads, P, A / heads), once per image."""
-        return self.split(self.project_keys(features))
+        keys = self.project_keys(features)
+        return self.norm_key(self.split(keys - keys.mean(1, keepdim=True)).float())
+
+    def queries(self, query):
+        """query (N, L, E) -> queries (N, heads, L, A / heads)."""
+        return self.norm_query(self.split(self.project_query(query)).float())
 
     def forward(self, query, keys, values):
         """query (N, K, H), keys, values (N, P, E) -> context (N, K, E), alphas (N, K, P).
 
         Each row of alphas sums to 1: the mean of the heads' weights.
         """
-        scores = self.split(self.project_query(query)) @ keys.transpose(-1, -2)
+        scores = self.queries(query) @ keys.transpose(-1, -2)
         weights = (scores.float() / math.sqrt(keys.size(-1))).softmax(dim=-1)  # (N, heads, K, P)
         context = weights.type_as(values) @ self.split(values)  # (N, heads, K, E / heads)
         return context.transpose(1, 2).flatten(2), weights.mean(1)
@@ -551,22 +561,12 @@ class AdaptiveAttention(MultiHeadAttention):
 
     What a word does not look for in the picture, it has from the words before it: one more thing to
     look at, the sentinel, which is made from the LSTM's output; [5] makes it from the memory.
-    Queries and keys are normalised, so that weight decay does not blur the maps: as [7] section 3,
-    but with a learned gain for each unit. A key is of what sets a cell apart from its picture's mean.
     """
 
     def __init__(self, feature_dim, query_dim, attention_dim, attention_heads):
         super().__init__(feature_dim, query_dim, attention_dim, attention_heads)
         self.sentinel_key = nn.Linear(query_dim, attention_dim)
         self.sentinel_value = nn.Linear(query_dim, query_dim)
-        self.norm_query = nn.RMSNorm(attention_dim // attention_heads)
-        # where a cell is all but the mean, what sets it apart is rounding: eps keeps that small
-        self.norm_key = nn.RMSNorm(attention_dim // attention_heads, eps=1e-2)
-
-    def keys(self, features):
-        """features (N, P, F) -> keys (N, heads, P, A / heads), once per image."""
-        keys = self.project_keys(features)
-        return self.norm_key(self.split(keys - keys.mean(1, keepdim=True)).float())
 
     def forward(self, query, keys, values):
         """query (N, L, E), keys and values (N, heads, P, ...) -> context (N, L, E), shares (N, L, P + 1).
@@ -576,7 +576,7 @@ class AdaptiveAttention(MultiHeadAttention):
         where a word looked, also where nothing was to be seen. After [8] section 3, where it is the
         value's length.
         """
-        query_of_heads = self.norm_query(self.split(self.project_query(query)).float())
+        query_of_heads = self.queries(query)
         own_key = self.norm_key(self.split(self.sentinel_key(query)).float())
         own_value = self.split(self.sentinel_value(query))
         own_score = (query_of_heads * own_key).sum(-1, keepdim=True)

@@ -257,16 +257,19 @@ def test_multi_head_attention_is_torchs_own(heads):
     values = torch.randn(3, CELLS, COMPARE)
     keys = attention.keys(grid)
     context, alphas = attention(query, keys, values)
-    queries = attention.split(attention.project_query(query))
-    expected = F.scaled_dot_product_attention(queries, keys, attention.split(values))
-    torch.testing.assert_close(context, expected.transpose(1, 2).flatten(2), atol=1e-5, rtol=0)
+    queries = attention.queries(query)
+    of_heads = F.scaled_dot_product_attention(queries, keys, attention.split(values))
+    queries, keys, expected = (x.transpose(1, 2).flatten(2) for x in (queries, keys, of_heads))
+    torch.testing.assert_close(context, expected, atol=1e-5, rtol=0)
     torchs = nn.MultiheadAttention(COMPARE, heads, batch_first=True)
     with torch.no_grad():
         torchs.in_proj_weight.copy_(torch.eye(COMPARE).repeat(3, 1))
         torchs.out_proj.weight.copy_(torch.eye(COMPARE))
-    expected = torchs(attention.project_query(query), attention.project_keys(grid), values)
+    expected = torchs(queries, keys, values)
     torch.testing.assert_close((context, alphas), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(alphas.sum(-1), torch.ones(3, 2))
+    shifted = attention.keys(grid + torch.randn(CHANNELS))  # what all cells have tells none apart
+    torch.testing.assert_close(attention.keys(grid), shifted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -421,7 +424,7 @@ def test_every_size_counts(kind, num_layers):
         "attention": (CHANNELS * EMBED + EMBED) + (CHANNELS * COMPARE + COMPARE) + HIDDEN * COMPARE + COMPARE
         + (HIDDEN * EMBED + EMBED) + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EMBED + 1) * HIDDEN,
         "multi_head": (CHANNELS + 1) * EVEN + (CHANNELS + HIDDEN + 1) * COMPARE
-        + (HIDDEN + 1) * EVEN + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EVEN + 1) * HIDDEN,
+        + COMPARE + (HIDDEN + 1) * EVEN + 2 * num_layers * HIDDEN * (CHANNELS + 1) + (2 * EVEN + 1) * HIDDEN,
         "adaptive": CHANNELS * (EVEN + COMPARE) + 2 * (EVEN + 1) * COMPARE + (EVEN + 1) * EVEN
         + COMPARE + (HIDDEN + 1) * EVEN  # COMPARE gains: 2 of each head's 2 units
         + 2 * num_layers * HIDDEN * (CHANNELS + 1),
