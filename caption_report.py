@@ -329,6 +329,7 @@ def described_test(scores):
     search = f"beam search of {decoding['beam_size']}" if search == "beam" else f"{search} decoding"
     if rerank:
         search += f", reranked by the consensus of {rerank['neighbours']} neighbours"
+    search += of_ensemble(scores)
     plain = [
         (form.format(scores[key]), label)
         for key, (label, form) in PLAIN.items()
@@ -342,6 +343,12 @@ def described_test(scores):
         "plain": plain,
         "duller": scores.get("duller"),
     }
+
+
+def of_ensemble(scores):
+    """What to add where these are the scores of an --ensemble, not of the run alone."""
+    others = scores.get("ensemble")
+    return f", by an ensemble of {len(others) + 1}" if others else ""
 
 
 def best_earlier(scores, folder, split, rows):
@@ -372,7 +379,7 @@ def best_earlier(scores, folder, split, rows):
     other, found = best
     before = other.read(f"{split}_captions.json")
     return {
-        "name": other.path.name,
+        "name": other.path.name + (other.part("", of_ensemble, found) or ""),
         "scores": {name: found.get(name) for name in metrics_utils.METRIC_NAMES},
         "intervals": found["intervals"],
         "difference": rows and other.part("", paired_difference, before, rows),

@@ -87,7 +87,9 @@ def read_run(folder, split):
         return found
 
     settings = acting(settings_of(content("run_config.json") or summary.get("config")))
-    scores = scores_of(content(f"{split}_metrics.json"))
+    metrics = content(f"{split}_metrics.json")
+    settings |= {"ensemble": len(others) + 1} if (others := ensemble_of(metrics)) else {}
+    scores = scores_of(metrics)
     per_image, curves = read_per_image(folder / f"{split}_captions.json"), read_curves(folder)
     missing += [] if summary else [run_records.FILE_NAME]
     missing += [] if per_image else [f"{split}_captions.json"]
@@ -136,6 +138,12 @@ def scores_of(metrics):
             )
             scores[name] = (metrics[name], *(interval if whole else (None, None)))
     return scores
+
+
+def ensemble_of(metrics):
+    """The checkpoints that --ensemble named when a split was scored: a list, empty for a run's own scores."""
+    others = metrics.get("ensemble")
+    return others if isinstance(others, list) else []
 
 
 def is_number(value):

@@ -292,6 +292,17 @@ def test_scores_stand_beside_the_best_earlier_run_of_the_same_images(run):
     assert "METEOR 0.250 0.150 \u2013 0.350 0.250 +0.000 the same" in text
 
 
+def test_scores_of_an_ensemble_are_said_to_be_its(run):
+    best = earlier_run(run, "20260101_000000", 0.4, ensemble=["a.pt", "b.pt"])
+    write_report(run)
+    text = read_page(run).text
+    assert f"is {best}, by an ensemble of 3 ." in text and text.count("by an ensemble") == 1
+    own = json.loads((run / "test_metrics.json").read_text())
+    write_json(run / "test_metrics.json", own | {"ensemble": ["a.pt"]})
+    write_report(run)
+    assert "beam search of 5, by an ensemble of 2." in read_page(run).text
+
+
 def test_an_earlier_run_that_is_damaged_is_named_and_passed_over(run):
     best = earlier_run(run, "20260101_000000", 0.3)
     damaged = earlier_run(run, "20260101_000001", 0.4)

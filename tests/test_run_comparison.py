@@ -77,6 +77,15 @@ def test_runs_are_ranked_and_their_differences_judged_by_paired_resampling(runs,
     assert found["settings"] == {"learning_rate": [0.1, 0.1, 0.9], "grad_clip": [None, None, 1.0]}
 
 
+def test_scores_of_an_ensemble_are_said_to_be_its(runs, capsys):
+    file = runs / "good" / "test_metrics.json"
+    metrics = json.loads(file.read_text())
+    for written, shown in ((["a.pt", "b.pt"], [3, None]), ("a.pt", None), ([], None)):
+        write_json(file, metrics | {"ensemble": written})
+        _, out, _ = answer(capsys, runs / "good", runs / "alike", json=True)
+        assert json.loads(out)["settings"].get("ensemble") == shown
+
+
 def test_options_that_do_nothing_in_a_run_are_no_settings_of_it():
     config = {"decoder_type": "lstm", "attention_dim": 512, "alpha_c": 1.0, "my_option": 3}
     assert run_comparison.acting(config) == {"decoder_type": "lstm", "my_option": 3}
