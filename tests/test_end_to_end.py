@@ -892,6 +892,11 @@ def test_a_run_that_fine_tunes_its_encoder_goes_on_and_is_tested_as_it_was_left(
         name for name in begun if not torch.equal(begun[name], one["encoder"]["weights"][name])
     }
     assert {name.split(".")[0] for name in changed} == {"conv5", "stage4"}
+    seeds = "--seeds", straight / "model_epoch_1.pt"  # whose encoder has learnt less
+    alike = program(
+        "--mode test --output_dir seeds --model_path", straight / "model_epoch_2.pt", *seeds
+    )
+    assert alike.status == 0 and not warnings_in(alike)
     succeed("--mode test --model_path", straight / "model_epoch_2.pt")
     rows = {row["file_name"]: row for row in read_json(straight / "test_captions.json")}
     captioner, options = fic.load_captioner(straight / "model_epoch_2.pt", "cpu", "float32")
