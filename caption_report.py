@@ -30,6 +30,7 @@ from PIL import Image
 
 import checkpoints
 import metrics_utils
+import run_records
 
 FILE_NAME = "report.html"
 SPLITS = ("test", "val", "train")  # the first of them that was tested is shown
@@ -329,7 +330,7 @@ def described_test(scores):
     search = f"beam search of {decoding['beam_size']}" if search == "beam" else f"{search} decoding"
     if rerank:
         search += f", reranked by the consensus of {rerank['neighbours']} neighbours"
-    search += of_ensemble(scores)
+    search += by_ensemble(scores)
     plain = [
         (form.format(scores[key]), label)
         for key, (label, form) in PLAIN.items()
@@ -345,10 +346,10 @@ def described_test(scores):
     }
 
 
-def of_ensemble(scores):
+def by_ensemble(scores):
     """What to add where these are the scores of an --ensemble, not of the run alone."""
-    others = scores.get("ensemble")
-    return f", by an ensemble of {len(others) + 1}" if others else ""
+    members = run_records.ensemble_size(scores)
+    return f", by an ensemble of {members}" if members > 1 else ""
 
 
 def best_earlier(scores, folder, split, rows):
@@ -379,7 +380,7 @@ def best_earlier(scores, folder, split, rows):
     other, found = best
     before = other.read(f"{split}_captions.json")
     return {
-        "name": other.path.name + (other.part("", of_ensemble, found) or ""),
+        "name": other.path.name + by_ensemble(found),
         "scores": {name: found.get(name) for name in metrics_utils.METRIC_NAMES},
         "intervals": found["intervals"],
         "difference": rows and other.part("", paired_difference, before, rows),

@@ -519,8 +519,8 @@ class MultiHeadAttention(nn.Module):
     """Scaled dot products, several heads. Source: [4] section 3.2.
 
     Departures: no layer mixes the heads; those that read the context do. Queries and keys are
-    normalised, so that weight decay does not blur the maps: as [7] section 3, but with a learned gain
-    for each unit. A key is of what sets a cell apart from its picture's mean.
+    normalised, so that weight decay does not shrink the scores: as [7] section 3, but with a learned
+    gain for each unit. A key is of what sets a cell apart from its picture's mean.
     """
 
     def __init__(self, feature_dim, query_dim, attention_dim, attention_heads):

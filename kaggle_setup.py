@@ -30,10 +30,8 @@ PROBED_IMAGES = 20  # of a captions file, whose folders are then compared by all
 CAPTIONS_FILE = re.compile(r"(?!.*lemma).*(caption|comment|results|token|dataset_).*", re.I)
 CAPTIONS_SUFFIXES = {".txt", ".csv", ".tsv", ".json", ".token"}
 GLOVE_FILE = re.compile(r"glove.*?(\d+)d.*\.(txt|gz|zip)", re.I)
-DATASETS_INSIDE = {
-    "datasets": 3,
-    "drive": 3,
-}  # /kaggle/input/datasets/OWNER/NAME, drive/MyDrive/NAME
+# levels of /kaggle/input/datasets/OWNER/NAME and of drive/MyDrive/NAME; elsewhere a dataset is a folder
+DATASETS_INSIDE = {"datasets": 3, "drive": 3}
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 INTERNET = ("download.pytorch.org", 443)
 INTERNET_SECONDS = 3

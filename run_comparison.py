@@ -88,7 +88,8 @@ def read_run(folder, split):
 
     settings = acting(settings_of(content("run_config.json") or summary.get("config")))
     metrics = content(f"{split}_metrics.json")
-    settings |= {"ensemble": len(others) + 1} if (others := ensemble_of(metrics)) else {}
+    if (members := run_records.ensemble_size(metrics)) > 1:
+        settings["ensemble"] = members
     scores = scores_of(metrics)
     per_image, curves = read_per_image(folder / f"{split}_captions.json"), read_curves(folder)
     missing += [] if summary else [run_records.FILE_NAME]
@@ -138,12 +139,6 @@ def scores_of(metrics):
             )
             scores[name] = (metrics[name], *(interval if whole else (None, None)))
     return scores
-
-
-def ensemble_of(metrics):
-    """The checkpoints that --ensemble named when a split was scored: a list, empty for a run's own scores."""
-    others = metrics.get("ensemble")
-    return others if isinstance(others, list) else []
 
 
 def is_number(value):

@@ -28,7 +28,7 @@ def hold(run_dir):
     lock = filelock.FileLock(Path(run_dir) / RUNNING, thread_local=False)
     try:
         lock.acquire(timeout=0)
-    except (OSError, NotImplementedError):  # the latter is filelock's, where flock is not supported
+    except (OSError, NotImplementedError):  # filelock raises the second where there is no flock
         return None
     return lock
 
@@ -112,3 +112,9 @@ def add_scores(run_dir, split, scores):
 def bleu_scores(split, values):
     """{"test_bleu1": ..., "test_bleu4": ...} from BLEU-1 to BLEU-4, 0..1."""
     return {f"{split}_bleu{n}": value for n, value in enumerate(values, start=1)}
+
+
+def ensemble_size(scores):
+    """How many decoders wrote the captions that a metrics file scores: the run's, and those of --ensemble."""
+    others = scores.get("ensemble")
+    return 1 + len(others) if isinstance(others, list) else 1
