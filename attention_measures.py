@@ -126,7 +126,7 @@ def measure(decoder, chunks, hypotheses, vocabulary, hardware, seed=0):
     if not chunks_found:
         return {"images": images, "words": {}}
     words, attention, lost, gained = map(torch.cat, zip(*chunks_found, strict=True))
-    kinds = [kind_of(vocabulary.words[word]) for word in words.tolist()]
+    kinds = [kind_of(vocabulary.words[word].strip()) for word in words.tolist()]
     distances, num_cells = torch.cat(distances), features.size(1)
     deletion, insertion = falls_by_kind(lost, kinds), falls_by_kind(gained, kinds)
     names = decoder.beside_cells if attention.size(1) > num_cells else ()  # maps by gradients

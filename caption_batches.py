@@ -1,6 +1,7 @@
 """Captions as the model wants them: words and their ids, and batches of them.
 
     vocabulary = Vocabulary.build(training_captions, 5)  # words seen at least five times
+    vocabulary = SubwordVocabulary(tokenizer_json)       # parts of words, as GPT-2 reads them
     for batch in CaptionBatches(word_ids, 128, 50, seed=0).epoch(0): ...
 
 Nothing here knows a model: ids mean words only. Axes: N images, B captions, T steps.
@@ -8,6 +9,7 @@ Nothing here knows a model: ids mean words only. Axes: N images, B captions, T s
 
 import array
 import functools
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -27,6 +29,7 @@ UNSPACED = regex.compile(
 )
 # direction marks and the like; joiners belong to words
 INVISIBLE = regex.compile(r"(?V1)[\p{Cf}--[\u200c\u200d]]")
+BOUNDARY = "<|endoftext|>"  # GPT-2's only special token
 WORD = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # what a stored vocabulary may hold
 
 
@@ -66,6 +69,7 @@ class Vocabulary:
 
     pad, sos, eos, unk = range(4)
     SPECIALS = ("<PAD>", "<SOS>", "<EOS>", "<UNK>")
+    unit = "words"
 
     def __init__(self, words: Sequence[str]):
         """words: all of them in the order of their ids, specials included."""
@@ -81,6 +85,11 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.words)
+
+    @staticmethod
+    def origin(freq_threshold: int, num_captions: int) -> str:
+        """Where the words of a new one come from, for the console."""
+        return f"seen {freq_threshold} times or more in {num_captions} training captions"
 
     def encode(self, text: str) -> list[int]:
         """Word ids of a caption, without <SOS> and <EOS>; unknown words are `unk`."""
@@ -117,6 +126,81 @@ class Vocabulary:
         return cls(words)
 
 
+class SubwordVocabulary:
+    """Parts of words and their ids, by a tokenizer of the `tokenizers` package such as GPT-2's.
+
+    Captions are the words that a Vocabulary would see, with spaces between. One token begins, ends and
+    pads: what stands behind a caption's end is known by length, never by an id.
+    """
+
+    SPECIALS = (BOUNDARY,)
+    unit = "tokens"
+    unk = None  # every text is made of bytes, and each byte is a token
+
+    def __init__(self, tokenizer_json: str):
+        """tokenizer_json: the text of a tokenizer.json. Raises: ValueError when it is none, or has no BOUNDARY."""
+        self.tokenizer_json = tokenizer_json
+        self.tokenizer = _read_tokenizer(tokenizer_json)
+        self.pad = self.sos = self.eos = self.tokenizer.token_to_id(BOUNDARY)
+        if self.eos is None:
+            raise ValueError(f"tokenizer: has no token {BOUNDARY}, which begins and ends a caption")
+
+    @functools.cached_property
+    def words(self) -> list[str]:
+        """Each token's text in the order of their ids, with the space before it; all differ.
+
+        A token that is a part of a character is shown as the tokenizer's file has it, in < >.
+        """
+        texts = [self.tokenizer.decode([i], skip_special_tokens=False) for i in range(len(self))]
+        return [
+            f"<{self.tokenizer.id_to_token(index)}>" if "\ufffd" in text else text
+            for index, text in enumerate(texts)
+        ]
+
+    def __len__(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+    @staticmethod
+    def origin(*_) -> str:
+        """Where the tokens come from, for the console."""
+        return "of the tokenizer"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a caption, without those that begin and end it."""
+        return self.tokenizer.encode(" ".join(tokenize(text)), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The caption up to the token that ends it."""
+        written = itertools.takewhile(lambda index: index != self.eos, map(int, ids))
+        return self.tokenizer.decode(list(written)).strip()
+
+    def to_plain(self) -> dict:
+        """What a checkpoint stores."""
+        return {"tokenizer": self.tokenizer_json}
+
+
+def _read_tokenizer(tokenizer_json):
+    """The tokenizers.Tokenizer of a tokenizer.json's text. Raises: ValueError when it is none."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError(
+            "a tokenizer needs the package tokenizers: pip install -r requirements-hub.txt"
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the package raises no other class
+        raise ValueError(f"tokenizer: is none ({' '.join(str(error).split())[:200]})") from error
+
+
+def vocabulary_from_plain(plain: dict) -> Vocabulary | SubwordVocabulary:
+    """The vocabulary a checkpoint stored. Raises: ValueError when it is damaged."""
+    tokenizer_json = plain.get("tokenizer") if isinstance(plain, dict) else None
+    if isinstance(tokenizer_json, str):
+        return SubwordVocabulary(tokenizer_json)
+    return Vocabulary.from_plain(plain)
+
+
 class Batch(NamedTuple):
     """B captions of N images as teacher forcing wants them: longest first, packed step by step.
 
@@ -142,6 +226,37 @@ class Batch(NamedTuple):
         moved = ("image_index", "caption_index", "inputs", "targets", "image_tokens", "token_place")
         return self._replace(**{name: to_device(getattr(self, name), device) for name in moved})
 
+    def parts(self, number: int) -> "Iterator[tuple[Batch, torch.Tensor]]":
+        """The batch in at most `number` parts of like size: (Batch, which of its N images are in it).
+
+        Losses of the parts add up to the whole one's, because each is divided by all tokens' number.
+        """
+        number = min(number, len(self.image_index))
+        if number == 1:
+            yield self, torch.arange(len(self.image_rows))
+            return
+        steps = torch.arange(len(self.batch_sizes)).repeat_interleave(self.batch_sizes)
+        for part in range(number):
+            taken = self.caption_index % number == part  # (tokens,)
+            images, image_index = self.image_index[part::number].unique(return_inverse=True)
+            caption_index = self.caption_index[taken] // number
+            image_tokens, token_place = by_image(image_index[caption_index])
+            images = images.cpu()
+            yield (
+                self._replace(
+                    image_rows=self.image_rows[images],
+                    image_index=image_index,
+                    caption_index=caption_index,
+                    inputs=self.inputs[taken],
+                    targets=self.targets[taken],
+                    image_tokens=image_tokens,
+                    token_place=token_place,
+                    batch_sizes=steps[taken.cpu()].bincount(),
+                    places=None if self.places is None else self.places[taken.cpu()],
+                ),
+                images,
+            )
+
 
 def by_image(image_of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """image_of (tokens,) -> a Batch's image_tokens (N, L) and token_place (tokens,)."""
@@ -164,6 +279,7 @@ class CaptionBatches:
         batch_size: captions of all processes together.
         max_length: steps a caption may have, <EOS> among them; longer ones lose their last words.
         seed: with the epoch it alone decides the order of the images.
+        sos, eos: ids that begin and end a caption.
     """
 
     def __init__(
@@ -172,12 +288,14 @@ class CaptionBatches:
         batch_size: int,
         max_length: int,
         seed: int,
+        sos: int = Vocabulary.sos,
+        eos: int = Vocabulary.eos,
     ):
         tokens, lengths, counts = array.array("i"), array.array("i"), array.array("i")
         for image in captions:
             counts.append(len(image))
             for words in image:
-                tokens.extend((Vocabulary.sos, *words[: max_length - 1], Vocabulary.eos))
+                tokens.extend((sos, *words[: max_length - 1], eos))
                 lengths.append(min(len(words), max_length - 1) + 1)
         if not lengths:
             raise ValueError("no captions to make batches of")

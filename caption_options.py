@@ -40,7 +40,7 @@ TRAIN, TEST, CAPTION, TUNE = MODES = ("train", "test", "caption", "tune")  # wit
 COMPARE = "compare"  # of runs' files alone
 EVERY_MODE = (*MODES, COMPARE)
 WITH_DATA = (TRAIN, TEST, TUNE)
-DECODERS = ("lstm", "attention")
+DECODERS = ("lstm", "attention", "gpt2")
 ATTENTIONS = ("additive", "multi_head", "adaptive")
 ALGORITHMS = ("greedy", "beam", "sample")
 RERANKINGS = ("none", "consensus")
@@ -252,6 +252,9 @@ WITH_HEADS = ATTENTION | {"attention": ("multi_head", "adaptive")}
 CACHED = {"no_feature_cache": (False,)}
 DRAWN = {"save_attention_viz": (True,)}
 RNN = {"decoder": ("lstm", "attention")}
+GPT2 = {"decoder": ("gpt2",)}
+FROM_SCRATCH = GPT2 | {"gpt2_model": ("scratch",)}
+LOOKS_BY_CROSS_ATTENTION = GPT2 | {"prefix_length": (0,)}
 FINE_TUNED = {"fine_tune_encoder": GIVEN}
 CONSENSUS = {"rerank": ("consensus",)}
 REWARDED = {"scst_epochs": GIVEN}
@@ -363,13 +366,28 @@ MODEL = {
     "freeze_embeddings": Option(bool, False,
         "words that --glove_path knows keep its vectors; the others learn",
         modes=(TRAIN,), needs={"glove_path": GIVEN}),
-    "drop_prob": Option(DROPOUT, 0.3, "dropout probability in training", modes=(TRAIN,), needs=RNN),
+    "drop_prob": Option(DROPOUT, 0.3, "dropout probability in training", modes=(TRAIN,)),
     "recurrent_dropout": Option(DROPOUT, 0.0,
         "share of each LSTM's units that a step does not hear of the one before, the same at every step of a caption",
         modes=(TRAIN,), needs=RNN),
     "patch_dropout": Option(DROPOUT, 0.0,
         "share of an image's cells left out of a training step, drawn anew each time: fewer to "
         "compute, and less overfitting", modes=(TRAIN,), needs=ATTENTION),
+    "gpt2_model": Option(str, "gpt2",
+        "GPT-2 that the decoder begins as: a name on the Hugging Face hub, a local folder, or scratch, which begins "
+        "at random", "NAME|FOLDER|scratch", needs=GPT2, stored=FIXED),
+    "gpt2_tokenizer": Option(str, None,
+        "how captions are cut into tokens: a name on the hub, a local folder, or words, those of the training "
+        "captions; without it the model's own, of scratch words", "NAME|FOLDER|words", (TRAIN,), GPT2),
+    "gpt2_layers": Option(LAYERS, 4, "layers of GPT-2", needs=FROM_SCRATCH, stored=FIXED),
+    "gpt2_width": Option(UNITS, 256, "units of each layer", needs=FROM_SCRATCH, stored=FIXED),
+    "gpt2_heads": Option(number(int, 1, 64), 4, "heads of each layer, divides --gpt2_width",
+        needs=FROM_SCRATCH, stored=FIXED),
+    "prefix_length": Option(number(int, 0, 256), 0,
+        "words that the picture becomes, which GPT-2 reads before the caption (ClipCap); 0: every layer looks at the "
+        "cells by cross-attention", needs=GPT2, stored=FIXED),
+    "attention_layer": Option(COUNT, 0,
+        "layer whose attention maps are shown, from 1; 0: the mean over all", needs=LOOKS_BY_CROSS_ATTENTION),
 }  # fmt: skip
 TRAINING = {
     "init_from": Option(str, None,
@@ -384,6 +402,15 @@ TRAINING = {
         "passes over the training captions; on resume: additional ones; 0 with --scst_epochs only",
         modes=(TRAIN,), stored=OWN),
     "batch_size": Option(BATCH, 128, "captions per step", modes=(TRAIN,)),
+    "gradient_accumulation_steps": Option(SIZE, 1,
+        "parts that a step's captions are computed in, one after the other: less memory, the same step",
+        modes=(TRAIN,)),
+    "gradient_checkpointing": Option(bool, False,
+        "GPT-2's layers are computed again for their gradients instead of kept: less memory, more time",
+        modes=(TRAIN,), needs=GPT2),
+    "trainable": Option(("cross", "decoder", "all"), "all",
+        "what of GPT-2 learns. cross: what reads the picture; decoder: the layers, too; all: its embeddings, too. The "
+        "encoder learns with --fine_tune_encoder", needs=GPT2, stored=FIXED),
     "learning_rate": Option(POSITIVE, 0.0001, "AdamW's initial rate", modes=(TRAIN,)),
     "fine_tune_encoder": Option(COUNT, 0,
         "how many of the encoder's last blocks, such as a ResNet's bottlenecks, go on learning, BatchNorm's "
@@ -1020,6 +1047,8 @@ def check_contradictions(values, new_plan):
     for name in ("attention_dim", "embed_size"):
         if has_heads and values[name] % heads:
             raise ValueError(f"--attention_heads {heads} does not divide --{name} {values[name]}")
+    if values["decoder"] == "gpt2":
+        check_gpt2(values)
     if values["mode"] == CAPTION and values["output_dir"] and not values["save_attention_viz"]:
         raise ValueError("--output_dir needs --save_attention_viz in --mode caption")
     if values["coarse_size"] and values["coarse_size"] >= (values["image_size"] or math.inf):
@@ -1054,6 +1083,23 @@ def check_contradictions(values, new_plan):
         )
 
 
+def check_gpt2(values):
+    """Raises: ValueError naming options of GPT-2 that exclude each other."""
+    scratch, width = values["gpt2_model"] == "scratch", values["gpt2_width"]
+    if scratch and width % values["gpt2_heads"]:
+        raise ValueError(
+            f"--gpt2_heads {values['gpt2_heads']} does not divide --gpt2_width {width}"
+        )
+    if scratch and values["attention_layer"] > values["gpt2_layers"]:
+        raise ValueError(
+            f"--attention_layer {values['attention_layer']} is above --gpt2_layers {values['gpt2_layers']}"
+        )
+    if scratch and values["mode"] == TRAIN and values["trainable"] != "all":
+        raise ValueError(
+            f"--trainable {values['trainable']} would leave what is random as it is: --gpt2_model scratch needs all"
+        )
+
+
 def check_fine_tuning(values, new_plan):
     """Raises: ValueError naming what needs an encoder that stays as it is, or a plan that leaves it so."""
     if not values["fine_tune_encoder"]:
@@ -1078,11 +1124,13 @@ def check_fine_tuning(values, new_plan):
 def check_maps(values, method_typed):
     """Raises: ValueError naming the option that asks for maps that there are not, or does nothing."""
     drawn, mode, decoder = values["save_attention_viz"], values["mode"], values["decoder"]
-    if decoder != "attention" and values["viz_method"] == "attention" and (drawn or method_typed):
+    has_maps = decoder == "attention" or (decoder == "gpt2" and not values["prefix_length"])
+    if not has_maps and values["viz_method"] == "attention" and (drawn or method_typed):
         asked = ("viz_method attention", "save_attention_viz", "advanced_attention_viz")
         asked = asked[drawn + values["advanced_attention_viz"]]
         hint = "--viz_method gradient maps any decoder"
-        raise ValueError(f"--{asked} belongs to --decoder attention, not {decoder}: {hint}")
+        without = "gpt2 with --prefix_length" if decoder == "gpt2" else decoder
+        raise ValueError(f"--{asked} belongs to --decoder attention, not {without}: {hint}")
     if method_typed and not drawn and mode != TEST:
         raise ValueError(f"--viz_method needs --save_attention_viz in --mode {mode}")
 

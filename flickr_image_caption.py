@@ -77,12 +77,14 @@ import run_folder
 import run_records
 import score_details
 import warm_start
-from caption_batches import CaptionBatches, Vocabulary
+from caption_batches import CaptionBatches, Vocabulary, vocabulary_from_plain
 from caption_decoding import Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets, targets_file
+from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
 from encoder_models import empty_trunk, find_model, grid_shape
 from feature_cache import FeatureSource, open_source
+from feature_scale import StandardisedFeatures
 from model_versions import resolve_model_path, results_folder
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
@@ -629,7 +631,7 @@ def step_lstm(lstm, inputs, state):
     return output.view(*shape, -1), state
 
 
-class Decoder(nn.Module):
+class Decoder(StandardisedFeatures):
     """What writes a caption from features (N, P, F); the loop and the search ask for this alone.
 
     options: names of the options that its constructor takes.
@@ -638,6 +640,8 @@ class Decoder(nn.Module):
     forward(features, batch): teacher forcing, step t is given reference token t and predicts the
         next -> logits (tokens, V), packed as the batch is, and alphas (tokens, P), or None where
         nothing is asked of them.
+    settle(values), new_vocabulary(values, captions), begin(values): what of a new run's options, words
+        and weights is the decoder's to say, as some are trained elsewhere.
     start(features) -> state; step(tokens (N, K), state) -> logits (N, K, V), state, alphas
         (N, K, P + beside_cells) or None. State is (per_image, per_hypothesis), tensors of axes N,
         and N and K.
@@ -648,27 +652,23 @@ class Decoder(nn.Module):
     beside_cells = ()
 
     def __init__(self, feature_dim, vocab_size, embed_size, output_size, drop_prob):
-        super().__init__()
-        self.register_buffer("feature_mean", torch.zeros(feature_dim))
-        self.register_buffer("feature_std", torch.ones(feature_dim))
+        super().__init__(feature_dim)
         self.embed = nn.Embedding(vocab_size, embed_size)
         self.dropout = nn.Dropout(drop_prob)
         self.head = nn.Linear(output_size, vocab_size)
 
-    def calibrate(self, chunks):
-        """Take each channel's mean and deviation from training images, in chunks (n, P, F)."""
-        moments = [(*torch.var_mean(x, dim=(0, 1), correction=0), len(x)) for x in chunks]
-        total = sum(count for *_, count in moments)
-        mean = sum(mean * (count / total) for _, mean, count in moments)
-        # the variance within the chunks, and that between them
-        var = sum((v + (m - mean).square()) * (count / total) for v, m, count in moments)
-        std = var.sqrt()
-        self.feature_mean.copy_(mean)
-        self.feature_std.copy_(std.clamp_min(1e-3 * std.max() + 1e-12))  # a constant channel: ~0
+    @staticmethod
+    def settle(values):
+        """The values of all options of a new run by name, those that the decoder decides among them."""
+        return values
 
-    def standardise(self, features):
-        """(N, P, F) -> (N, P, F), so that any encoder's scale suits the decoder."""
-        return (features - self.feature_mean) / self.feature_std
+    @staticmethod
+    def new_vocabulary(values, captions):
+        """The vocabulary of a new run's training captions."""
+        return Vocabulary.build(captions, values["freq_threshold"])
+
+    def begin(self, values):
+        """Take the weights that a new run's options name: none."""
 
     def param_groups(self, weight_decay):
         """For the optimizer. Biases do not decay, nor do embeddings: rare words' would fade."""
@@ -965,14 +965,18 @@ class AdaptiveDecoder(GridDecoder):
 
 DECODERS = {
     "lstm": LSTMDecoder, "additive": AttentionDecoder, "multi_head": MultiHeadDecoder,
-    "adaptive": AdaptiveDecoder,
+    "adaptive": AdaptiveDecoder, "gpt2": GPT2Decoder, "prefix": PrefixGPT2Decoder,
 }  # fmt: skip
 
 
 def decoder_class(values):
-    """The class that --decoder names, or for attention --attention."""
+    """The class that --decoder names, for attention --attention, and for gpt2 --prefix_length."""
     kind = values["decoder"]
-    return DECODERS[values["attention"] if kind == "attention" else kind]
+    if kind == "attention":
+        kind = values["attention"]
+    elif kind == "gpt2" and values["prefix_length"]:
+        kind = "prefix"
+    return DECODERS[kind]
 
 
 def build_decoder(values, feature_dim, vocab_size):
@@ -1054,7 +1058,7 @@ class Captioner:
 
     def words(self, hypothesis):
         """A hypothesis as a list of words, one for each row of its attention."""
-        return [self.vocabulary.words[token] for token in hypothesis.tokens]
+        return [self.vocabulary.words[token].strip() for token in hypothesis.tokens]
 
     def attention_grid(self, hypothesis):
         """Where its words looked, as an array (T, h, w): each map sums to 1 over the cells."""
@@ -1144,7 +1148,7 @@ def restore_decoder(path, values, checkpoint):
     Raises: ValueError when they do not fit each other; no memory is taken before that is known.
     """
     try:
-        vocabulary = Vocabulary.from_plain(checkpoint["vocabulary"])
+        vocabulary = vocabulary_from_plain(checkpoint["vocabulary"])
     except ValueError as error:
         raise checkpoints.unusable(path, error) from error
     shape = checkpoint["encoder"]["channels"], len(vocabulary)
@@ -1443,19 +1447,21 @@ class Run:
 @process_group.lost_peers()
 def train_step(run, features, batch):
     """One update from one batch. Returns () float on the device: nats, or reward, summed over its tokens."""
-    state, captioner = run.state, run.captioner
-    batch = batch.to(captioner.hardware.device)
-    with captioner.hardware.autocast():
-        loss, nats = run.objective(run.model, run.grids(features), batch)
+    state, captioner, nats = run.state, run.captioner, 0.0
     state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(batch.weight * loss).backward()
+    for part, images in batch.parts(run.options.training.gradient_accumulation_steps):
+        part = part.to(captioner.hardware.device)
+        with captioner.hardware.autocast():
+            loss, of_part = run.objective(run.model, run.grids(features[images]), part)
+        state.scaler.scale(batch.weight * loss).backward()
+        nats = nats + of_part.detach()
     state.scaler.unscale_(state.optimizer)
     if run.options.training.grad_clip:
         nn.utils.clip_grad_norm_(run.parameters, run.options.training.grad_clip)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step_finished()
-    return nats.detach() if batch.weight else 0 * nats.detach()
+    return nats if batch.weight else 0 * nats
 
 
 def train(options, hardware, checkpoint):
@@ -1631,12 +1637,15 @@ def start_run(options, hardware, checkpoint):
 def set_up(options, hardware, checkpoint=None):
     """The parts of a run. Reads and encodes data; writes no file of the run."""
     initial = open_initial(options)
+    decoder_type = decoder_class(options.as_dict())
+    values = options.as_dict()
+    if not (checkpoint or initial):  # whose decoder is settled
+        values = decoder_type.settle(values)
     dataset = open_dataset(options, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
     if initial:
         warn_of_seen_images(initial, dataset, options)
     encoder = open_encoder(options, hardware, checkpoint, initial)
-    decoder_type = decoder_class(options.as_dict())
     open_split = functools.partial(open_features, options, hardware, encoder, dataset)
     flip = options.training.horizontal_flip
     table, features = open_split("train", decoder_type.reads_grid, mirrored=flip)
@@ -1644,16 +1653,17 @@ def set_up(options, hardware, checkpoint=None):
     texts = list(itertools.chain.from_iterable(table.captions))
     experiment_utils.set_global_seed(options.run.seed)
     if checkpoint:
-        decoder, vocabulary = restore_decoder(options.run.model_path, options.as_dict(), checkpoint)
+        decoder, vocabulary = restore_decoder(options.run.model_path, values, checkpoint)
         origin = f"those of {options.run.model_path}"
     else:
-        threshold = options.data.freq_threshold
-        vocabulary = Vocabulary.build(texts, threshold)
-        decoder = new_decoder(options, encoder, vocabulary, features)
-        origin = f"seen {threshold} times or more in {len(texts)} training captions"
-    print(f"vocabulary: {len(vocabulary) - len(vocabulary.SPECIALS)} words, {origin}")
+        vocabulary = new_vocabulary(values, texts, initial)
+        decoder = new_decoder(values, encoder, vocabulary, features)
+        if not initial:
+            decoder.begin(values)
+        origin = vocabulary.origin(values["freq_threshold"], len(texts))
+    print(f"vocabulary: {len(vocabulary) - len(vocabulary.SPECIALS)} {vocabulary.unit}, {origin}")
     if initial:
-        build = functools.partial(build_decoder, options.as_dict())
+        build = functools.partial(build_decoder, values)
         note = warm_start.take_over(initial, build, decoder, vocabulary.words, encoder.key())
         print(f"decoder: begins as {printable(options.training.init_from)}, {note}")
     decoder.to(hardware.device)
@@ -1687,7 +1697,7 @@ def set_up(options, hardware, checkpoint=None):
         state=state,
         model=distributed(decoder, options.run.seed + state.loop["step"]),
         tail=distributed(encoder.tail, options.run.seed + state.loop["step"]),
-        config=options.as_dict() | resolved,
+        config=values | resolved,
     )
 
 
@@ -1730,9 +1740,18 @@ def ask_teacher(teacher, captioner, training):
     return soft_targets(teacher, bar, len(batches.tokens), captioner.hardware)
 
 
-def new_decoder(options, encoder, vocabulary, features):
-    """An untrained decoder that knows the scale of the training features."""
-    decoder = build_decoder(options.as_dict(), encoder.channels, len(vocabulary))
+def new_vocabulary(values, captions, initial=None):
+    """The vocabulary of a new run's training captions, or --init_from's if that is a tokenizer's."""
+    if initial and not isinstance(
+        known := vocabulary_from_plain(initial["vocabulary"]), Vocabulary
+    ):
+        return known
+    return decoder_class(values).new_vocabulary(values, captions)
+
+
+def new_decoder(values, encoder, vocabulary, features):
+    """An untrained decoder which knows the scale of the training features."""
+    decoder = build_decoder(values, encoder.channels, len(vocabulary))
     num_images = len(features.paths)
     sample = torch.linspace(0, num_images - 1, min(num_images, CALIBRATION_IMAGES)).long()
     chunks = features.stream(sample.split(DECODE_CHUNK))
@@ -1766,7 +1785,8 @@ def make_batches(table, vocabulary, options):
     """A table's captions as batches of word ids."""
     ids = ([vocabulary.encode(text) for text in captions] for captions in table.captions)
     batch_size, max_length = options.training.batch_size, options.decoding.max_length
-    return CaptionBatches(ids, batch_size, max_length, options.run.seed)
+    ends = vocabulary.sos, vocabulary.eos
+    return CaptionBatches(ids, batch_size, max_length, options.run.seed, *ends)
 
 
 def make_state(captioner, options, training, checkpoint):

@@ -223,15 +223,16 @@ class SelfCritical:
         finished = torch.tensor(
             [[hypothesis.finished for hypothesis in image] for image in hypotheses]
         )
+        words = self.vocabulary
         # <EOS> makes a caption one token longer
-        samples = CaptionBatches(captions, finished.numel(), self.max_length + 1, seed=0)
+        longest = self.max_length + 1
+        samples = CaptionBatches(captions, finished.numel(), longest, 0, words.sos, words.eos)
         of_token = weights.flatten().repeat_interleave(samples.lengths + 1)
         of_token[(samples.start + samples.lengths - 1)[~finished.flatten()]] = 0.0
         batch = samples.whole().to(features.device)
         # cuDNN has no gradients of a recurrent layer in eval mode
         with torch.backends.cudnn.flags(enabled=False):
             logits, _ = model(features, batch)  # (tokens, V)
-        words = self.vocabulary
         never = torch.zeros(logits.size(1), dtype=torch.bool)
         never[list({words.pad, words.sos, words.unk} - {None, words.eos})] = True
         logits = logits.float().masked_fill(never.to(logits.device), -torch.inf)

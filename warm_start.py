@@ -9,7 +9,7 @@ building it once more with other sizes, on the meta device, where that costs not
 
 import torch
 
-from caption_batches import Vocabulary
+from caption_batches import vocabulary_from_plain
 from runtime import counted
 
 # what of an encoder's key decides which features a decoder knows; precision is but rounding
@@ -22,7 +22,7 @@ def take_over(initial, build, decoder, words, encoder):
     initial: the checkpoint; build: as of `merge_states`; words: the new decoder's, specials included;
     encoder: the key of the encoder whose features it is given. Returns: what was known, in words.
     """
-    trained_words = initial["vocabulary"]["words"]
+    trained = vocabulary_from_plain(initial["vocabulary"])
     same_encoder = all(initial["encoder"].get(n) == encoder.get(n) for n in ENCODER_IDENTITY)
     state, anew = merge_states(
         build,
@@ -30,12 +30,12 @@ def take_over(initial, build, decoder, words, encoder):
         decoder.state_dict(),
         words,
         initial["model"],
-        trained_words,
+        trained.words,
         same_features=same_encoder,
     )
     decoder.load_state_dict(state)
-    unknown = len({*words} - {*trained_words})
-    known = len(words) - len(Vocabulary.SPECIALS) - unknown
+    unknown = len({*words} - {*trained.words})
+    known = len(words) - len(trained.SPECIALS) - unknown
     others = f", and for another encoder {', '.join(anew)}" if anew else ""
     return f"which knows {known} of these words; anew: {counted(unknown, 'word')}{others}"
 

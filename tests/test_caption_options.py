@@ -55,7 +55,8 @@ def other_value(name):
         return own[name]
     if option.kind is str:
         return ("typed",) if option.several else "typed"
-    for value in (1e-5, 3, 64) if name != "attention_heads" else (2,):  # which divides sizes
+    divides = {"attention_heads": (2,), "gpt2_heads": (2,), "gpt2_width": (64,)}
+    for value in divides.get(name, (1e-5, 3, 64)):
         if value != option.default and caption_options.is_value_of(option, value):
             return value
     raise AssertionError(f"no other value of --{name}")
@@ -172,7 +173,7 @@ def test_only_a_tracker_that_is_asked_for_needs_its_package(monkeypatch, capsys,
 def alternatives(name):
     """Values that an option may have."""
     kind = TABLE[name].kind
-    if name == "attention_heads":  # they divide sizes
+    if name in ("attention_heads", "gpt2_heads", "gpt2_width"):  # they divide sizes
         return [2, 8, 16]
     if name == "encoder":
         return [*caption_options.ENCODERS]
@@ -411,7 +412,8 @@ def adopted(config, typed=""):
 def test_what_builds_decoder_and_encoder_comes_from_the_model_it_begins_with_and_nothing_else():
     everything = {name: other_value(name) for name, row in TABLE.items() if row.stored != OWN}
     built = PICTURES | ADAPTIVE | {"attention_heads": 2, "freeze_embeddings": True}
-    built["recurrent_dropout"] = everything["recurrent_dropout"]
+    others = [name for name in GROUPS["model"].rows if name.startswith(("gpt2_", "prefix_"))]
+    built |= {name: everything[name] for name in ("recurrent_dropout", "attention_layer", *others)}
     expected = DEFAULTS | built | {"init_from": "runs/best.pt"}
     assert adopted(everything | built) == expected
 
@@ -829,7 +831,11 @@ def test_every_option_is_in_one_group_and_its_default_is_a_value():
         assert absent or caption_options.is_value_of(option, option.default), name
         for other, wanted in option.needs.items():
             kind = TABLE[other].kind
-            assert set(wanted) <= (set(kind) if isinstance(kind, tuple) else {True, False}), name
+            if kind is str:
+                assert all(isinstance(value, str) for value in wanted), name
+            else:
+                known = set(kind) if isinstance(kind, tuple) else {True, False}
+                assert set(wanted) <= known, name
 
 
 KINDS = {"lstm": ("lstm", "additive")} | {
@@ -838,7 +844,10 @@ KINDS = {"lstm": ("lstm", "additive")} | {
 
 
 def test_the_decoders_are_the_programs():
-    assert set(KINDS) == set(program.DECODERS)
+    assert {*KINDS, "gpt2", "prefix"} == set(program.DECODERS)
+    for length, name in ((0, "gpt2"), (3, "prefix")):
+        values = {"decoder": "gpt2", "attention": "additive", "prefix_length": length}
+        assert program.decoder_class(values) is program.DECODERS[name]
     for name, (decoder, attention) in KINDS.items():
         values = {"decoder": decoder, "attention": attention}
         assert program.decoder_class(values) is program.DECODERS[name]
@@ -851,16 +860,30 @@ def test_a_decoder_takes_the_options_that_the_table_gives_it(kind):
     expected = {
         option
         for option, row in rows.items()
-        if name in row.needs.get("decoder", ())
+        if name in row.needs.get("decoder", name)
         and attention in row.needs.get("attention", attention)
-    } - {"attention"}
+    } - {"attention", "decoder", "freeze_embeddings"}
     decoder = program.DECODERS[kind]
     assert set(decoder.options) == expected and len(decoder.options) == len(expected)
-    assert [name for name, row in rows.items() if not row.needs] == ["decoder"]
+    assert [name for name, row in rows.items() if not row.needs] == ["decoder", "drop_prob"]
     arguments = inspect.signature(decoder).parameters
     named = [name for name, argument in arguments.items() if argument.kind != argument.VAR_KEYWORD]
     passed_on = ["attention_heads"] if kind == "multi_head" else []
     assert [*named, *passed_on] == ["feature_dim", "vocab_size", *decoder.options]
+
+
+@pytest.mark.parametrize(("name", "length"), [("gpt2", 0), ("prefix", 3)])
+def test_gpt2_takes_the_options_that_the_table_gives_it(name, length):
+    decoder, rows = program.DECODERS[name], TABLE.items()
+    values = {"decoder": "gpt2", "gpt2_model": "scratch", "prefix_length": length}
+    expected = {
+        option
+        for option, row in rows
+        if row.needs.get("decoder") == ("gpt2",)
+        and all(values[other] in wanted for other, wanted in row.needs.items())
+    } - {"gpt2_model", "gpt2_tokenizer"}  # which `settle`, `begin` and `new_vocabulary` take
+    expected = (expected | {"drop_prob"}) - ({"prefix_length"} if not length else set())
+    assert set(decoder.options) == expected and len(decoder.options) == len(expected)
 
 
 def test_the_algorithms_are_the_searches():

@@ -36,9 +36,11 @@ from test_end_to_end import (
     ATTENTION,
     DECODERS,
     EPOCH_BLOCK,
+    ON_SAMPLE,
     STEPS,
     TABLE,
     TINY,
+    TINY_GPT2,
     listed,
     load,
     own_copy,
@@ -102,21 +104,21 @@ def failed(*flags, naming=()):
 # ------------------------------------------------------------------------------------------ what every flag changes
 
 
-def chosen(*flags):
+def chosen(*flags, tiny=TINY):
     """Options of a tiny training run."""
-    return fic.parse_args([*TINY.split(), *" ".join(flags).split()])
+    return fic.parse_args([*tiny.split(), *" ".join(flags).split()])
 
 
-def ready(*flags):
+def ready(*flags, tiny=TINY):
     """A training run before its first step."""
-    options = chosen(*flags)
+    options = chosen(*flags, tiny=tiny)
     with contextlib.redirect_stdout(io.StringIO()):
         return fic.set_up(options, runtime.resolve_hardware("cpu", options.run.precision))
 
 
-def stepped(*flags):
+def stepped(*flags, tiny=TINY):
     """(plain loss in nats per token, run) after one step on the first batch."""
-    run = ready(*flags)
+    run = ready(*flags, tiny=tiny)
     batch, features = next(run.training.epoch(0))
     run.captioner.decoder.train()
     torch.manual_seed(7)
@@ -480,6 +482,7 @@ def horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch():
 def decoder_is_built_by_name():
     assert isinstance(ready("--decoder lstm").captioner.decoder, fic.LSTMDecoder)
     assert isinstance(ready("--decoder attention").captioner.decoder, fic.AttentionDecoder)
+    assert isinstance(ready(tiny=TINY_GPT2).captioner.decoder, fic.GPT2Decoder)
 
 
 def sizes_reach_the_decoders():
@@ -503,6 +506,95 @@ def attention_heads_look_each_at_a_part_of_the_features():
         decoder = ready(DECODERS[kind], f"--attention_heads {heads}").captioner.decoder
         (keys, _), _ = decoder.start(torch.zeros(3, 4, 1024))
         assert keys.shape == (3, heads, 4, 8 // heads)
+
+
+def tiny_gpt2(folder="gpt2"):
+    """The folder of a GPT-2 as small as can be, with a tokenizer of its own."""
+    import tokenizers
+    import transformers
+
+    Path(folder).mkdir(exist_ok=True)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["a red circle"], special_tokens=["<|endoftext|>"])
+    tokenizer.save_model(folder)
+    size = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": tokenizer.get_vocab_size()}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(folder)
+    return folder
+
+
+def gpt2_begins_as_named_and_reads_its_tokens():
+    words, sizes = ready(tiny=TINY_GPT2).captioner, "--gpt2_layers 2 --gpt2_width 12 --gpt2_heads 3"
+    other = ready(sizes, tiny=TINY_GPT2).captioner.decoder
+    for decoder, expected in ((words.decoder, (1, 16, 1)), (other, (2, 12, 3))):
+        config = decoder.gpt2.config
+        assert (config.n_layer, config.n_embd, config.n_head) == expected
+    assert isinstance(words.vocabulary, caption_batches.Vocabulary)
+    folder = tiny_gpt2()
+    tokens = ready(f"--gpt2_tokenizer {folder}", tiny=TINY_GPT2).captioner
+    assert isinstance(tokens.vocabulary, caption_batches.SubwordVocabulary)
+    assert tokens.decoder.gpt2.config.n_embd == 16
+    named = ready(f"--decoder gpt2 --gpt2_model {folder}", tiny=ON_SAMPLE).captioner
+    published = named.decoder.gpt2.from_pretrained(folder).transformer.wte.weight
+    assert torch.equal(named.decoder.gpt2.transformer.wte.weight, published)
+    best = train(f"--decoder gpt2 --gpt2_model {folder}", tiny=ON_SAMPLE) / "best.pt"
+    shutil.rmtree(folder)  # a checkpoint needs it no more
+    pictures = ["--images", f"data/sample/Images/{listed('test')[0]}"]
+    assert succeed("--mode caption --model_path", best, *pictures).count("\n") == 1
+
+
+def prefix_length_is_how_many_words_the_picture_becomes():
+    for length in (2, 5):
+        decoder = ready(f"--prefix_length {length}", tiny=TINY_GPT2).captioner.decoder
+        _, ((keys, _),) = decoder.start(torch.zeros(3, 1, 1024))
+        assert keys.shape[3] == length
+
+
+def attention_layer_chooses_whose_maps_are_shown():
+    folder = train("--gpt2_layers 2", tiny=TINY_GPT2)
+    drawn = f"--save_attention_viz --advanced_attention_viz --attention_viz_samples 1 --model_path {folder / 'best.pt'}"
+    found = []
+    for layer in (0, 1, 2):
+        succeed(f"--mode test --attention_layer {layer} --output_dir out{layer}", drawn)
+        with np.load(f"out{layer}/attention_maps_sample_1.npz") as arrays:
+            found.append(arrays["maps"])
+    mean = (found[1].astype(float) + found[2]) / 2
+    assert np.allclose(found[0], mean, atol=1e-3) and not np.allclose(found[1], found[2])
+
+
+def trainable_leaves_the_rest_of_gpt2_as_it_was():
+    folder = tiny_gpt2()
+    for name, moves in (("cross", set()), ("decoder", {"attn"}), ("all", {"attn", "wte"})):
+        flags = f"--decoder gpt2 --gpt2_model {folder} --trainable {name}"
+        _, run = stepped(flags, tiny=ON_SAMPLE)
+        model = run.captioner.decoder.gpt2
+        before = model.from_pretrained(folder).transformer
+        after = {"attn": model.transformer.h[0].attn.c_attn, "wte": model.transformer.wte}
+        first = {"attn": before.h[0].attn.c_attn, "wte": before.wte}
+        moved = {key for key in after if not torch.equal(after[key].weight, first[key].weight)}
+        assert moved == moves
+
+
+def gradient_accumulation_and_checkpointing_make_the_same_step():
+    kinds = [f"{TINY} {decoder}" for decoder in DECODERS.values()]
+    for tiny in (*kinds, TINY_GPT2):
+        (nats, plain), (in_parts, other) = (
+            stepped("--drop_prob 0 --grad_clip 0", more, tiny=tiny)
+            for more in ("", "--gradient_accumulation_steps 3")
+        )
+        assert in_parts == pytest.approx(nats, rel=1e-5)
+        for name, tensor in gradients_of(plain).items():
+            torch.testing.assert_close(
+                gradients_of(other)[name], tensor, rtol=1e-3, atol=1e-5 * float(tensor.abs().max())
+            )
+    (nats, _), (again, run) = (
+        stepped("--drop_prob 0", more, tiny=TINY_GPT2) for more in ("", "--gradient_checkpointing")
+    )
+    assert again == nats and run.captioner.decoder.gpt2.transformer.gradient_checkpointing
+
+
+def gradients_of(run):
+    """{name: gradient} of the step that was made last."""
+    return {name: p.grad for name, p in run.captioner.decoder.named_parameters()}
 
 
 def num_layers_are_built_by_every_decoder():
@@ -1101,6 +1193,16 @@ FLAG_EFFECTS = {
     "--embed_size": sizes_reach_the_decoders,
     "--hidden_size": sizes_reach_the_decoders,
     "--attention_dim": sizes_reach_the_decoders,
+    "--gpt2_model": gpt2_begins_as_named_and_reads_its_tokens,
+    "--gpt2_tokenizer": gpt2_begins_as_named_and_reads_its_tokens,
+    "--gpt2_layers": gpt2_begins_as_named_and_reads_its_tokens,
+    "--gpt2_width": gpt2_begins_as_named_and_reads_its_tokens,
+    "--gpt2_heads": gpt2_begins_as_named_and_reads_its_tokens,
+    "--prefix_length": prefix_length_is_how_many_words_the_picture_becomes,
+    "--attention_layer": attention_layer_chooses_whose_maps_are_shown,
+    "--trainable": trainable_leaves_the_rest_of_gpt2_as_it_was,
+    "--gradient_accumulation_steps": gradient_accumulation_and_checkpointing_make_the_same_step,
+    "--gradient_checkpointing": gradient_accumulation_and_checkpointing_make_the_same_step,
     "--num_layers": num_layers_are_built_by_every_decoder,
     "--drop_prob": drop_prob_drops_in_every_decoder,
     "--recurrent_dropout": recurrent_dropout_drops_in_every_decoder,
@@ -1397,6 +1499,15 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--attention adaptive": "--attention belongs to --decoder attention, not lstm",
     "--decoder attention --attention_heads 2":
         "--attention_heads belongs to --attention multi_head or adaptive, not additive",
+    "--gpt2_model scratch": "--gpt2_model belongs to --decoder gpt2, not lstm",
+    "--gpt2_tokenizer words": "--gpt2_tokenizer belongs to --decoder gpt2, not lstm",
+    "--decoder gpt2 --gpt2_layers 2": "--gpt2_layers belongs to --gpt2_model scratch, not gpt2",
+    "--decoder gpt2 --gpt2_width 8": "--gpt2_width belongs to --gpt2_model scratch, not gpt2",
+    "--decoder gpt2 --gpt2_heads 2": "--gpt2_heads belongs to --gpt2_model scratch, not gpt2",
+    "--prefix_length 2": "--prefix_length belongs to --decoder gpt2, not lstm",
+    "--decoder gpt2 --prefix_length 2 --attention_layer 1": "--attention_layer does nothing with --prefix_length",
+    "--gradient_checkpointing": "--gradient_checkpointing belongs to --decoder gpt2, not lstm",
+    "--trainable cross": "--trainable belongs to --decoder gpt2, not lstm",
     "--alpha_c 1": "--alpha_c belongs to --decoder attention, not lstm",
     "--save_attention_viz": "--save_attention_viz belongs to --decoder attention, not lstm: "
         "--viz_method gradient maps any decoder",

@@ -56,9 +56,12 @@ pytestmark = [
     pytest.mark.usefixtures("shop"),
 ]
 
-TINY = """--dataset_type sample --encoder shufflenet_v2_x0_5 --encoder_weights random
-    --embed_size 16 --hidden_size 16 --num_layers 1 --num_workers 0 --freq_threshold 1
-    --batch_size 40 --learning_rate 0.01 --precision float32 --max_length 12 --epochs 1"""
+ON_SAMPLE = """--dataset_type sample --encoder shufflenet_v2_x0_5 --encoder_weights random
+    --num_workers 0 --freq_threshold 1 --batch_size 40 --learning_rate 0.01
+    --precision float32 --max_length 12 --epochs 1"""
+TINY = f"{ON_SAMPLE} --embed_size 16 --hidden_size 16 --num_layers 1"
+GPT2 = "--decoder gpt2 --gpt2_model scratch --gpt2_layers 1 --gpt2_width 16 --gpt2_heads 1"
+TINY_GPT2 = f"{ON_SAMPLE} {GPT2}"
 BATCH_SIZE, CAPTIONS = 40, 160  # of 32 training images
 STEPS = 4  # per epoch
 DECODERS = {
@@ -140,9 +143,9 @@ def run_dir(outcome):
     return Path(re.search(r"^run directory: (.+)$", out, re.MULTILINE)[1])
 
 
-def train(*flags):
+def train(*flags, tiny=TINY):
     """Train tiny; returns the run's directory."""
-    return run_dir(succeed(TINY, *flags))
+    return run_dir(succeed(tiny, *flags))
 
 
 @functools.cache
@@ -159,6 +162,7 @@ def workshop():
         share_encoders(patch)
         for decoder, flags in DECODERS.items():
             shutil.move(train(flags, "--epochs 4 --learning_rate 0.02"), path / decoder)
+        shutil.move(train("--epochs 4", tiny=TINY_GPT2), path / "gpt2")
     return folder
 
 
@@ -777,6 +781,25 @@ def test_stop_and_go_on_equals_straight_through(decoder, scheduler):
     assert len(load(third / "model_epoch_3.pt")["history"]) == 3
 
 
+@pytest.mark.parametrize("reading", ["", "--prefix_length 2"])
+def test_gpt2_goes_on_as_if_it_had_never_been_stopped_and_serves_every_mode(reading):
+    """In parts of a batch and with layers that are computed twice: it is the same run bit for bit."""
+    flags = (
+        f"{TINY_GPT2} {reading} --epochs 2 --gradient_accumulation_steps 2 --gradient_checkpointing"
+    )
+    straight = run_dir(succeed(flags))
+    last = run_dir(stopped(flags, at_step=STEPS + 2)) / "last.pt"
+    resumed = run_dir(succeed("--model_path", last))
+    assert not list(differences(load(straight / "best.pt"), load(resumed / "best.pt")))
+    method = "gradient" if reading else "attention"
+    succeed(f"--mode test --save_attention_viz --viz_method {method} --model_path", straight)
+    assert read_json(straight / "test_metrics.json")["attention"]["method"] == method
+    assert len(list(straight.glob("attention_viz_sample_*.png"))) == 3
+    succeed("--mode tune --model_path", straight)
+    reward = succeed("--epochs 0 --scst_epochs 1 --model_path", straight / "model_epoch_2.pt")
+    assert "Training Reward" in reward
+
+
 def test_every_caption_is_seen_once_when_an_epoch_goes_on_in_batches_of_another_size(monkeypatch):
     first = stopped(TINY, at_step=3)
     seen, original = [], fic.train_step
@@ -1184,6 +1207,8 @@ OTHER_ARCHITECTURE = {
     "decoder": "attention", "encoder": "resnet18", "image_size": 96, "coarse_size": 64,
     "freq_threshold": 2, "embed_size": 17, "hidden_size": 17, "num_layers": 2, "attention_dim": 9,
     "attention": "adaptive", "attention_heads": 2, "fine_tune_encoder": 1,
+    "gpt2_model": "gpt2", "gpt2_layers": 2, "gpt2_width": 8, "gpt2_heads": 2, "prefix_length": 1,
+    "trainable": "cross",
 }  # fmt: skip
 
 
@@ -1196,6 +1221,9 @@ def test_every_option_that_a_checkpoint_fixes_is_tried():
 def test_another_architecture_encoder_or_vocabulary_on_resume_is_an_error(name, shop):
     before, typed = snapshot(), f"--{name} {OTHER_ARCHITECTURE[name]}"
     kind = {"attention_dim": "attention", "attention": "attention", "attention_heads": "adaptive"}
+    kind |= {
+        option: "gpt2" for option, row in TABLE.items() if row.needs.get("decoder") == ("gpt2",)
+    }
     path = shop / kind.get(name, "lstm") / "model_epoch_4.pt"
     outcome = program("--model_path", path, "--epochs 1", typed)
     assert outcome.status == 2 and outcome.err.count("\n") == 1
