@@ -67,6 +67,9 @@ ENCODERS = {
     name: modules.split() for modules, names in ENCODER_FAMILIES.items() for name in names.split()
 }
 
+# Encoders that other packages bring: how they are typed, and the package of requirements-hub.txt.
+HUB_ENCODERS = {"clip": "transformers", "timm/NAME": "timm"}
+
 
 def register_encoder(
     name, build, modules, *, weights=None, image_size=224,
@@ -83,7 +86,7 @@ def register_encoder(
         mean, std: three numbers each, of RGB in 0..1; the model sees (picture - mean) / std.
     Raises: ValueError when the name is taken or cannot be typed.
     """
-    if name in ENCODERS:
+    if name in ENCODERS or name in HUB_ENCODERS:
         raise ValueError(f"there is an encoder {name!r} already: choose another name")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"encoder {name!r}: give it a name of letters, digits and _ . -")
@@ -173,19 +176,26 @@ def auto_or(kind):
 
 
 def encoder_name(text):
-    """An argparse type: one of ENCODERS, or several joined by +."""
-    unknown = [name for name in text.split("+") if name not in ENCODERS]
+    """An argparse type: one of ENCODERS or HUB_ENCODERS, or several joined by +."""
+    names = text.split("+")
+    unknown = [name for name in names if not (name in ENCODERS or hub_package(name))]
     if unknown:
-        meant = difflib.get_close_matches(unknown[0], ENCODERS, n=1)
+        meant = difflib.get_close_matches(unknown[0], [*ENCODERS, *HUB_ENCODERS], n=1)
         guess = f" (did you mean {meant[0]}?)" if meant else ""
-        known = " ".join(ENCODERS)
+        known = " ".join([*HUB_ENCODERS, *ENCODERS])
         raise argparse.ArgumentTypeError(
             f"no encoder {unknown[0]!r}{guess}: give one of {known}, several joined by +, or --plugin "
             "FILE.py that registers it"
         )
-    if len(set(text.split("+"))) < len(text.split("+")):
+    if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text} names an encoder twice")
     return text
+
+
+def hub_package(name):
+    """The package that brings an encoder; None where it needs none, or there is no such encoder."""
+    typed = re.sub(r"^timm/\w[\w.-]*$", "timm/NAME", name)
+    return HUB_ENCODERS.get(typed)
 
 
 COUNT = number(int, 0)
@@ -245,7 +255,21 @@ class Given:
         return iter(())
 
 
+class Joined:
+    """What an option needs of --encoder: that it names this one, alone or among others."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __contains__(self, value):
+        return self.name in value.split("+")
+
+    def __iter__(self):
+        return iter((self.name,))
+
+
 GIVEN = Given()
+CLIP = {"encoder": Joined("clip")}
 ATTENTION = {"decoder": ("attention",)}
 BEFORE_EACH_WORD = ATTENTION | {"attention": ("additive", "multi_head")}
 WITH_HEADS = ATTENTION | {"attention": ("multi_head", "adaptive")}
@@ -327,12 +351,16 @@ DATA = {
 }  # fmt: skip
 FEATURES = {
     "encoder": Option(encoder_name, "resnet50",
-        "torchvision model, frozen; several joined by +, such as resnet50+mobilenet_v2, give each cell the "
-        "channels of all", "NAME[+NAME]", stored=FIXED),
+        "image model, frozen: torchvision's by its name, clip, or timm/NAME, see docs/HUB.md; several joined by "
+        "+, such as resnet50+mobilenet_v2, give each cell the channels of all", "NAME[+NAME]", stored=FIXED),
     "encoder_weights": Option(str, "imagenet",
-        "imagenet: torchvision's IMAGENET1K_V1; random: untrained, from --seed; or a state dict's file; for "
-        "several encoders one word for all, or one of these for each, joined by +",
+        "imagenet: those published, torchvision's IMAGENET1K_V1, or what timm or --clip_model names; random: "
+        "untrained, from --seed; or a state dict's file; for several encoders one word for all, or one of these "
+        "for each, joined by +",
         "imagenet|random|FILE", alias="resnet_weights"),
+    "clip_model": Option(str, "openai/clip-vit-base-patch32",
+        "CLIP, SigLIP or DINOv2 vision model of the Hugging Face hub, or the folder of one; lstm reads its pooled "
+        "token, other decoders its patches", "NAME|FOLDER", needs=CLIP),
     "image_size": Option(PIXELS, None,
         "side of the square that pictures are squashed to, instead of the encoder's own (mostly "
         "224); more gives a finer grid, for more work", "PIXELS", stored=FIXED),
@@ -655,7 +683,8 @@ def describe(option):
     values = [str(v) for wanted in option.needs.values() for v in wanted if not isinstance(v, bool)]
     modes = option.modes if len(option.modes) < len(MODES) and option.modes != (TRAIN,) else ()
     scope = ", ".join([*modes, *values] if option.needs != RNN else modes)
-    names = "; of " + " ".join(ENCODERS) if option.kind == encoder_name else ""
+    known = " ".join([*HUB_ENCODERS, *ENCODERS])
+    names = f"; of {known}" if option.kind == encoder_name else ""
     return f"{scope + ': ' if scope else ''}{option.help}{names} ({default_text(option)})"
 
 
@@ -833,6 +862,12 @@ def check_paths(typed):
         if spec is None or spec.origin is None:  # a folder of that name is no package
             raise ValueError(
                 f"--{package} needs the package {package}: pip install -r requirements-tracking.txt"
+            )
+    for name in typed.get("encoder", "").split("+"):
+        package = hub_package(name)
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"--encoder {name} needs the package {package}: pip install -r requirements-hub.txt"
             )
     device = typed.get("device", "auto")
     if device != "auto" and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device):
@@ -1131,6 +1166,11 @@ def check_maps(values, method_typed):
         hint = "--viz_method gradient maps any decoder"
         without = "gpt2 with --prefix_length" if decoder == "gpt2" else decoder
         raise ValueError(f"--{asked} belongs to --decoder attention, not {without}: {hint}")
+    if values["viz_method"] == "gradient" and decoder == "lstm" and values["encoder"] == "clip":
+        raise ValueError(
+            "--viz_method gradient: --decoder lstm reads the pooled token of --encoder clip, which has no "
+            "cells to map: take --decoder attention, or join another encoder"
+        )
     if method_typed and not drawn and mode != TEST:
         raise ValueError(f"--viz_method needs --save_attention_viz in --mode {mode}")
 
@@ -1212,7 +1252,7 @@ def adopt(options, path, config):
     given = preset_values(options.given) | options.given
     if given.get("encoder", stored["encoder"]) == stored["encoder"]:  # else its sizes are its own
         names += [name for name, row in FEATURES.items() if row.stored == FIXED]
-        names += ["encoder_weights"]
+        names += ["encoder_weights", "clip_model"]
     built = {name: stored[name] for name in names}
     typed, origins = news_beside(options, built)
     with naming_sources(origins):
@@ -1372,7 +1412,8 @@ def as_markdown():
         lines += ["", f"## {group.title}", "", "| option | default | acts in | what |"]
         lines += ["|---|---|---|---|"]
         lines += [markdown_row(name, option) for name, option in group.rows.items()]
-    lines += ["", "Encoders: " + ", ".join(f"`{name}`" for name in ENCODERS) + "."]
+    names = [*ENCODERS, *HUB_ENCODERS]
+    lines += ["", "Encoders: " + ", ".join(f"`{name}`" for name in names) + "."]
     lines += [
         "",
         "## Presets",

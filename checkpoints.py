@@ -370,9 +370,11 @@ def _is_encoder(value):
     texts = [value.get(key) for key in ("name", "weights_sha256")]
     sizes = [value.get(key) for key in ("image_size", "channels")]
     sizes += [value["coarse_size"]] if "coarse_size" in value else []
-    weights = value.get("weights")
+    weights, parts = value.get("weights"), value.get("parts", [])
     return (
         all(isinstance(text, str) for text in texts)
+        and isinstance(parts, list)
+        and all(isinstance(part, dict) for part in parts)
         and all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes)
         and (weights is None or _holds_tensors(weights))
     )

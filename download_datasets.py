@@ -546,23 +546,26 @@ def verify_weights(folder):
 # ---------------------------------------------------------------------------------- encoder weights
 
 
-def load_encoder_weights(name, source, seed):
+def load_encoder_weights(name, source, seed, model=None):
     """State dict of the model `name`. `source`: imagenet, random (drawn from `seed`) or a file.
 
+    model: its EncoderModel, if `find_model` does not know the name.
     Raises: FileNotFoundError or ValueError that say how to get the weights: an encoder is never
     silently random.
     """
     import torch  # takes seconds, and downloading needs none of it
     import torchvision
 
+    model = model or find_model(name)
     if source == "random":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return find_model(name).build().state_dict()
+            return model.build().state_dict()
     if source != "imagenet":
-        return read_weights(Path(source))
-    if name in ADDED and ADDED[name].weights:
-        return ADDED[name].weights()
+        state = read_weights(Path(source))
+        return model.translate(state) if model.translate else state
+    if model.weights:
+        return model.weights()
     if name in ADDED:
         raise ValueError(
             f"--encoder_weights imagenet: --encoder {name} comes without weights: give a FILE or random"
@@ -619,6 +622,8 @@ def read_weights(file, trusted=False):
             f"--encoder_weights {file}: no such file: "
             "give imagenet, random or a torchvision state dict"
         )
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on pickles that it then refuses
@@ -635,6 +640,21 @@ def read_weights(file, trusted=False):
             "expected a torchvision state dict"
         )
     return state
+
+
+def read_safetensors(file):
+    """State dict in a .safetensors file. Raises: ValueError that names the file."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError(
+            f"--encoder_weights {file}: needs the package safetensors: "
+            "pip install -r requirements-hub.txt"
+        ) from error
+    try:
+        return safetensors.torch.load(file.read_bytes())  # not mapped: the file may be written anew
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"--encoder_weights {file}: no readable safetensors ({error})") from error
 
 
 # ------------------------------------------------------------------------------------- command line

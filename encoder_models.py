@@ -23,13 +23,18 @@ class EncoderModel(NamedTuple):
     image_size: int  # pixels a side that it was tested with
     mean: tuple[float, float, float]  # of RGB in 0..1, taken off
     std: tuple[float, float, float]  # by which the rest is divided
-    weights: Callable | None = None  # of a plugin: () -> state dict, for --encoder_weights imagenet
-    code_sha256: str | None = None  # of the plugin's file
+    weights: Callable | None = None  # () -> state dict, which --encoder_weights imagenet stands for
+    code_sha256: str | None = None  # of a plugin's file
+    interpolation: str = "bilinear"  # by which its pictures are scaled
+    folds: bool = True  # torch.fx can trace it, to fold BatchNorm into convolutions
+    translate: Callable | None = None  # a library's state dict -> under the names of the trunk
+    configuration: dict | None = None  # plain values that build it again where its source is not
 
     def key(self):
         """What of it decides the features, weights apart."""
         code = {"code_sha256": self.code_sha256} if self.code_sha256 else {}
-        return {"mean": tuple(self.mean), "std": tuple(self.std), **code}
+        own = {"configuration": self.configuration} if self.configuration else {}
+        return {"mean": tuple(self.mean), "std": tuple(self.std), **code, **own}
 
 
 ADDED = {}  # by plugins: {name: EncoderModel}
@@ -48,16 +53,21 @@ def find_model(name):
     return EncoderModel(build, published.transforms().crop_size[0], *normalisation)
 
 
-def empty_trunk(name, modules):
+def empty_trunk(name, modules, model=None):
     """(an nn.Sequential of the model's `modules`, the whole model's state dict), to be loaded.
 
+    Args:
+        modules: names; None where what the model builds is the trunk already.
+        model: the EncoderModel of the name, where `find_model` does not know it.
     Raises: ValueError where the model lacks one of the modules.
     """
     import torch
 
     device = "cpu" if name in ADDED else "meta"  # where a plugin's code may not run
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        model = find_model(name).build()
+        model = (model or find_model(name)).build()
+    if modules is None:
+        return model, model.state_dict()
     parts = dict(model.named_children())
     if missing := [module for module in modules if module not in parts]:
         raise ValueError(
@@ -69,6 +79,21 @@ def empty_trunk(name, modules):
     return trunk, model.state_dict()
 
 
+def fill_buffers(trunk, build):
+    """Give a loaded trunk what is no weight, such as the numbers of its positions, as building it does."""
+    import torch
+
+    lacking = [name for name, buffer in trunk.named_buffers() if buffer.is_meta]
+    if not lacking:
+        return
+    with torch.random.fork_rng(devices=[]):
+        built = build()
+    for name in lacking:
+        owner, _, short = name.rpartition(".")
+        value = built.get_buffer(name)
+        trunk.get_submodule(owner).register_buffer(short, value, persistent=False)
+
+
 def grid_shape(trunk, size, name):
     """[F, h, w] that a trunk makes of pictures of `size` pixels a side. Raises: ValueError if it cannot."""
     import torch
@@ -76,7 +101,7 @@ def grid_shape(trunk, size, name):
     try:
         with torch.inference_mode():
             _, *shape = trunk(torch.zeros(1, 3, size, size)).shape
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"--encoder {name} makes no grid of pictures of {size} pixels a side ({reason}): "

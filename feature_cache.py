@@ -5,8 +5,9 @@
     for features in source.stream([torch.tensor([3, 0])]): ...  # (2, P, F) float32 on the device
 
 Nothing here knows a model. An encoder is anything that turns images (n, 3, S, S) uint8 into
-features (n, P, F) and has `grid` (h, w), `channels` F, `image_size` S, `batch_size`, which it likes
-best, and `key()`: a dict of JSON values that decide the features, its `name` among them.
+features (n, P, F) and has `grid` (h, w), `channels` F, `image_size` S, `interpolation`, by which
+pictures are scaled to it, `batch_size`, which it likes best, and `key()`: a dict of JSON values that
+decide the features, its `name` among them.
 Axes: n images, P = h * w grid cells, F feature channels, S pixels a side.
 """
 
@@ -152,8 +153,9 @@ class FeatureSource:
     def _encoded(self, batches_of_rows, mirror):
         """As `stream`, without a cache."""
         batches = list(batches_of_rows)
+        encoder = self.encoder
         loader = image_loading.load_batches(
-            self.paths, self.encoder.image_size, batches, self.num_workers
+            self.paths, encoder.image_size, batches, self.num_workers, encoder.interpolation
         )
         for rows, images in zip(batches, loader, strict=True):
             if mirror is not None:
@@ -281,7 +283,9 @@ def cached_features(
         return (_mean(features) if pooled else features).cpu().numpy()
 
     def encoded(files):
-        decoded = image_loading.decode_images(files, encoder.image_size, batch_size, num_workers)
+        decoded = image_loading.decode_images(
+            files, encoder.image_size, batch_size, num_workers, encoder.interpolation
+        )
         return _encoded(decoded, files, features_of)
 
     if process_group.rank():

@@ -1,4 +1,4 @@
-"""Caption photographs: frozen torchvision encoder -> LSTM, with or without attention -> beam search.
+"""Caption photographs: frozen image encoder -> LSTM, with or without attention -> beam search.
 
     python flickr_image_caption.py --dataset_type flickr8k --decoder attention --epochs 15
     python flickr_image_caption.py --mode test --model_path saved_models/flickr8k/resnet_attention
@@ -41,6 +41,7 @@ if __name__ == "__main__":  # before torch: --help and mistakes answer at once
         raise SystemExit(run_comparison.main(OPTIONS.output))
 
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -51,6 +52,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas
 import torch
@@ -69,6 +71,7 @@ import consensus
 import decoding_tuning
 import experiment_utils
 import gradient_maps
+import hub_encoders
 import image_loading
 import metrics_utils
 import packed_lstm
@@ -82,7 +85,7 @@ from caption_decoding import Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
-from encoder_models import empty_trunk, find_model, grid_shape
+from encoder_models import empty_trunk, fill_buffers, find_model, grid_shape
 from feature_cache import FeatureSource, open_source
 from feature_scale import StandardisedFeatures
 from model_versions import resolve_model_path, results_folder
@@ -115,7 +118,7 @@ ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other h
 
 
 class Encoder(nn.Module):
-    """A frozen torchvision trunk: pictures to the grid of features before pooling.
+    """A frozen trunk: pictures to the grid of features before pooling.
 
     `trunk` holds the weights as published; what computes is a copy with BatchNorm folded into the
     convolutions. `stem` is what the feature cache keeps the output of, all of it; `tail` is what
@@ -131,26 +134,32 @@ class Encoder(nn.Module):
         image_size=None,
         coarse_size=None,
         batch_size=ENCODE_BATCH_SIZES["cpu"],
+        interpolation=None,
+        model=None,
     ):
         """
         Args:
-            name: one of ENCODERS.
-            state: torchvision's state dict; the classifier is ignored.
+            name: what --encoder calls it.
+            state: the model's state dict; the classifier is ignored.
             source: where `state` comes from, for messages.
             precision: float32, bfloat16 or float16, in which it computes.
             image_size: pixels a side; None: what the published weights were tested with.
             coarse_size: pixels a side of a second look at the same picture, or None.
             batch_size: most images computed together, which bounds the memory it takes.
+            interpolation: by which pictures are scaled; None: as the model's were.
+            model: its EncoderModel; None: torchvision's or a plugin's of this name.
         Raises: ValueError when `state` is of another architecture, or the second look no smaller.
         """
         super().__init__()
-        self.model = find_model(name)
-        self.trunk, model_state = empty_trunk(name, ENCODERS[name])
+        self.model = model or find_model(name)
+        self.trunk, model_state = empty_trunk(name, ENCODERS.get(name), self.model)
         load_trunk(self.trunk, state, model_state, f"--encoder_weights {source}", name)
+        fill_buffers(self.trunk, self.model.build)
         self.tail = nn.Identity()
         self.from_checkpoint = False  # then a run's checkpoints all hold it: nothing else may
         self.name, self.precision, self.batch_size = name, precision, batch_size
         self.image_size, self.coarse_size = image_size or self.model.image_size, coarse_size
+        self.interpolation = interpolation or self.model.interpolation
         if coarse_size and coarse_size >= self.image_size:
             raise ValueError(
                 f"--coarse_size {coarse_size} must be below the image size, "
@@ -160,7 +169,7 @@ class Encoder(nn.Module):
             of_rgb = torch.tensor(getattr(self.model, each)).view(1, 3, 1, 1)
             self.register_buffer(each, of_rgb, persistent=False)
         self.requires_grad_(False).eval()
-        self.folded = fold(self.trunk, precision)
+        self.folded = fold(self.trunk, precision, self.model.folds)
         for size in filter(None, (coarse_size, self.image_size)):
             self.channels, *self.grid = grid_shape(self.trunk, size, name)  # F, [h, w]
         self.channels *= 2 if coarse_size else 1
@@ -215,6 +224,7 @@ class Encoder(nn.Module):
         coarse = {"coarse_size": self.coarse_size} if self.coarse_size else {}
         computed_by = arithmetic(self.mean.device, self.precision)
         elsewhere = {"computed_by": computed_by} if computed_by != "cpu" else {}
+        scaled = {"interpolation": self.interpolation} if self.interpolation != "bilinear" else {}
         return {
             "name": self.name,
             "weights_sha256": self.weights_sha256,
@@ -224,13 +234,14 @@ class Encoder(nn.Module):
             **self.model.key(),
             "precision": self.precision,
             **coarse,
+            **scaled,
             **elsewhere,
         }
 
 
-def fold(modules, precision):
-    """A copy for inference, BatchNorm folded into the convolutions. modules: nn.Sequential."""
-    folded = torch.fx.experimental.optimization.fuse(modules)
+def fold(modules, precision, folds=True):
+    """A copy for inference; BatchNorm is folded into the convolutions if it `folds`. modules: nn.Sequential."""
+    folded = torch.fx.experimental.optimization.fuse(modules) if folds else copy.deepcopy(modules)
     return folded.to(getattr(torch, precision), memory_format=torch.channels_last)
 
 
@@ -256,16 +267,16 @@ class FineTunedEncoder(Encoder):
     It hands on what the stem gives of each look, flattened (N, 1, D); the tail makes the grid of it.
     """
 
-    def __init__(self, name, state, *how, trained_blocks):
+    def __init__(self, name, state, *how, trained_blocks, model=None):
         """As Encoder; trained_blocks: how many of the last blocks learn.
 
         Raises: ValueError when it has no more than that.
         """
         own = {key: tensor.clone() for key, tensor in state.items()}  # theirs are changed in place
-        super().__init__(name, own, *how)
+        super().__init__(name, own, *how, model=model)
         frozen, trained = split_blocks(self.trunk, trained_blocks, self.name)
         self.frozen = nn.Sequential(*frozen)
-        self.folded = fold(self.frozen, self.precision)
+        self.folded = fold(self.frozen, self.precision, self.model.folds)
         sizes = [size for size in (self.image_size, self.coarse_size) if size]
         with torch.inference_mode():
             shapes = [self.grid_of(self.blank(size)).shape[1:] for size in sizes]
@@ -301,9 +312,13 @@ class Tail(nn.Module):
         looks = features.squeeze(1).split([math.prod(shape) for shape in self.shapes], dim=1)
         pairs = zip(looks, self.shapes, strict=True)
         grids = (look.unflatten(1, shape) for look, shape in pairs)
-        return side_by_side(
-            [self.blocks(grid.contiguous(memory_format=torch.channels_last)) for grid in grids]
-        )
+        return side_by_side([self.blocks(channels_last(grid)) for grid in grids])
+
+
+def channels_last(features):
+    """A grid (N, F, h, w) laid out as it is computed fastest; tokens (N, L, F) as they are."""
+    four_axes = features.ndim == 4
+    return features.contiguous(memory_format=torch.channels_last) if four_axes else features
 
 
 class Stem:
@@ -312,6 +327,7 @@ class Stem:
     def __init__(self, encoder):
         self.encoder, self.grid, self.parts = encoder, [1, 1], [self]
         self.name, self.image_size = encoder.name, encoder.image_size
+        self.interpolation = encoder.interpolation
         self.batch_size = encoder.batch_size
         self.channels = sum(map(math.prod, encoder.tail.shapes))  # D
 
@@ -367,6 +383,7 @@ class SideBySideEncoder(nn.Module):
         self.tail, self.from_checkpoint = nn.Identity(), False
         self.name = "+".join(encoder.name for encoder in encoders)
         self.image_size, self.batch_size = encoders[0].image_size, encoders[0].batch_size
+        self.interpolation = encoders[0].interpolation
         self.channels = sum(encoder.channels for encoder in encoders)
         self.grid = max((encoder.grid for encoder in encoders), key=math.prod)
 
@@ -435,9 +452,10 @@ def open_encoder(options, hardware, checkpoint=None, initial=None):
     stored = checkpoint["encoder"] if checkpoint else {}
     if initial and initial["encoder"]["name"] == wanted.encoder:
         stored, path = initial["encoder"], options.training.init_from
-    from_checkpoint = stored.get("weights") is not None and "encoder_weights" not in options.typed
+    typed = {"encoder_weights", "clip_model"} & options.typed
+    from_checkpoint = stored.get("weights") is not None and not typed
     states = split_weights(stored["weights"], wanted.encoder) if from_checkpoint else None
-    encoder = build_encoder(options, hardware, states, path)
+    encoder = build_encoder(options, hardware, states, path, {} if typed else stored)
     encoder.from_checkpoint |= from_checkpoint
     key = encoder.key()
     if from_checkpoint and key["weights_sha256"] != stored["weights_sha256"]:
@@ -457,19 +475,41 @@ def open_encoder(options, hardware, checkpoint=None, initial=None):
     return encoder.to(hardware.device)
 
 
-def build_encoder(options, hardware, stored=None, path=None):
-    """The encoder that --encoder names, on the CPU. `stored`: each one's state dict, from the checkpoint at `path`."""
+def encoder_rows(options, stored):
+    """The EncoderModel of each encoder that --encoder joins. stored: a checkpoint's record of them, or {}."""
+    names, _ = encoder_parts(options.features)
+    records = stored.get("parts", [stored])
+    if len(records) != len(names):  # then it is not a record of these, as their hash will show
+        records = [{}] * len(names)
+    pooled = not decoder_class(options.as_dict()).reads_grid
+    return [
+        hub_encoders.find_model(
+            name, options.features.clip_model, pooled=pooled, stored=record.get("configuration")
+        )
+        for name, record in zip(names, records, strict=True)
+    ]
+
+
+def build_encoder(options, hardware, stored=None, path=None, record=MappingProxyType({})):
+    """The encoder that --encoder names, on the CPU.
+
+    stored: each one's state dict, from the checkpoint at `path`; record: what it says of its encoder.
+    """
     wanted, seed = options.features, options.run.seed
     names, sources = encoder_parts(wanted)
-    states = stored or map(load_encoder_weights, names, sources, itertools.repeat(seed))
+    models = encoder_rows(options, record)
+    seeds = itertools.repeat(seed)
+    states = stored or map(load_encoder_weights, names, sources, seeds, models)
     sources = [path] * len(names) if stored else sources
-    size = wanted.image_size or max(find_model(name).image_size for name in names)
+    size = wanted.image_size or max(model.image_size for model in models)
     batch_size = wanted.encode_batch_size or ENCODE_BATCH_SIZES[hardware.device.type]
-    settings = (hardware.precision, size, wanted.coarse_size, batch_size)
+    scaled_by = models[0].interpolation  # all see the same pixels
+    settings = (hardware.precision, size, wanted.coarse_size, batch_size, scaled_by)
     kind = Encoder
     if trained_blocks := options.training.fine_tune_encoder:
         kind = functools.partial(FineTunedEncoder, trained_blocks=trained_blocks)
-    encoders = [kind(*part, *settings) for part in zip(names, states, sources, strict=True)]
+    parts = zip(names, states, sources, models, strict=True)
+    encoders = [kind(*part, *settings, model=model) for *part, model in parts]
     return SideBySideEncoder(encoders) if len(encoders) > 1 else encoders[0]
 
 
@@ -1018,8 +1058,10 @@ class Captioner:
     def encode(self, images):
         """Features of images as `caption` takes them, as the stem gives them."""
         if not isinstance(images, torch.Tensor):
-            every = [range(len(images))]
-            (images,) = image_loading.load_batches(images, self.encoder.image_size, every)
+            every, encoder = [range(len(images))], self.encoder
+            (images,) = image_loading.load_batches(
+                images, encoder.image_size, every, interpolation=encoder.interpolation
+            )
         with torch.inference_mode():
             return self.encoder(images)
 
@@ -1192,8 +1234,10 @@ def described(captioner, splits):
 def in_common(path, checkpoint):
     """What the members of an ensemble must have in common."""
     encoder, splits = checkpoint["encoder"], caption_splits.stored_splits(path, checkpoint)
+    parts = encoder.get("parts", [encoder])
+    own = [part["configuration"] for part in parts if "configuration" in part]
     return {
-        "encoder": [encoder["weights_sha256"], encoder["channels"]],
+        "encoder": [encoder["weights_sha256"], encoder["channels"], *own],
         "image size": [encoder["image_size"], encoder.get("coarse_size")],
         "split": caption_splits.splits_sha256(splits),
         "vocabulary": checkpoint["vocabulary"],
@@ -2185,7 +2229,10 @@ def caption(options, hardware, checkpoint):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     workers = options.run.num_workers if len(paths) > DECODE_CHUNK else 0
-    chunks = image_loading.decode_images(paths, captioner.encoder.image_size, DECODE_CHUNK, workers)
+    encoder = captioner.encoder
+    chunks = image_loading.decode_images(
+        paths, encoder.image_size, DECODE_CHUNK, workers, encoder.interpolation
+    )
     status, drawn = 0, 0
     for positions, pixels, reasons in chunks:
         for position, reason in reasons.items():

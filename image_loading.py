@@ -369,15 +369,18 @@ def open_images(paths: Sequence[Path] | Sequence[ShardImage]) -> Iterator[Image.
 
 
 def load_image(
-    path: str | Path | ShardImage, size: int, content: bytes | None = None
+    path: str | Path | ShardImage,
+    size: int,
+    content: bytes | None = None,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """The whole image, squashed to the square that encoders take: (size, size, 3) uint8.
 
-    Raises: as `open_image`.
+    interpolation: one of Pillow's by name. Raises: as `open_image`.
     """
     image = open_image(path, content, size)
     if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
+        image = image.resize((size, size), Image.Resampling[interpolation.upper()])
     return np.array(image)
 
 
@@ -445,14 +448,14 @@ def _content_digest(path: Path) -> int:
 class ImageFiles(torch.utils.data.Dataset):
     """Position -> (position, (3, size, size) uint8 pixels), or (position, why it is unreadable)."""
 
-    def __init__(self, paths: Sequence[Path], size: int):
-        self.paths, self.size = paths, size
+    def __init__(self, paths: Sequence[Path], size: int, interpolation: str = "bilinear"):
+        self.paths, self.how = paths, {"size": size, "interpolation": interpolation}
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, position: int):
-        return position, _pixels_or_reason(self.paths[position], self.size)
+        return position, _pixels_or_reason(self.paths[position], **self.how)
 
     def __getitems__(self, positions: Sequence[int]) -> list:
         """A batch's items in their order: by threads, unless this is one of several processes.
@@ -474,8 +477,8 @@ class ShardImages(torch.utils.data.IterableDataset):
     left out.
     """
 
-    def __init__(self, images: Sequence[ShardImage], size: int):
-        self.images, self.size = images, size
+    def __init__(self, images: Sequence[ShardImage], size: int, interpolation: str = "bilinear"):
+        self.images, self.how = images, {"size": size, "interpolation": interpolation}
         self.urls = images[0].shards.urls[process_group.rank() :: process_group.world_size()]
 
     def __iter__(self):
@@ -485,14 +488,18 @@ class ShardImages(torch.utils.data.IterableDataset):
         try:
             for name, content in read(urls, position_of):
                 position = position_of[name]
-                yield position, _pixels_or_reason(self.images[position], self.size, content)
+                yield position, _pixels_or_reason(self.images[position], content, **self.how)
         except (OSError, ValueError) as error:
             # an item, because torch would add the worker's traceback to an exception
             yield None, str(error)
 
 
 def decode_images(
-    paths: Sequence[Path] | Sequence[ShardImage], image_size: int, batch_size: int, num_workers: int
+    paths: Sequence[Path] | Sequence[ShardImage],
+    image_size: int,
+    batch_size: int,
+    num_workers: int,
+    interpolation: str = "bilinear",
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
     """This process's share of the images, batch by batch.
 
@@ -501,12 +508,12 @@ def decode_images(
     Raises: OSError when a shard cannot be read.
     """
     if in_shards(paths):
-        dataset = ShardImages(paths, image_size)
+        dataset = ShardImages(paths, image_size, interpolation)
         batches = _data_loader(dataset, min(num_workers, len(dataset.urls)), batch_size=batch_size)
     else:
         ranges = _split(len(paths), batch_size)
         local_ranges = ranges[process_group.rank() :: process_group.world_size()]
-        batches = _file_loader(paths, image_size, local_ranges, num_workers)
+        batches = _file_loader(paths, image_size, local_ranges, num_workers, interpolation)
     for positions, pixels, reasons in batches:
         if None in reasons:
             raise OSError(reasons[None])
@@ -518,13 +525,15 @@ def load_batches(
     image_size: int,
     batches_of_rows: Sequence[Sequence[int]],
     num_workers: int = 0,
+    interpolation: str = "bilinear",
 ) -> Iterator[torch.Tensor]:
     """Pixels (n, 3, image_size, image_size) uint8 for each batch of positions in `paths`, in order.
 
     Raises: ValueError naming the first image that cannot be read.
     """
     batches = [torch.as_tensor(rows).tolist() for rows in batches_of_rows]
-    for _, pixels, reasons in _file_loader(paths, image_size, batches, num_workers):
+    loader = _file_loader(paths, image_size, batches, num_workers, interpolation)
+    for _, pixels, reasons in loader:
         for position, reason in reasons.items():
             raise ValueError(f"{paths[position]}: {reason}")
         yield torch.from_numpy(pixels)
@@ -564,17 +573,21 @@ def _split(count: int, batch_size: int) -> list[range]:
     return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
 
 
-def _pixels_or_reason(path, size, content=None):
+def _pixels_or_reason(path, content=None, **how):
     try:
-        return load_image(path, size, content).transpose(2, 0, 1)
+        return load_image(path, content=content, **how).transpose(2, 0, 1)
     except ValueError as error:
         return str(error).removeprefix(f"{path}: ")
 
 
 def _file_loader(
-    paths: Sequence[Path], size: int, batches: Sequence[Sequence[int]], num_workers: int
+    paths: Sequence[Path],
+    size: int,
+    batches: Sequence[Sequence[int]],
+    num_workers: int,
+    interpolation: str = "bilinear",
 ) -> DataLoader:
-    dataset = ImageFiles(paths, size)
+    dataset = ImageFiles(paths, size, interpolation)
     return _data_loader(dataset, min(num_workers, len(batches)), batch_sampler=batches)
 
 

@@ -567,6 +567,8 @@ def test_a_model_to_begin_with_whose_options_are_unusable_is_named():
          "--fine_tune_encoder takes one encoder, not resnet18+mobilenet_v2"),
         ("--fine_tune_encoder 2 --fine_tune_after 10",
          "--fine_tune_after 10 must be below --epochs 10"),
+        ("--encoder clip --viz_method gradient --save_attention_viz",
+         "--viz_method gradient: --decoder lstm reads the pooled token of --encoder clip, which has no cells"),
         ("--fine_tune_encoder 2 --distill_from a.pt",
          "--distill_from: its teachers do not know an encoder that --fine_tune_encoder changes"),
         ("--fine_tune_encoder 2 --rerank consensus",

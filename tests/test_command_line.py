@@ -349,6 +349,14 @@ def encoder_weights_come_from_the_file(flag="--encoder_weights"):
     assert not torch.equal(other, state["conv1.0.weight"])
 
 
+def clip_model_is_the_folder_of_the_encoder():
+    hub = pytest.importorskip("test_hub_encoders")  # skips without requirements-hub.txt
+    Path("dino").mkdir()
+    hub.save_folder("dino", "dinov2")
+    encoder = ready("--encoder clip --encoder_weights imagenet --clip_model dino").captioner.encoder
+    assert encoder.key()["configuration"]["vision"]["model_type"] == "dinov2"
+
+
 def image_size_is_what_the_encoder_sees():
     run = ready(ATTENTION, "--image_size 96")
     assert run.captioner.encoder.image_size == 96 and run.captioner.encoder.grid == [3, 3]
@@ -1180,6 +1188,7 @@ FLAG_EFFECTS = {
     "--max_train_images": max_train_images_leaves_the_rest_out,
     "--max_val_images": max_val_images_leaves_the_rest_out,
     "--encoder": encoder_is_built_by_name,
+    "--clip_model": clip_model_is_the_folder_of_the_encoder,
     "--encoder_weights": encoder_weights_come_from_the_file,
     "--resnet_weights": functools.partial(encoder_weights_come_from_the_file, "--resnet_weights"),
     "--cache_dir": cache_dir_holds_the_features,
@@ -1518,6 +1527,7 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
         "--attention_viz_samples needs --save_attention_viz",
     "--decoder attention --viz_scale word": "--viz_scale needs --save_attention_viz",
     "--decoder attention --viz_format pdf": "--viz_format needs --save_attention_viz",
+    "--clip_model folder": "--clip_model belongs to --encoder clip, not resnet50",
     "--no_feature_cache --cache_dir x": "--cache_dir does nothing with --no_feature_cache",
     "--no_feature_cache --cache_dtype float32":
         "--cache_dtype does nothing with --no_feature_cache",

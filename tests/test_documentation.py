@@ -20,6 +20,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 OTHER_FLAGS = {
     "torchrun": "standalone nproc_per_node nnodes node_rank rdzv_backend rdzv_endpoint",
     "pip": "index-url",
+    "hf": "local-dir",
     "ruff": "check",
     "tensorboard": "logdir",
     "download_datasets.py": "dataset data_dir entities force verify_only",
@@ -104,6 +105,7 @@ NUMBER_OF_COMMANDS = {
     "README.md": 9,
     "DATA.md": 1,
     "EXPERIMENTS.md": 9,
+    "HUB.md": 3,
     "PERFORMANCE.md": 1,
     "RESULTS.md": 23,
     "TRAINING.md": 14,

@@ -179,16 +179,16 @@ BUILT = {}  # the attributes of encoders by their weights, name and geometry
 def share_encoders(patch):
     """Building one takes half of a run here, and it is frozen: runs with the same weights share it."""
 
-    def build(encoder, name, state, source, *geometry):
+    def build(encoder, name, state, source, *geometry, model=None):
         if type(encoder) is not fic.Encoder:  # it learns
-            return BUILD_ENCODER(encoder, name, state, source, *geometry)
+            return BUILD_ENCODER(encoder, name, state, source, *geometry, model=model)
         try:
             weights = ((part, hash(value.numpy().tobytes())) for part, value in state.items())
-            key = name, *geometry, *weights
+            key = name, repr(model and model.configuration), *geometry, *weights
         except (AttributeError, TypeError):  # no weights, which is for the program to say
             key = object()
         if key not in BUILT:
-            BUILD_ENCODER(encoder, name, state, source, *geometry)
+            BUILD_ENCODER(encoder, name, state, source, *geometry, model=model)
             BUILT[key] = vars(encoder)
         vars(encoder).update({part: copy.copy(value) for part, value in BUILT[key].items()})
         return None

@@ -34,7 +34,7 @@ class FakeEncoder:
     `images`: how many it was given.
     """
 
-    grid, channels, image_size, weights = [2, 2], 3, 8, "0"
+    grid, channels, image_size, weights, interpolation = [2, 2], 3, 8, "0", "bilinear"
 
     def __init__(self, break_after=None, error=None, overflow=None, seconds=0.0):
         """overflow: (grey level, the value one of its features takes)."""

@@ -276,10 +276,10 @@ def test_pictures_of_a_batch_are_decoded_at_the_same_time_in_their_order(tmp_pat
     paths, meeting = [*grey_images(tmp_path, 6), tmp_path / "none.png"], threading.Barrier(2)
     original = image_loading.load_image
 
-    def load_image(path, size, content=None):
+    def load_image(path, size, content=None, interpolation="bilinear"):
         if path in paths[:2]:
             meeting.wait(timeout=60)  # fails unless two threads are in here
-        return original(path, size, content)
+        return original(path, size, content, interpolation)
 
     monkeypatch.setattr(image_loading, "available_cpus", lambda: 3)
     monkeypatch.setattr(image_loading, "load_image", load_image)
