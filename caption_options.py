@@ -255,21 +255,15 @@ class Given:
         return iter(())
 
 
-class Joined:
-    """What an option needs of --encoder: that it names this one, alone or among others."""
-
-    def __init__(self, name):
-        self.name = name
+class Joined(tuple):
+    """What an option needs of --encoder: that it names one of these, alone or among others."""
 
     def __contains__(self, value):
-        return self.name in value.split("+")
-
-    def __iter__(self):
-        return iter((self.name,))
+        return not set(self).isdisjoint(value.split("+"))
 
 
 GIVEN = Given()
-CLIP = {"encoder": Joined("clip")}
+CLIP = {"encoder": Joined(["clip"])}
 ATTENTION = {"decoder": ("attention",)}
 BEFORE_EACH_WORD = ATTENTION | {"attention": ("additive", "multi_head")}
 WITH_HEADS = ATTENTION | {"attention": ("multi_head", "adaptive")}
@@ -547,6 +541,9 @@ OUTPUT = {
     "images": Option(str, (),
         "pictures, and folders of pictures",
         "FILE_OR_FOLDER", (CAPTION,), stored=OWN, several=True),
+    "clip_score": Option(str, None,
+        "CLIP of the Hugging Face hub, or the folder of one, that judges captions: CLIPScore and RefCLIPScore "
+        "beside the other scores", "NAME|FOLDER", (TEST,), stored=OWN),
     "runs": Option(str, (),
         "folders of runs to compare, or folders that runs lie below", "RUN", (COMPARE,), stored=OWN, several=True),
     "json": Option(bool, False, "one JSON object per line", modes=(CAPTION, COMPARE), stored=OWN),
@@ -863,11 +860,14 @@ def check_paths(typed):
             raise ValueError(
                 f"--{package} needs the package {package}: pip install -r requirements-tracking.txt"
             )
-    for name in typed.get("encoder", "").split("+"):
-        package = hub_package(name)
+    wanted = {
+        f"--encoder {name}": hub_package(name) for name in typed.get("encoder", "").split("+")
+    }
+    wanted |= {"--clip_score": "transformers"} if "clip_score" in typed else {}
+    for asked, package in wanted.items():
         if package and importlib.util.find_spec(package) is None:
             raise ValueError(
-                f"--encoder {name} needs the package {package}: pip install -r requirements-hub.txt"
+                f"{asked} needs the package {package}: pip install -r requirements-hub.txt"
             )
     device = typed.get("device", "auto")
     if device != "auto" and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device):
@@ -1168,8 +1168,7 @@ def check_maps(values, method_typed):
         raise ValueError(f"--{asked} belongs to --decoder attention, not {without}: {hint}")
     if values["viz_method"] == "gradient" and decoder == "lstm" and values["encoder"] == "clip":
         raise ValueError(
-            "--viz_method gradient: --decoder lstm reads the pooled token of --encoder clip, which has no "
-            "cells to map: take --decoder attention, or join another encoder"
+            "--viz_method gradient: --decoder lstm reads the pooled token of --encoder clip, which has no cells"
         )
     if method_typed and not drawn and mode != TEST:
         raise ValueError(f"--viz_method needs --save_attention_viz in --mode {mode}")

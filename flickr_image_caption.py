@@ -67,6 +67,7 @@ import caption_data
 import caption_report
 import caption_splits
 import checkpoints
+import clip_score
 import consensus
 import decoding_tuning
 import experiment_utils
@@ -2058,6 +2059,7 @@ def test_checkpoint(options, hardware, checkpoint):
     """Caption a whole split without reference tokens and score it. Returns the scores as written."""
     started, folder = time.perf_counter(), output_folder(options)
     check_cache_dir(options.features)
+    judge = open_judge(options, hardware)
     dataset = open_dataset(options, checkpoint)
     captioner = open_captioner(options, hardware, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
@@ -2078,6 +2080,11 @@ def test_checkpoint(options, hardware, checkpoint):
     chunks = first_features(features, number, "mapping by gradients")
     best = [*captioner.with_maps(method, chunks, best[:number]), *best[number:]]
     scores, rows = score_split(captioner, dataset, table, best, boxes)
+    if judge:
+        texts = [row["caption"] for row in rows]
+        by_clip, each = judge.score(features.paths, texts, table.captions.tolist())
+        scores |= by_clip
+        rows = [row | own for row, own in zip(rows, each, strict=True)]
     if best[0].attention is not None:
         measured = measure_attention(captioner, features, best, options.run.seed)
         scores["attention"] = {"method": method} | scores.get("attention", {}) | measured
@@ -2095,6 +2102,7 @@ def test_checkpoint(options, hardware, checkpoint):
         "rerank": captioner.reranker and options.rerank._asdict(),
         "seed": options.run.seed,
         "checkpoint": options.run.model_path,
+        "clip_score": options.output.clip_score,
         "ensemble": options.output.ensemble,
         "wall_time_seconds": time.perf_counter() - started,
     }
@@ -2124,6 +2132,12 @@ def print_scores(folder, captioner, scores, options):
     if scores["duller"]:
         print(f"since the last test here: {scores['duller']}")
     print(f"written: {folder / f'{split}_metrics.json'} and {split}_captions.json")
+
+
+def open_judge(options, hardware):
+    """The clip_score.ClipJudge that --clip_score names, or None."""
+    source = options.output.clip_score
+    return clip_score.ClipJudge(source, hardware.device) if source else None
 
 
 def open_boxes(dataset, table):

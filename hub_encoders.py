@@ -391,7 +391,19 @@ def new_transformer(vision):
 
 
 def load_transformer(folder, vision):
-    """The trained model of a folder. Raises: ValueError where its weights are not all there."""
+    """The trained vision model of a folder. Raises: ValueError where its weights are not all there."""
+    import transformers
+
+    kind = KINDS[vision["model_type"]]
+    config = getattr(transformers, kind.config)(**{name: vision[name] for name in kind.fields})
+    return read_pretrained(getattr(transformers, kind.model), folder, "--clip_model", config=config)
+
+
+def read_pretrained(model_class, folder, flag, **how):
+    """A class of transformers with the weights of a folder, in evaluation mode; nothing in it is run.
+
+    Raises: ValueError that begins with flag and folder where its weights are not all there.
+    """
     import pickle
 
     import transformers
@@ -399,30 +411,27 @@ def load_transformer(folder, vision):
 
     from checkpoints import UNREADABLE
 
-    kind = KINDS[vision["model_type"]]
-    config = getattr(transformers, kind.config)(**{name: vision[name] for name in kind.fields})
     if not has_weights(folder):
-        raise ValueError(f"--clip_model {folder}: no weights: the folder needs {NEEDED}")
+        raise ValueError(f"{flag} {folder}: no weights: the folder needs {NEEDED}")
     try:
         with Quietly(transformers):
-            model, report = getattr(transformers, kind.model).from_pretrained(
+            model, report = model_class.from_pretrained(
                 folder,
-                config=config,
                 local_files_only=True,
                 trust_remote_code=False,
                 weights_only=True,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=False,
+                **how,
             )
     except (OSError, pickle.UnpicklingError, SafetensorError, *UNREADABLE) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"--clip_model {folder}: its weights cannot be read as those of its config.json "
-            f"({reason})"
+            f"{flag} {folder}: its weights cannot be read as those of its config.json ({reason})"
         ) from error
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"--clip_model {folder}: its weights lack {missing[0]}")
+        raise ValueError(f"{flag} {folder}: its weights lack {missing[0]}")
     return model
 
 

@@ -501,7 +501,8 @@ def scores_table(scores):
         if scores[name] is not None:
             value = f"{scores[name]:.4f}  [{low:.4f}, {high:.4f}]"
         lines.append(f"  {name + ' 1.5' * (name == 'METEOR'):17}{value}")
-    plain = ("caption_length", "vocabulary_used", "share_unique", "share_copied", "share_cut")
+    plain = ("CLIPScore", "RefCLIPScore", "caption_length", "vocabulary_used", "share_unique")
+    plain += ("share_copied", "share_cut")
     lines += [f"  {name:17}{scores[name]:.4g}" for name in plain if scores.get(name) is not None]
     return "\n".join(lines + _attention_lines(scores.get("attention", {})))
 

@@ -42,7 +42,8 @@ NOTABLE = 0.05  # of the value before: a smaller change of one of them is not wo
 
 # Where a test's JSON holds the numbers that are compared with other tests'.
 _PLAIN = ("caption_length", "vocabulary_used", "share_unique", "share_copied", "share_cut")
-HEADLINES = {name: (name,) for name in (*metrics_utils.METRIC_NAMES, *_PLAIN)}
+_BY_CLIP = ("CLIPScore", "RefCLIPScore")
+HEADLINES = {name: (name,) for name in (*metrics_utils.METRIC_NAMES, *_BY_CLIP, *_PLAIN)}
 HEADLINES["rare_recall"] = ("details", "rare_recall")
 HEADLINES |= {f"unsupported_{k}": ("details", "unsupported", k, "captions") for k in KINDS}
 HEADLINES |= {name: ("attention", name) for name in ("peak_in_box", "noun_deletion_ratio")}

@@ -357,6 +357,19 @@ def clip_model_is_the_folder_of_the_encoder():
     assert encoder.key()["configuration"]["vision"]["model_type"] == "dinov2"
 
 
+def clip_score_judges_the_captions():
+    clip = pytest.importorskip("test_clip_score")  # skips without requirements-hub.txt
+    Path("judge").mkdir()
+    clip.save_clip("judge")
+    lstm = Path("data").resolve().parent / "lstm/best.pt"
+    table = succeed("--mode test --clip_score judge --output_dir out --model_path", lstm)
+    scores, rows = read_json("out/test_metrics.json"), read_json("out/test_captions.json")
+    for name in ("CLIPScore", "RefCLIPScore"):
+        assert f"  {name:17}{scores[name]:.4g}\n" in table
+        mean = sum(row[name] for row in rows) / len(rows)
+        assert scores[name] == pytest.approx(mean, abs=1e-6) and mean > 0
+
+
 def image_size_is_what_the_encoder_sees():
     run = ready(ATTENTION, "--image_size 96")
     assert run.captioner.encoder.image_size == 96 and run.captioner.encoder.grid == [3, 3]
@@ -1267,6 +1280,7 @@ FLAG_EFFECTS = {
     "--num_captions": num_captions_are_printed,
     "--split": split_chooses_the_images,
     "--images": images_are_captioned_and_json_is_json,
+    "--clip_score": clip_score_judges_the_captions,
     "--runs": runs_are_compared,
     "--tensorboard": backends_hear_of_the_run,
     "--wandb": backends_hear_of_the_run,

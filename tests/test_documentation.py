@@ -105,7 +105,7 @@ NUMBER_OF_COMMANDS = {
     "README.md": 9,
     "DATA.md": 1,
     "EXPERIMENTS.md": 9,
-    "HUB.md": 3,
+    "HUB.md": 4,
     "PERFORMANCE.md": 1,
     "RESULTS.md": 23,
     "TRAINING.md": 14,

@@ -735,6 +735,7 @@ class BothEdges:
 
     def __init__(self):
         self.parts, self.image_size, self.batch_size = [LeftEdge(), RightEdge()], 8, 3
+        self.interpolation = "bilinear"
 
     def join(self, features):
         return torch.cat(features, dim=-1)
