@@ -10,6 +10,7 @@ Nothing here knows a model: ids mean words only. Axes: N images, B captions, T s
 import array
 import functools
 import itertools
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -30,6 +31,8 @@ UNSPACED = regex.compile(
 # direction marks and the like; joiners belong to words
 INVISIBLE = regex.compile(r"(?V1)[\p{Cf}--[\u200c\u200d]]")
 BOUNDARY = "<|endoftext|>"  # GPT-2's only special token
+CROP_AREA = 0.5  # least share of an image that a random crop shows
+CROP_DRAWS = 2**40  # added to an epoch's number, so that crops do not depend on what is mirrored
 WORD = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")  # what a stored vocabulary may hold
 
 
@@ -313,6 +316,19 @@ class CaptionBatches:
     def mirrored(self, epoch: int) -> torch.Tensor:
         """(images,) bool: which are seen mirrored in an epoch, each with probability 1/2."""
         return torch.rand(len(self.counts), generator=self._generator(epoch)) < 0.5
+
+    def crops(self, epoch: int) -> torch.Tensor:
+        """(images, 4) left, top, width, height of the part that is seen in an epoch, as shares of the image.
+
+        Its area is drawn between CROP_AREA and all, and its sides' ratio is changed by at most a third,
+        as torchvision's RandomResizedCrop does, but by the epoch's generator: a resumed run sees the same.
+        """
+        generator = self._generator(epoch + CROP_DRAWS)
+        draws = torch.rand(len(self.counts), 4, generator=generator)
+        area = CROP_AREA + (1 - CROP_AREA) * draws[:, 0]
+        ratio = torch.exp((2 * draws[:, 1] - 1) * math.log(4 / 3))
+        sides = torch.stack([area * ratio, area / ratio], dim=1).sqrt().clamp(max=1)
+        return torch.cat([draws[:, 2:] * (1 - sides), sides], dim=1)
 
     def num_left(self, start: int) -> int:
         """How many batches an epoch has from caption number `start` on."""

@@ -444,6 +444,10 @@ TRAINING = {
     "fine_tune_after": Option(COUNT, 0,
         "epochs before --fine_tune_encoder begins, while the decoder alone learns",
         "EPOCHS", (TRAIN,), FINE_TUNED),
+    "random_crop": Option(bool, False,
+        "while --fine_tune_encoder learns, see another part of each training image in every epoch, half of its "
+        "area or more; training images are encoded anew for it, past the cache",
+        modes=(TRAIN,), needs=FINE_TUNED),
     "weight_decay": Option(NOT_NEGATIVE, 0.0,
         "AdamW's decoupled decay of the weight matrices; embeddings and biases do not decay",
         modes=(TRAIN,)),

@@ -160,7 +160,7 @@ def create_run_dir(model_save_dir, config, timestamp=None):
     one second: the later one gets `_2`, `_3`, ... `timestamp` is the local time unless given as
     `YYYYMMDD_HHMMSS`.
     """
-    encoder = {"resnet50": "resnet"}.get(config["encoder"], config["encoder"])
+    encoder = {"resnet50": "resnet"}.get(config["encoder"], config["encoder"]).replace("/", "_")
     family = Path(model_save_dir) / config["dataset_type"] / f"{encoder}_{config['decoder']}"
     family.mkdir(parents=True, exist_ok=True)
     name = run_name(config, timestamp or time.strftime(TIMESTAMP_FORMAT))

@@ -128,13 +128,15 @@ class FeatureSource:
             features = features.to(self.device) if features.nbytes <= free / 2 else features
         return features, unreadable
 
-    def stream(self, batches_of_rows, mirror=None):
+    def stream(self, batches_of_rows, mirror=None, crops=None):
         """For each batch of positions (n,) in `paths`: features (n, P, F) float32 on the device.
 
         P = 1 if pooled. `mirror`: (images,) bool, which are to be mirrored; None: none.
+        `crops`: (images, 4), the part of each that is seen, before it is mirrored, as
+        `image_loading.load_image` takes it; past the cache, which holds whole ones. None: all.
         """
-        if self.features is None:
-            yield from self._encoded(batches_of_rows, mirror)
+        if self.features is None or crops is not None:
+            yield from self._encoded(batches_of_rows, mirror, crops)
             return
         for rows in batches_of_rows:
             features = self._read(self.features, rows)
@@ -150,13 +152,12 @@ class FeatureSource:
             return features.index_select(0, to_device(rows, features.device)).float()
         return to_device(features[rows], self.device).float()
 
-    def _encoded(self, batches_of_rows, mirror):
+    def _encoded(self, batches_of_rows, mirror, crops=None):
         """As `stream`, without a cache."""
         batches = list(batches_of_rows)
         encoder = self.encoder
-        loader = image_loading.load_batches(
-            self.paths, encoder.image_size, batches, self.num_workers, encoder.interpolation
-        )
+        how = (self.num_workers, encoder.interpolation, crops)
+        loader = image_loading.load_batches(self.paths, encoder.image_size, batches, *how)
         for rows, images in zip(batches, loader, strict=True):
             if mirror is not None:
                 images[mirror[rows]] = images[mirror[rows]].flip(-1)

@@ -1379,11 +1379,13 @@ class Split:
         decisive = [self.batches.seed, self.table.image.tolist(), self.batches.counts.tolist()]
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
-    def epoch(self, epoch, start=0, shuffle=True, mirror=False):
+    def epoch(self, epoch, start=0, shuffle=True, mirror=False, crop=False):
         """Yield (batch, features (N, P, F)) of an epoch from caption number `start` on."""
         batches, ahead = itertools.tee(self.batches.epoch(epoch, start, shuffle))
         mirrored = self.batches.mirrored(epoch) if mirror else None
-        features = self.features.stream((batch.image_rows for batch in ahead), mirrored)
+        crops = {"crops": self.batches.crops(epoch)} if crop else {}
+        rows = (batch.image_rows for batch in ahead)
+        features = self.features.stream(rows, mirrored, **crops)
         return zip(batches, features, strict=True)
 
 
@@ -1553,9 +1555,10 @@ def begin_epoch(run):
     loop = run.state.loop
     run.state.begin_epoch(run.options.training.scst_learning_rate)
     run.captioner.decoder.train()
-    flip = run.options.training.horizontal_flip
-    batches = run.training.batches
-    steps = run.training.epoch(loop["epoch"], start=loop["captions"], mirror=flip)
+    training, batches = run.options.training, run.training.batches
+    learns = loop["epoch"] >= training.fine_tune_after
+    how = {"mirror": training.horizontal_flip, "crop": training.random_crop and learns}
+    steps = run.training.epoch(loop["epoch"], start=loop["captions"], **how)
     left = batches.num_left(loop["captions"])
     return epoch_progress(run, "", steps, left, "captions", batches.batch_size)
 
@@ -1692,7 +1695,9 @@ def set_up(options, hardware, checkpoint=None):
         warn_of_seen_images(initial, dataset, options)
     encoder = open_encoder(options, hardware, checkpoint, initial)
     open_split = functools.partial(open_features, options, hardware, encoder, dataset)
-    flip = options.training.horizontal_flip
+    fine_tuning = options.training
+    cropped = fine_tuning.random_crop and not fine_tuning.fine_tune_after  # in every epoch
+    flip = fine_tuning.horizontal_flip and not cropped
     table, features = open_split("train", decoder_type.reads_grid, mirrored=flip)
     val_table, val_features = open_split("val", needs_grid(decoder_type, options))
     texts = list(itertools.chain.from_iterable(table.captions))

@@ -373,14 +373,25 @@ def load_image(
     size: int,
     content: bytes | None = None,
     interpolation: str = "bilinear",
+    box: Sequence[float] | None = None,
 ) -> np.ndarray:
     """The whole image, squashed to the square that encoders take: (size, size, 3) uint8.
 
-    interpolation: one of Pillow's by name. Raises: as `open_image`.
+    Args:
+        interpolation: one of Pillow's by name.
+        box: left, top, width, height of a part to be seen instead, as shares of the image's sides.
+    Raises: as `open_image`.
     """
-    image = open_image(path, content, size)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling[interpolation.upper()])
+    if box is None:
+        image, part = open_image(path, content, size), None
+    else:
+        left, top, width, height = box
+        image = open_image(path, content, math.ceil(size / min(width, height)))
+        across, down = image.size
+        right, bottom = min(left + width, 1) * across, min(top + height, 1) * down
+        part = (left * across, top * down, right, bottom)
+    if part or image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling[interpolation.upper()], part)
     return np.array(image)
 
 
@@ -448,14 +459,23 @@ def _content_digest(path: Path) -> int:
 class ImageFiles(torch.utils.data.Dataset):
     """Position -> (position, (3, size, size) uint8 pixels), or (position, why it is unreadable)."""
 
-    def __init__(self, paths: Sequence[Path], size: int, interpolation: str = "bilinear"):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: int,
+        interpolation: str = "bilinear",
+        boxes: torch.Tensor | None = None,
+    ):
+        """boxes: (paths, 4), each image's as `load_image` takes it; None: whole images."""
         self.paths, self.how = paths, {"size": size, "interpolation": interpolation}
+        self.boxes = boxes
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, position: int):
-        return position, _pixels_or_reason(self.paths[position], **self.how)
+        part = {} if self.boxes is None else {"box": self.boxes[position].tolist()}
+        return position, _pixels_or_reason(self.paths[position], **self.how, **part)
 
     def __getitems__(self, positions: Sequence[int]) -> list:
         """A batch's items in their order: by threads, unless this is one of several processes.
@@ -526,13 +546,15 @@ def load_batches(
     batches_of_rows: Sequence[Sequence[int]],
     num_workers: int = 0,
     interpolation: str = "bilinear",
+    boxes: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Pixels (n, 3, image_size, image_size) uint8 for each batch of positions in `paths`, in order.
 
+    boxes: (paths, 4), the part of each image that is seen, as `load_image` takes it.
     Raises: ValueError naming the first image that cannot be read.
     """
     batches = [torch.as_tensor(rows).tolist() for rows in batches_of_rows]
-    loader = _file_loader(paths, image_size, batches, num_workers, interpolation)
+    loader = _file_loader(paths, image_size, batches, num_workers, interpolation, boxes)
     for _, pixels, reasons in loader:
         for position, reason in reasons.items():
             raise ValueError(f"{paths[position]}: {reason}")
@@ -586,8 +608,9 @@ def _file_loader(
     batches: Sequence[Sequence[int]],
     num_workers: int,
     interpolation: str = "bilinear",
+    boxes: torch.Tensor | None = None,
 ) -> DataLoader:
-    dataset = ImageFiles(paths, size, interpolation)
+    dataset = ImageFiles(paths, size, interpolation, boxes)
     return _data_loader(dataset, min(num_workers, len(batches)), batch_sampler=batches)
 
 

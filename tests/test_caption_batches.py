@@ -318,3 +318,15 @@ def test_sizes_stay_on_the_cpu_when_a_batch_goes_to_a_device():
     on_device = ["image_index", "caption_index", "inputs", "targets", "image_tokens", "token_place"]
     assert sorted(moved) == sorted(on_device)
     assert there.batch_sizes is batch.batch_sizes and there.num_tokens == batch.num_tokens
+
+
+def test_crops_lie_inside_the_image_and_show_half_of_it_or_more():
+    batches = CaptionBatches([[[5]]] * 2000, 4, 10, seed=1)
+    left, top, width, height = batches.crops(3).T
+    assert (left >= 0).all() and (left + width <= 1 + 1e-6).all()
+    assert (top >= 0).all() and (top + height <= 1 + 1e-6).all()
+    area, ratio = width * height, width / height
+    assert area.max() > 0.97 and area.min() > 0.5 - 1e-6
+    assert 0.7 < area.mean() < 0.8
+    assert (ratio < 4 / 3 + 1e-5).all() and (ratio > 3 / 4 - 1e-5).all()
+    assert abs(float(torch.corrcoef(torch.stack([left, batches.mirrored(3).float()]))[0, 1])) < 0.08

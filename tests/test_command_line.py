@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from small_runs import one_caption_each
@@ -498,6 +499,34 @@ def horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch():
         load(train(flags) / "best.pt")["history"][0] for flags in ("", "--horizontal_flip")
     )
     assert one["train_loss"] != other["train_loss"]
+
+
+def random_crop_shows_another_part_of_each_image_in_each_epoch():
+    """Past the cache, of training images alone, and once the encoder learns."""
+    run = ready(ATTENTION, "--fine_tune_encoder 2 --fine_tune_after 1 --random_crop --epochs 3")
+    source, batches, encoder = run.training.features, run.training.batches, run.captioner.encoder
+    rows, boxes = torch.arange(3), batches.crops(1)
+    seen = next(source.stream([rows], None, boxes))
+    assert torch.equal(boxes, batches.crops(1)) and not torch.equal(boxes, batches.crops(2))
+    for row, cropped in zip(rows.tolist(), seen, strict=True):
+        left, top, width, height = boxes[row].tolist()
+        with Image.open(source.paths[row]) as image:
+            across, down = image.size
+            part = (left * across, top * down, (left + width) * across, (top + height) * down)
+            pixels = image.convert("RGB").resize((224, 224), Image.Resampling.BILINEAR, box=part)
+        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+        torch.testing.assert_close(cropped, encoder.stem(image)[0], rtol=1e-3, atol=1e-3)
+    assert not torch.equal(seen, next(source.stream([rows])))
+    asked = []
+    stream = source.stream
+    source.stream = lambda rows, mirror=None, crops=None: (
+        asked.append(crops) or stream(rows, mirror, crops)
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        for epoch in (0, 1):
+            run.state.loop["epoch"] = epoch
+            fic.begin_epoch(run)
+    assert asked[0] is None and torch.equal(asked[1], batches.crops(1))
 
 
 def decoder_is_built_by_name():
@@ -1210,6 +1239,7 @@ FLAG_EFFECTS = {
     "--cache_dtype": cache_dtype_is_what_the_disk_holds,
     "--encode_batch_size": encode_batch_size_bounds_what_is_computed_together,
     "--no_feature_cache": no_feature_cache_stores_nothing,
+    "--random_crop": random_crop_shows_another_part_of_each_image_in_each_epoch,
     "--horizontal_flip": horizontal_flip_mirrors_half_of_the_training_images_anew_each_epoch,
     "--decoder": decoder_is_built_by_name,
     "--embed_size": sizes_reach_the_decoders,
@@ -1569,6 +1599,7 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
     "--rerank none --rerank_weight 2": "--rerank_weight belongs to --rerank consensus, not none",
     "--distill_weight 0.5": "--distill_weight needs --distill_from",
     "--freeze_embeddings": "--freeze_embeddings needs --glove_path",
+    "--random_crop": "--random_crop needs --fine_tune_encoder",
     "--encoder_learning_rate 1e-5": "--encoder_learning_rate needs --fine_tune_encoder",
     "--fine_tune_encoder 0 --fine_tune_after 1": "--fine_tune_after needs --fine_tune_encoder",
     "--scst_learning_rate 1e-5": "--scst_learning_rate needs --scst_epochs",

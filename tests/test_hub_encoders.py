@@ -319,7 +319,7 @@ def test_joined_with_another_encoder_each_cell_has_the_channels_of_both(folder, 
 @pytest.mark.parametrize("name", ["clip", "timm/test_vit"])
 def test_a_run_that_fine_tunes_goes_on_as_if_it_had_not_stopped(name, folder, shop):
     flags = f"{ATTENTION} {CLIP} --fine_tune_encoder 2 --encoder_learning_rate 0.01 --image_size 64"
-    flags += f" --encoder {name}"
+    flags += f" --encoder {name} --random_crop --horizontal_flip"
     flags += f" --clip_model {folder}" if name == "clip" else " --encoder_weights random"
     whole = load(train(flags, "--epochs 2") / "model_epoch_2.pt")
     first = train(flags, "--epochs 1") / "model_epoch_1.pt"
