@@ -640,7 +640,8 @@ def open_folder(source, flag="--clip_model"):
 
     found = None
     for patterns in (["*.json", "*.txt", "*.safetensors"], ["*.json", "pytorch_model*.bin"]):
-        found = from_hub(huggingface_hub.snapshot_download, f"{flag} {source}", source, patterns)
+        wanted = (source, patterns, f"give a folder with {NEEDED}")
+        found = from_hub(huggingface_hub.snapshot_download, f"{flag} {source}", *wanted)
         if has_weights(found):  # safetensors if there are any
             break
     return found
@@ -649,12 +650,13 @@ def open_folder(source, flag="--clip_model"):
 def from_hub(download, what, *arguments):
     """The Path of what a download of huggingface_hub gives: its cache's, else the hub's.
 
+    arguments: the repository, the file's name or patterns, and what else the user can give.
     Raises: FileNotFoundError of one line, after seconds, where neither has it.
     """
     import huggingface_hub
     from huggingface_hub.utils import httpx
 
-    repository, wanted = arguments
+    repository, wanted, remedy = arguments
     how = {"allow_patterns": wanted} if isinstance(wanted, list) else {"filename": wanted}
     fetch = functools.partial(download, repository, etag_timeout=HUB_SECONDS, **how)
     try:
@@ -671,8 +673,8 @@ def from_hub(download, what, *arguments):
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         cache = huggingface_hub.constants.HF_HUB_CACHE
         raise FileNotFoundError(
-            f"{what}: neither a folder, nor in {cache}, nor got from the hub ({reason}): give a folder "
-            f"with {NEEDED}, or where there is a network: hf download {repository}"
+            f"{what}: neither given as files, nor in {cache}, nor got from the hub ({reason}): {remedy}, "
+            f"or where there is a network: hf download {repository}"
         ) from error
 
 
@@ -686,4 +688,5 @@ def timm_file(name, published):
             f"{what}: timm publishes no weights of it: give --encoder_weights FILE or random"
         )
     wanted = published.hf_hub_filename or "model.safetensors"
-    return from_hub(huggingface_hub.hf_hub_download, what, published.hf_hub_id, wanted)
+    remedy = "give --encoder_weights FILE or random"
+    return from_hub(huggingface_hub.hf_hub_download, what, published.hf_hub_id, wanted, remedy)
