@@ -334,7 +334,19 @@ def _reduced(photograph):
 
 def _draw(caption, form, *, advanced):
     """The picture as the bytes of a file."""
-    fonts = _fonts_for("".join(caption.words))
+    caption = caption._replace(words=[" ".join(word.split()) for word in caption.words])
+    return rendered(lambda: _figure(caption, advanced), "".join(caption.words), form)
+
+
+def rendered(make_figure, words, form):
+    """A figure as the bytes of a file, in fonts that have all its characters, the same ones each time.
+
+    Args:
+        make_figure: () -> matplotlib Figure.
+        words: a text with every character of a caption's words.
+        form: one of FORMATS.
+    """
+    fonts = _fonts_for(words)
     style = {
         # the last for readers of an svg who lack the others
         "font.family": [*fonts, "sans-serif"],
@@ -350,12 +362,11 @@ def _draw(caption, form, *, advanced):
         "svg.hashsalt": "attention",  # ids are random without it
     }
     undated = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[form]
-    caption = caption._replace(words=[" ".join(word.split()) for word in caption.words])
     file = io.BytesIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         dpi = DPI if form == "png" else PRINT_DPI
-        _figure(caption, advanced).savefig(file, format=form, dpi=dpi, metadata=undated)
+        make_figure().savefig(file, format=form, dpi=dpi, metadata=undated)
     return file.getvalue()
 
 
@@ -590,17 +601,17 @@ def _entropy_strip(axes, words, maps):
 
 def _strip_height(words, width):
     """Inches for the entropy strip and the words below it, upright where they would touch."""
-    longest = max(_text_width(_shortened(word, NARROWEST), 8) for word in words)
+    longest = max(text_width(_shortened(word, NARROWEST), 8) for word in words)
     return STRIP + 0.15 + (longest if _crowded(words, width) else 0.15) + 0.05
 
 
 def _crowded(words, width):
     """Whether the longest word is wider than a bar's share of a figure `width` inches wide."""
-    longest = max(_text_width(_shortened(word, NARROWEST), 8) for word in words)
+    longest = max(text_width(_shortened(word, NARROWEST), 8) for word in words)
     return longest + 0.08 > (width - 2 * MARGIN - 0.4) / len(words)
 
 
-def _text_width(text, points):
+def text_width(text, points):
     """About how many inches a line of text takes: an East Asian wide character one em, else 0.6."""
     ems = (1 if unicodedata.east_asian_width(character) in "WF" else 0.6 for character in text)
     return sum(ems) * points / 72
@@ -608,12 +619,12 @@ def _text_width(text, points):
 
 def _wrapped(caption, width):
     """The caption in lines of about `width` inches of the heading's 11 points."""
-    return textwrap.fill(caption, max(8, int(len(caption) * width / _text_width(caption, 11))))
+    return textwrap.fill(caption, max(8, int(len(caption) * width / text_width(caption, 11))))
 
 
 def _shortened(word, width):
     """The word, cut to about `width` inches of a panel title's 9 points."""
-    letters = int(len(word) * width / max(_text_width(word, 9), 0.01))
+    letters = int(len(word) * width / max(text_width(word, 9), 0.01))
     return word if len(word) <= letters else word[: max(letters - 1, 1)] + "…"
 
 

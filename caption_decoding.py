@@ -268,7 +268,7 @@ def rescored(hypothesis, length_penalty):
 def generate(
     decoder, features, vocabulary, *, algorithm="beam", beam_size=5, max_length=40, min_length=0,
     length_penalty=0.0, no_repeat_ngram_size=0, temperature=1.0, top_k=0, top_p=1.0, num_captions=1,
-    generator=None, fixed_shapes=None,
+    generator=None, fixed_shapes=None, record=None,
 ):  # fmt: skip
     """Caption N images.
 
@@ -282,6 +282,8 @@ def generate(
         generator: torch.Generator for `sample`; None uses torch's global one.
         fixed_shapes: images that are done stay in the batch until all are; None: on CUDA only.
             Their captions are the same, but `sample` draws others.
+        record: called at each step as the algorithm is, and with what it chose, a tuple of parents,
+            words and log_prob; it changes nothing.
     Returns: per image a list of at most `num_captions` Hypothesis, best first.
     Source: beam search as Vinyals et al. 2015, section 3.1.
     """
@@ -302,6 +304,8 @@ def generate(
         log_norm = logits.logsumexp(-1)  # of all words, so that log_prob stays the decoder's own
         forbid(logits, beams.tokens[..., 1:], vocabulary, min_length, no_repeat_ngram_size)
         parents, words, log_prob = next_words(beams, logits, log_norm)
+        if record:
+            record(beams, logits, log_norm, (parents, words, log_prob))
         beams, attention, per_hypothesis = gather_beams((beams, attention, state[1]), parents)
         beams = extend(beams, words, log_prob, attention, vocabulary)
         state = state[0], per_hypothesis

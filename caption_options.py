@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import config_file
 import encoder_models
+import model_selection
 import plugins
 import word_vectors
 from checkpoints import runs_folder
@@ -36,11 +37,18 @@ from config_file import ENVIRONMENT, FILE, FLAG, Config, Origin, Setting
 from model_versions import resolve_model_path
 
 PROGRAM = "flickr_image_caption.py"
-TRAIN, TEST, CAPTION, TUNE = MODES = ("train", "test", "caption", "tune")  # with a model
+TRAIN, TEST, CAPTION, DEBUG, TUNE = MODES = (
+    "train",
+    "test",
+    "caption",
+    "debug",
+    "tune",
+)  # with a model
 COMPARE = "compare"  # of runs' files alone
 EVERY_MODE = (*MODES, COMPARE)
 WITH_DATA = (TRAIN, TEST, TUNE)
 DECODERS = ("lstm", "attention", "gpt2")
+WITHOUT_STEPS = (TRAIN, TEST, CAPTION, TUNE)  # which do not show how a caption comes about
 ATTENTIONS = ("additive", "multi_head", "adaptive")
 ALGORITHMS = ("greedy", "beam", "sample")
 RERANKINGS = ("none", "consensus")
@@ -279,8 +287,9 @@ REWARDED = {"scst_epochs": GIVEN}
 
 RUN = {
     "mode": Option(EVERY_MODE, TRAIN,
-        "train a model, test one, caption pictures, tune: choose by validation captions how the checkpoint "
-        "searches for them from now on, or compare runs", modes=EVERY_MODE, stored=OWN),
+        "train a model, test one, caption pictures, debug: show step by step how pictures' captions are searched "
+        "for, tune: choose by validation captions how the checkpoint searches for them from now on, or compare runs",
+        modes=EVERY_MODE, stored=OWN),
     "config": Option(str, None,
         "values of options that are not typed, in YAML or as an old run's run_config.json has them; see "
         "docs/EXPERIMENTS.md", "FILE", EVERY_MODE, stored=OWN),
@@ -311,7 +320,8 @@ RUN = {
     "seed": Option(SEED, 0, "fixes weights, batches, dropout and samples"),
     "num_workers": Option(COUNT, 16,
         "processes that decode images, at most one per available core, in caption mode for more than 100; "
-        "0: threads of the program itself; where the encoder computes on few cores itself, 0 is quickest"),
+        "0: threads of the program itself; where the encoder computes on few cores itself, 0 is quickest",
+        modes=WITHOUT_STEPS),
     "tensorboard": Option(bool, False,
         "scalars, histograms of weights, captions and attention of validation images, in the run's logs/",
         modes=(TRAIN,), stored=OWN, package="tensorboard"),
@@ -473,8 +483,12 @@ TRAINING = {
     "horizontal_flip": Option(bool, False,
         "mirror every other training image, drawn anew each epoch", modes=(TRAIN,)),
     "grad_clip": Option(NOT_NEGATIVE, 5.0, "largest L2 norm of gradients, 0 = off", modes=(TRAIN,)),
+    "select_by": Option(tuple(model_selection.RULES), "cider",
+        "what makes an epoch's validation captions the best: a score or the loss (best_loss.pt has its lowest, "
+        "whatever this is), or one of the rules over several scores of docs/TRAINING.md",
+        modes=(TRAIN,)),
     "early_stopping_patience": Option(COUNT, 0,
-        "epochs without a better CIDEr, 0 = off", modes=(TRAIN,)),
+        "epochs without a better one by --select_by, 0 = off", modes=(TRAIN,)),
     "val_beam_size": Option(HYPOTHESES, 1,
         "beam for each epoch's validation captions", modes=(TRAIN,)),
     "keep_checkpoints": Option(SIZE, None,
@@ -505,7 +519,8 @@ SCHEDULE = {
         "epochs of rising rate at the start", modes=(TRAIN,), needs=scheduled("warmup_epochs")),
 }  # fmt: skip
 DECODING = {
-    "algorithm": Option(ALGORITHMS, "beam", "how words are chosen"),
+    "algorithm": Option(ALGORITHMS, "beam", "how words are chosen; debug mode shows all of them",
+        modes=WITHOUT_STEPS),
     "beam_size": Option(HYPOTHESES, 5, "hypotheses kept per image", needs={"algorithm": ("beam",)}),
     "max_length": Option(TOKENS, 40, "most tokens in a caption, <EOS> counted"),
     "min_length": Option(COUNT, 0, "fewest words in a caption"),
@@ -524,11 +539,11 @@ DECODING = {
 RERANK = {
     "rerank": Option(RERANKINGS, "none",
         "consensus: of the beam's captions take the one whose score and agreement with the captions of similar "
-        "training images are best together", needs={"algorithm": ("beam",)}),
-    "neighbours": Option(SIZE, 60, "training images that are similar", needs=CONSENSUS),
+        "training images are best together", modes=WITHOUT_STEPS, needs={"algorithm": ("beam",)}),
+    "neighbours": Option(SIZE, 60, "training images that are similar", modes=WITHOUT_STEPS, needs=CONSENSUS),
     "rerank_weight": Option(NOT_NEGATIVE, 2.0,
         "what the agreement, a mean CIDEr of 0 to 10, is multiplied by before it is added to the score",
-        needs=CONSENSUS),
+        modes=WITHOUT_STEPS, needs=CONSENSUS),
 }  # fmt: skip
 OUTPUT = {
     "split": Option(("train", "val", "test"), "test", "which images to caption and score, or to compare scores of",
@@ -537,39 +552,42 @@ OUTPUT = {
         "more checkpoints, or folders of runs, with the same words, encoder and split; the mean "
         "of all probabilities writes the caption; for attention pictures --model_path names an "
         "attention model",
-        "PATH", (TEST, CAPTION), stored=OWN, several=True),
+        "PATH", (TEST, CAPTION, DEBUG), stored=OWN, several=True),
     "seeds": Option(str, (),
         "more checkpoints, or folders of runs, of the same recipe: each is tested as if alone, with --output_dir "
         "into numbered folders below it; then come mean, standard deviation, lowest and highest of every score",
         "PATH", (TEST,), stored=OWN, several=True),
     "images": Option(str, (),
         "pictures, and folders of pictures",
-        "FILE_OR_FOLDER", (CAPTION,), stored=OWN, several=True),
+        "FILE_OR_FOLDER", (CAPTION, DEBUG), stored=OWN, several=True),
     "clip_score": Option(str, None,
         "CLIP of the Hugging Face hub, or the folder of one, that judges captions: CLIPScore and RefCLIPScore "
         "beside the other scores", "NAME|FOLDER", (TEST,), stored=OWN),
+    "debug_candidates": Option(HYPOTHESES, 5, "how many of the leading words each step shows", modes=(DEBUG,),
+        stored=OWN),
     "runs": Option(str, (),
         "folders of runs to compare, or folders that runs lie below", "RUN", (COMPARE,), stored=OWN, several=True),
     "json": Option(bool, False, "one JSON object per line", modes=(CAPTION, COMPARE), stored=OWN),
     "output_dir": Option(str, None,
         "where files are written, instead of beside the checkpoint, or the first run",
-        "FOLDER", (TEST, CAPTION, TUNE, COMPARE), stored=OWN),
+        "FOLDER", (TEST, CAPTION, DEBUG, TUNE, COMPARE), stored=OWN),
 }  # fmt: skip
 PICTURES = {
     "save_attention_viz": Option(bool, False,
-        "draw where each word comes from, by --viz_method; of lstm by gradient only", stored=(TRAIN,)),
+        "draw where each word comes from, by --viz_method; of lstm by gradient only", modes=WITHOUT_STEPS,
+        stored=(TRAIN,)),
     "viz_method": Option(VIZ_METHODS, "attention",
         "maps that are drawn, and measured in test mode. attention: where the decoder looked; gradient: "
         "cells that make a word likelier, of any decoder; lstm, too, is given grids then",
-        stored=(TRAIN,)),
+        modes=WITHOUT_STEPS, stored=(TRAIN,)),
     "attention_viz_samples": Option(SIZE, 3, "how many images to draw", modes=(TRAIN, TEST), needs=DRAWN),
     "advanced_attention_viz": Option(bool, False,
-        "also raw maps, entropy and peaks", stored=(TRAIN,)),
+        "also raw maps, entropy and peaks", modes=WITHOUT_STEPS, stored=(TRAIN,)),
     "viz_scale": Option(("caption", "word"), "caption",
         "whose largest weight gets full brightness: the caption's, so that its words can be compared, or each "
-        "word's own", needs=DRAWN),
+        "word's own", modes=WITHOUT_STEPS, needs=DRAWN),
     "viz_format": Option(("png", "pdf", "svg"), "png",
-        "of the pictures; in pdf and svg text stays text", needs=DRAWN),
+        "of the pictures; in pdf and svg text stays text; debug mode always draws", needs=DRAWN),
 }  # fmt: skip
 
 
@@ -654,7 +672,7 @@ def build_parser(description=None):
     """The parser of TABLE; what was not typed is absent from its result."""
     parser = Parser(
         prog=PROGRAM,
-        usage="flickr_image_caption.py [--mode train|test|caption|tune|compare] [options]  (--help lists them)",
+        usage="flickr_image_caption.py [--mode train|test|caption|debug|tune|compare] [options]  (--help lists them)",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -882,8 +900,8 @@ def check_paths(typed):
         raise ValueError(f"--mode {mode} needs --model_path, the checkpoint to use")
     if mode == TUNE and typed.get("algorithm", "beam") != "beam":
         raise ValueError("--mode tune is for --algorithm beam alone")
-    if mode == CAPTION and "images" not in typed:
-        raise ValueError("--mode caption needs --images, pictures or folders of them")
+    if mode in (CAPTION, DEBUG) and "images" not in typed:
+        raise ValueError(f"--mode {mode} needs --images, pictures or folders of them")
 
 
 def check_files(options):
@@ -995,7 +1013,7 @@ def settle(typed, stored, origins=MappingProxyType({}), path=""):
         values["algorithm"] = "beam"
         values["rerank"] = typed.get("rerank", "consensus")  # it tries both
     for name in typed:
-        for other, wanted in TABLE[name].needs.items():
+        for other, wanted in needs_of(name, values["mode"]).items():
             if values[other] not in wanted:
                 raise ValueError(f"--{name} {needed(other, wanted, values[other])}")
     check_contradictions(values, new_plan=not stored or "init_from" in typed)
@@ -1004,6 +1022,13 @@ def settle(typed, stored, origins=MappingProxyType({}), path=""):
     settled |= dict.fromkeys(preset, Origin("preset", typed.get("preset")))
     settled |= {name: origins[name] for name in typed}
     return group_options(values, typed, default_origins(settled))
+
+
+def needs_of(name, mode):
+    """What an option needs of others in a mode: debug searches by every algorithm, and always draws."""
+    free = ("algorithm", "save_attention_viz") if mode == DEBUG else ()
+    needs = TABLE[name].needs.items()
+    return {other: wanted for other, wanted in needs if other not in free}
 
 
 def without_idle(given, stored, origins):
@@ -1021,9 +1046,8 @@ def without_idle(given, stored, origins):
         return origin.tolerant or overruled
 
     def is_idle(name):
-        unmet = [
-            other for other, wanted in TABLE[name].needs.items() if values[other] not in wanted
-        ]
+        needs = needs_of(name, values["mode"])
+        unmet = [other for other, wanted in needs.items() if values[other] not in wanted]
         return origins[name].source != FLAG and unmet and all(is_excused(name, o) for o in unmet)
 
     while True:
@@ -1327,7 +1351,7 @@ def path_notes(options, config):
     news = [
         f"--{name} {values[name]} ({origins[name]}), not the checkpoint's {config[name]}"
         for name in TABLE
-        if mode != CAPTION and name in options.typed and origins[name].source != FLAG
+        if mode not in (CAPTION, DEBUG) and name in options.typed and origins[name].source != FLAG
         if is_inherited(TABLE[name], mode) and config.get(name, values[name]) != values[name]
     ]
     read = ("image_dir", "captions_file") if mode in WITH_DATA else ()

@@ -30,6 +30,7 @@ from PIL import Image
 
 import checkpoints
 import metrics_utils
+import model_selection
 import run_records
 
 FILE_NAME = "report.html"
@@ -286,7 +287,7 @@ def read_run(path):
         "photographs": bool(cards),
         "methods": {card["method"] for card in shown if card["method"]},
         "shared": any(card["shared"] for card in shown),
-        "charts": charts(curves) if curves else None,
+        "charts": charts(curves, model_selection.rule_of(config)) if curves else None,
         "notes": folder.notes,
     }
 
@@ -614,18 +615,18 @@ def checked_curves(content, others=None):
     return content
 
 
-def charts(curves):
+def charts(curves, select_by):
     """The charts of a run's epochs, and the table of their numbers.
 
     curves: {"epochs": [...], name of a score or of `loss_curve.json`: [...], ...}.
+    select_by: the rule of model_selection that marks the best epoch.
     """
     epochs = curves["epochs"]
-    scored = [
-        (value, epoch)
-        for value, epoch in zip(curves.get("CIDEr", []), epochs, strict=False)
-        if value is not None
-    ]
-    best = max(scored, key=lambda pair: pair[0])[1] if scored else None
+    named = {"epochs": "epoch", "val_losses": "val_loss"}  # as a row of the run's history has them
+    columns = {named.get(name, name): values for name, values in curves.items()}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    best, _ = model_selection.replay(select_by, rows)
+    best = best and best.epoch
     wanted = {
         "Loss": ("nats per token", {"train_losses": "training", "val_losses": "validation"}),
         "CIDEr": ("of validation captions", {"CIDEr": "CIDEr"}),

@@ -39,7 +39,7 @@ UNREADABLE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
     RuntimeError, TypeError, ValueError, struct.error,
 )  # fmt: skip
-CHECKPOINT_NAME = re.compile(r"(?:best|last|model_epoch_(\d+))\.pt")
+CHECKPOINT_NAME = re.compile(r"(?:best(?:_loss|_eval)?|last|model_epoch_(\d+))\.pt")
 RUN_NAME_END = re.compile(r"_(\d{8}_\d{6})(?:_(\d+))?$")  # _20241201_143022, _20241201_143022_2
 TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
 # A folder with this file is sealed: its files are never edited. `sha256sum --check` reads it, too.
@@ -468,8 +468,9 @@ def resolve_checkpoint(path, prefer="best"):
         return path
     if path.is_dir():
         below = _checkpoints_below(path)
-        choices = [file for file in below if (file.name == "best.pt") == (prefer == "best")]
-        choices = choices or (below if prefer == "newest" else [])
+        best = [file for file in below if file.name == "best.pt"]
+        newest = [file for file in below if not file.name.startswith("best")]
+        choices = best if prefer == "best" else newest or best
     else:
         choices = [file for file in _checkpoints_below(path.parent) if file.name == path.name]
     if not choices:

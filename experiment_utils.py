@@ -8,7 +8,8 @@ configuration and an epoch's scores are dictionaries of plain values. One run wr
         loss_curve.json  metrics_history.json  metrics.csv          after every epoch
         run_summary.json  sample_captions.json                      the same; how the run ended
         training_losses.png  learning_rate.png                      every ten seconds, and at the end
-        best.pt  model_epoch_N.pt  last.pt                          checkpoints
+        best.pt  best_loss.pt  best_eval.pt                         checkpoints of the best epochs,
+        model_epoch_N.pt  last.pt                                   of every one, of a stop
 
 A reader never sees half a file: each is written under a temporary name, flushed and renamed. Code of
 one's own tracks its runs in the same way:
@@ -47,6 +48,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+import model_selection
 import process_group
 import run_records
 from checkpoints import (
@@ -174,13 +176,14 @@ def create_run_dir(model_save_dir, config, timestamp=None):
             run_dir = family / f"{name}_{number}"
 
 
-def checkpoint_sizes(folder, kept, each, encoder):
-    """The line about the most that `kept` epochs' checkpoints of `each` bytes and best.pt will take.
+def checkpoint_sizes(folder, kept, bests, each, encoder):
+    """The line about the most that a run's checkpoints of `each` bytes will take.
 
-    The checkpoint of an epoch that was the best holds the `encoder`'s bytes, too.
+    They are of the `kept` newest epochs, and `bests` more. That of an epoch that was the best holds
+    the `encoder`'s bytes, too.
     Raises: ValueError when the disk of `folder` has less free.
     """
-    needed = (kept + 1) * each + kept * encoder
+    needed = (kept + bests) * each + (kept + bests - 1) * encoder
     check_free_space(
         folder,
         needed,
@@ -409,6 +412,11 @@ class ExperimentTracker:
         self.drawn, self.drawn_at = len(self.history), -math.inf  # epochs, and when
         self._write_summary()
 
+    @property
+    def select_by(self):
+        """The rule by which an epoch is the best: the config's."""
+        return model_selection.rule_of(self.config)
+
     def log_config(self, config):
         """Write config_snapshot.json: the config, nested or flat, and a hash that tells configs apart."""
         self.config = plain_values(config)
@@ -500,7 +508,7 @@ class ExperimentTracker:
             "metadata": asdict(self.metadata),
             "config": self.config,
             "final_metrics": self.history[-1] if self.history else {},
-            "best_metrics": best_epoch(self.history) or {},
+            "best_metrics": best_epoch(self.history, self.select_by) or {},
             "bleu_scores": self.bleu_scores,
             "total_epochs": len(self.history),
         }
@@ -522,8 +530,8 @@ class ExperimentTracker:
 
     def draw(self):
         """Draw the curves so far, which takes a second."""
-        plot_losses(self.run_dir / "training_losses.png", self.history)
-        plot_learning_rate(self.run_dir / "learning_rate.png", self.history)
+        plot_losses(self.run_dir / "training_losses.png", self.history, self.select_by)
+        plot_learning_rate(self.run_dir / "learning_rate.png", self.history, self.select_by)
         self.drawn, self.drawn_at = len(self.history), time.monotonic()
 
     def __enter__(self):
@@ -578,13 +586,15 @@ def epoch_summary(row, epochs, scheduler, is_best, example):
     measure = "Reward" if "train_reward" in row else "Loss"
     entropy = row.get("attention_entropy")
     attention = "" if entropy is None else f"  Attention entropy: {entropy:.3f} of uniform\n"
+    meteor = row.get("METEOR")
+    meteor = "" if meteor is None else f"METEOR {meteor:.4f}, "
     return (
         f"Epoch {row['epoch']} completed ({row['epoch']}/{epochs}):\n"
         f"  Training {measure}: {row[f'train_{measure.lower()}']:.5f}\n"
         f"  Validation Loss: {row['val_loss']:.5f}\n"
         f"  Learning Rate: {row['learning_rate']:.6f}\n"
         f"  Scheduler: {scheduler}\n"
-        f"  Validation captions: BLEU-4 {row['BLEU-4']:.4f}, CIDEr {row['CIDEr']:.4f}, "
+        f"  Validation captions: BLEU-4 {row['BLEU-4']:.4f}, {meteor}CIDEr {row['CIDEr']:.4f}, "
         f"{row['share_unique']:.0%} unique, {row['share_cut']:.0%} cut at --max_length\n"
         f"{attention}"
         f"  Model checkpoint saved (best: {is_best})\n"
@@ -596,16 +606,22 @@ def epoch_summary(row, epochs, scheduler, is_best, example):
 # -------------------------------------------------------------------------------------------- plots
 
 
-def best_epoch(history):
-    """The row whose model is best.pt: of highest CIDEr, of those of lowest val_loss; or by that alone."""
-    scored = [row for row in history if row.get("CIDEr") is not None]
-    if scored:
-        return max(scored, key=lambda row: (row["CIDEr"], -(row.get("val_loss") or 0)))
-    validated = [row for row in history if row.get("val_loss") is not None]
-    return min(validated, key=lambda row: row["val_loss"], default=None)
+def best_epoch(history, select_by="cider"):
+    """The row whose model is best.pt by a rule of model_selection; where no row has its scores, by the loss."""
+    best, _ = find_best(history, select_by)
+    return best and next(row for row in history if row["epoch"] == best.epoch)
 
 
-def plot_losses(path, history):
+def find_best(history, select_by):
+    """(model_selection.Best of a history or None, the rule that it is the best by)."""
+    for rule in (select_by, "loss"):
+        best, _ = model_selection.replay(rule, history)
+        if best:
+            return best, rule
+    return None, select_by
+
+
+def plot_losses(path, history, select_by="cider"):
     """Draw training and validation loss over epochs into the PNG `path`."""
     figure, axes = _epoch_axes("Training and validation loss", "Loss (nats per token)")
     curves = (("train_loss", "Training", BLUE), ("val_loss", "Validation", ORANGE))
@@ -613,10 +629,10 @@ def plot_losses(path, history):
         points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=label, **LINE)
-    _finish(path, figure, axes, history)
+    _finish(path, figure, axes, history, select_by)
 
 
-def plot_learning_rate(path, history):
+def plot_learning_rate(path, history, select_by="cider"):
     """Draw the learning rate over epochs into the PNG `path`; logarithmic if it spans a decade."""
     figure, axes = _epoch_axes("Learning rate", "Learning rate")
     rated = [row for row in history if row.get("learning_rate") is not None]
@@ -628,7 +644,7 @@ def plot_learning_rate(path, history):
     else:
         axes.set_ylim(0, 1.08 * max(rates, default=0) or 1)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    _finish(path, figure, axes, history)
+    _finish(path, figure, axes, history, select_by)
 
 
 def _epoch_axes(title, y_label):
@@ -646,15 +662,13 @@ def _epoch_axes(title, y_label):
     return figure, axes
 
 
-def _finish(path, figure, axes, history):
+def _finish(path, figure, axes, history, select_by):
     """Mark the best epoch, add the legend and write the PNG `path`."""
-    best = best_epoch(history)
+    best, rule = find_best(history, select_by)
     if best is not None:
-        scored = best.get("CIDEr") is not None
-        score = f"CIDEr {best['CIDEr']:.3f}" if scored else f"loss {best['val_loss']:.3f}"
-        label = f"Best epoch {best['epoch']} ({score})"
+        label = f"Best epoch {best.epoch} ({model_selection.label(rule, best)})"
         style = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "zorder": 1}
-        axes.axvline(best["epoch"], label=label, **style)
+        axes.axvline(best.epoch, label=label, **style)
     first, last = history[0]["epoch"], history[-1]["epoch"]
     margin = max(0.5, 0.03 * (last - first))
     axes.set_xlim(first - margin, last + margin)

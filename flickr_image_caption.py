@@ -17,7 +17,9 @@ Normalization for Transformers.   [8] Kobayashi et al. 2020, Attention is Not On
 """
 
 from caption_options import (
+    CAPTION,
     COMPARE,
+    DEBUG,
     ENCODERS,
     SCHEDULES,
     Options,
@@ -75,6 +77,7 @@ import gradient_maps
 import hub_encoders
 import image_loading
 import metrics_utils
+import model_selection
 import packed_lstm
 import process_group
 import run_folder
@@ -82,7 +85,7 @@ import run_records
 import score_details
 import warm_start
 from caption_batches import CaptionBatches, Vocabulary, vocabulary_from_plain
-from caption_decoding import Ensemble, generate, map_tensors, select
+from caption_decoding import ALGORITHMS, Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
@@ -1071,8 +1074,8 @@ class Captioner:
         """What the encoder's stem gave -> features (N, P, F), as the decoder takes them."""
         return self.encoder.tail(features)
 
-    def caption_features(self, chunks, decoding, seed=0):
-        """Yield each image's hypotheses from chunks of what the encoder's stem gave."""
+    def caption_features(self, chunks, decoding, seed=0, **how):
+        """Yield each image's hypotheses from chunks of what the encoder's stem gave. how: more of `generate`'s."""
         generator = torch.Generator(self.hardware.device).manual_seed(seed)
         self.decoder.eval()
         reranker = self.reranker if decoding.algorithm == "beam" else None
@@ -1083,7 +1086,7 @@ class Captioner:
             features = self.grids(features)
             with self.hardware.autocast():  # left before a caption is handed on
                 hypotheses = generate(
-                    self.decoder, features, self.vocabulary, generator=generator, **search
+                    self.decoder, features, self.vocabulary, generator=generator, **search, **how
                 )
             if reranker:
                 hypotheses = reranker(features.mean(1), hypotheses)
@@ -1359,7 +1362,7 @@ def new_state(captioner, options, plan, order):
     hardware = captioner.hardware
     scales = hardware.precision == "float16"
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
-    return TrainState(optimizer, scheduler, scaler, plan, order)
+    return TrainState(optimizer, scheduler, scaler, plan, order, options.training.select_by)
 
 
 # ----------------------------------------------------------------------------------------------- data
@@ -1538,12 +1541,13 @@ def train(options, hardware, checkpoint):
                 loop["seconds"] = time.perf_counter() - started
                 return save_stopped(run, stop.args[0])
             row["epoch_time_seconds"] = time.perf_counter() - started
-            is_best = run.state.epoch_finished(row)
+            best_files = run.state.epoch_finished(row)
             if process_group.rank() == 0:
-                record_epoch(run, row, is_best)
+                record_epoch(run, row, best_files)
             if 0 < patience <= loop["epochs_without_improvement"]:
                 stale = loop["epochs_without_improvement"]
-                print(f"stopped early: no better CIDEr for {counted(stale, 'epoch')}")
+                title = model_selection.RULES[options.training.select_by].title
+                print(f"stopped early: no better {title} for {counted(stale, 'epoch')}")
                 break
     if process_group.rank() == 0:
         finish_run(run)
@@ -1640,9 +1644,11 @@ def validation_scores(run, received):
     best = list(itertools.chain.from_iterable(shares))
     scores = None
     if process_group.rank() == 0:
-        _, scores, _ = score_captions(captioner, run.scorer, table.image, best)
+        meteor = model_selection.needs_meteor(options.training.select_by)
+        _, scores, _ = score_captions(captioner, run.scorer, table.image, best, meteor=meteor)
         run.samples = run_folder.take_samples(run, own or best)
-        del scores["METEOR"]
+        if not meteor:  # it takes seconds
+            del scores["METEOR"]
         scores |= {} if entropy is None else {"attention_entropy": entropy}
     return process_group.broadcast(scores)
 
@@ -1666,11 +1672,12 @@ def start_run(options, hardware, checkpoint):
     """A run before its next step, its folder made: new, or as the checkpoint left it."""
     checkpoints.check_writable_dir(options.run.model_save_dir, "--model_save_dir")
     check_cache_dir(options.features)
+    check_selection(options.training.select_by)
     run = set_up(options, hardware, checkpoint)
     loop, plan = run.state.loop, run.state.plan
     if process_group.rank() == 0:
         run_folder.open_folder(run)
-    loop["best_score"] = process_group.broadcast(loop["best_score"])
+    loop["bests"] = process_group.broadcast(loop["bests"])
     warn_about_schedule(options.schedule, plan)
     if checkpoint:
         num_captions = run.training.batches.num_captions
@@ -1680,6 +1687,15 @@ def start_run(options, hardware, checkpoint):
             f"{counted(plan['epochs'] - loop['epoch'], 'epoch')} to go"
         )
     return run
+
+
+def check_selection(select_by):
+    """Raises: ValueError where the rule that chooses the best epoch needs what is not installed."""
+    if model_selection.needs_meteor(select_by) and metrics_utils.find_tables() is None:
+        raise ValueError(
+            f"--select_by {select_by} needs METEOR's tables: pip install -r requirements.txt, which "
+            "has pycocoevalcap, or give another rule"
+        )
 
 
 def set_up(options, hardware, checkpoint=None):
@@ -1875,16 +1891,16 @@ def distributed(module, seed):
     )
 
 
-def save(run, name):
+def save(run, name, is_best=False):
     """Write the whole state to a file of the run's folder.
 
-    best.pt holds the encoder, too, and every file does where the encoder's weights came from a
-    checkpoint. Once there is a best.pt, it alone has the names of the splits.
+    That of a best epoch holds the encoder, too, and every file does where the encoder's weights came
+    from a checkpoint. Once there is a best.pt, only the best epochs' have the names of the splits.
     """
     captioner, splits = run.captioner, run.splits
-    if name != "best.pt" and (run.folder / "best.pt").is_file():
+    if not is_best and (run.folder / model_selection.BEST).is_file():
         splits = {"sha256": caption_splits.splits_sha256(splits)}
-    holds_encoder = name == "best.pt" or captioner.encoder.from_checkpoint
+    holds_encoder = is_best or captioner.encoder.from_checkpoint
     weights = captioner.encoder.trunk.state_dict() if holds_encoder else None
     checkpoint = described(captioner, splits)
     checkpoint["encoder"] |= {"weights": weights}
@@ -1907,20 +1923,21 @@ def save_stopped(run, signum):
     return 128 + signum
 
 
-def record_epoch(run, row, is_best):
-    """Write an epoch's checkpoints, curves and console block."""
+def record_epoch(run, row, best_files):
+    """Write an epoch's checkpoints, curves and console block. best_files: whose best epoch it is."""
     state, keep = run.state, run.options.training.keep_checkpoints
     run.tracker.log_samples(row["epoch"], run.samples)
     run.tracker.log_metrics(**row)
     name = f"model_epoch_{row['epoch']}.pt"
-    save(run, "best.pt" if is_best else name)
-    if is_best:
-        checkpoints.link_file(run.folder / "best.pt", run.folder / name)
+    save(run, name, is_best=bool(best_files))
+    for best in best_files:
+        checkpoints.link_file(run.folder / name, run.folder / best)
     if keep:
         checkpoints.prune_checkpoints(run.folder, keep)
     plan = state.plan | ({"schedule": None} if "train_reward" in row else {})
     scheduler = describe_scheduler(run.options, plan)
     epochs, example = state.plan["epochs"], run.samples[0]
+    is_best = model_selection.BEST in best_files
     print(experiment_utils.epoch_summary(row, epochs, scheduler, is_best, example), flush=True)
     images = len(run.validation.table)
     if images > 1 and row["share_unique"] * images < 1.5:
@@ -1937,7 +1954,7 @@ def record_epoch(run, row, is_best):
 
 def finish_run(run):
     """Report on the run, draw the attention pictures that were asked for, say what to do next."""
-    best, options = run.folder / "best.pt", run.options
+    best, options = run.folder / model_selection.BEST, run.options
     paths, pictures = run.validation.features.paths, options.pictures
     if pictures.save_attention_viz:
         hypotheses = first_captions(run, pictures.attention_viz_samples)
@@ -1951,8 +1968,12 @@ def finish_run(run):
         owner = index_owner(best, described(run.captioner, run.splits))
         index = run.captioner.reranker.index
         consensus.save_index(index, run.folder / consensus.FILE_NAME, owner)
+    select_by, bests = options.training.select_by, run.state.loop["bests"]
+    for file, rule in model_selection.rules_of_files(select_by).items():
+        if bests[file].epoch != run.state.best.epoch:
+            print(f"best {model_selection.label(rule, bests[file])}: {run.folder / file}")
     print(
-        f"best CIDEr {run.state.loop['best_score']:.4f}: {best}\n"
+        f"best {model_selection.label(select_by, run.state.best)}: {best}\n"
         f"test it: {run_folder.next_command(run, '--mode', 'test', '--model_path', best)}"
     )
 
@@ -2289,9 +2310,74 @@ def print_captions(captioner, path, hypotheses, as_json):
         print(*(f"{shown(path)}\t{c['caption']}" for c in captions), sep="\n", flush=True)
 
 
+def debug(options, hardware, checkpoint):
+    """Print how each algorithm searches for a picture's caption, and draw the beam's tree. Returns the status."""
+    from attention_visualization import picture_names  # matplotlib takes a second
+
+    paths = [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
+    folder, names = output_folder(options), picture_names(paths)
+    captioner = open_captioner(options, hardware, checkpoint)
+    if options.rerank.rerank != "none":
+        print("of a beam's captions caption mode takes another one, by --rerank consensus")
+    status = 0
+    for path, name in zip(paths, names, strict=True):
+        try:
+            features = captioner.encode([path])
+        except ValueError as error:
+            print(f"flickr_image_caption.py: {printable(str(error))}", file=sys.stderr)
+            status = 1
+            continue
+        print(printable(path))
+        for algorithm in ALGORITHMS:
+            tree = trace(captioner, features, algorithm, options)
+            if algorithm == "beam":
+                folder.mkdir(parents=True, exist_ok=True)
+                draw_tree(
+                    folder / f"{name}_search_tree.{options.pictures.viz_format}",
+                    captioner,
+                    path,
+                    tree,
+                )
+    return status
+
+
+def trace(captioner, features, algorithm, options):
+    """Print what an algorithm returns for one picture, and its steps. Returns their tree, as `search_tree.grow`."""
+    import search_tree
+
+    vocabulary, decoding = captioner.vocabulary, options.decoding._replace(algorithm=algorithm)
+    recorder = search_tree.Recorder(options.output.debug_candidates)
+    how = {"record": recorder, "fixed_shapes": False}
+    ((best,),) = captioner.caption_features([features], decoding, options.run.seed, **how)
+    tree = search_tree.grow(recorder.steps, best, vocabulary.eos)
+    title = {"beam": f"beam {decoding.beam_size}", "sample": f"sample, seed {options.run.seed}"}
+    rated = f"log probability {best.log_prob:.3f}"
+    if algorithm == "beam" and decoding.length_penalty:
+        rated += f", score {best.score:.3f} with length penalty {decoding.length_penalty:g}"
+    caption = printable(vocabulary.decode(best.tokens))
+    print(f"  {title.get(algorithm, algorithm)}: {caption} ({rated})")
+    peaks, grid = (), captioner.encoder.grid
+    if best.attention is not None:
+        beside = captioner.attention_beside(best)
+        peaks = search_tree.peak_texts(captioner.attention_grid(best), beside)
+    lines = search_tree.trace_lines(tree, vocabulary.words, peaks, grid)
+    print(*(f"    {printable(line)}" for line in lines), sep="\n", flush=True)
+    return tree
+
+
+def draw_tree(file, captioner, path, tree):
+    """A picture of a beam's tree, beside its photograph."""
+    import search_tree
+
+    (photograph,) = image_loading.open_images([path])
+    vocabulary = captioner.vocabulary
+    search_tree.save_search_tree(file, photograph, tree, vocabulary.words, vocabulary.eos)
+    print(f"  search tree: {printable(file)}")
+
+
 # --------------------------------------------------------------------------------------------- main
 
-MODES = {"train": train, "test": test, "caption": caption, "tune": tune}
+MODES = {"train": train, "test": test, "caption": caption, "debug": debug, "tune": tune}
 
 
 def open_checkpoint(options):
@@ -2311,7 +2397,7 @@ def open_checkpoint(options):
         for note in path_notes(options, checkpoint["config"]):
             print(printable(note))
     splits = caption_splits.stored_splits(path, checkpoint)
-    if options.run.mode != "caption":
+    if options.run.mode not in (CAPTION, DEBUG):
         splits = caption_splits.named_splits(path, splits)
     members = tuple(str(find_checkpoint(options, member)) for member in options.output.ensemble)
     seeds = tuple(str(find_checkpoint(options, seed)) for seed in options.output.seeds)

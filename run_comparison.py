@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 import metrics_utils
+import model_selection
 import run_records
 from caption_options import TABLE
 from checkpoints import plain_values, replace_file
@@ -173,9 +174,14 @@ def read_curves(folder):
 
 
 def validation_cider(run):
-    """The best epoch's CIDEr on validation images; None where none was written."""
-    values = [value for value in run.curves.get("CIDEr", ()) if math.isfinite(value)]
-    return max(values, default=None)
+    """The best epoch's CIDEr on validation images, by the run's --select_by; None where none was written."""
+    columns = run.curves
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    best, _ = model_selection.replay(model_selection.rule_of(run.settings), rows)
+    scores = [
+        row["CIDEr"] for row in rows if best and row["epoch"] == best.epoch and "CIDEr" in row
+    ]
+    return next(filter(math.isfinite, scores), None)
 
 
 # ------------------------------------------------------------------------------------------ comparing

@@ -1,4 +1,4 @@
-"""The folder of a training run: made, given the best checkpoint of before, and named in commands.
+"""The folder of a training run: made, given the best checkpoints of before, and named in commands.
 
     run_folder.open_folder(run)               # run: flickr_image_caption.Run before its first step
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import caption_splits
 import checkpoints
 import experiment_utils
+import model_selection
 import run_records
 from caption_options import SCHEDULES
 from runtime import printable
@@ -20,9 +21,9 @@ from tracking_backends import open_listeners
 
 
 def open_folder(run):
-    """Make the run's folder and its first files; a resumed run brings the best checkpoint along."""
+    """Make the run's folder and its first files; a resumed run brings the best checkpoints along."""
     options, state = run.options, run.state
-    best = find_best(run)
+    sources = {file: find_best(run, file, best) for file, best in state.loop["bests"].items()}
     check_checkpoint_sizes(run)
     run.folder = experiment_utils.create_run_dir(options.run.model_save_dir, run.config)
     schedule = SCHEDULES.get(state.plan["schedule"])
@@ -39,11 +40,14 @@ def open_folder(run):
     print(f"run directory: {run.folder}")
     for killed in run_records.end_killed_beside(run.folder):
         print(printable(f"an earlier run was killed, and is marked as failed now: {killed}"))
-    if best:
-        with checkpoints.replace_file(run.folder / "best.pt") as copy, best.open("rb") as original:
-            shutil.copyfileobj(original, copy)
-        return
-    state.loop["best_score"] = None
+    for file, source in sources.items():
+        if source:
+            bring_along(run, source, run.folder / file)
+        else:
+            state.loop["bests"][file] = None
+    chosen = model_selection.chosen_file(state.select_by)
+    if sources[chosen]:
+        checkpoints.link_file(run.folder / chosen, run.folder / model_selection.BEST)
 
 
 def open_tracker(run):
@@ -84,25 +88,51 @@ def take_samples(run, hypotheses):
     return samples
 
 
-def find_best(run):
-    """The best.pt beside the checkpoint that a run goes on from; None where it is of no use to it."""
-    if run.state.loop["best_score"] is None:
+def find_best(run, file, best):
+    """The checkpoint beside the one that a run goes on from which holds the best epoch so far; or None.
+
+    file: the run's name for it, such as best_loss.pt; best: its model_selection.Best, or None.
+    """
+    if best is None:
         return None
-    path = Path(run.options.run.model_path).with_name("best.pt")
-    try:
-        best = checkpoints.load_checkpoint(path)
-        splits = caption_splits.stored_splits(path, best)
-    except (FileNotFoundError, ValueError) as error:
-        fault = str(error)
+    beside = Path(run.options.run.model_path)
+    names = dict.fromkeys([file, model_selection.BEST, f"model_epoch_{best.epoch}.pt", beside.name])
+    faults = {}
+    for name in names:
+        faults[name] = fault_of(run, beside.with_name(name), best.epoch)
+        if not faults[name]:
+            return beside.with_name(name)
+    if file == model_selection.chosen_file(run.state.select_by):
+        fault = printable(faults[model_selection.BEST])
+        print(f"the best epoch is chosen anew, without the best.pt of before: {fault}")
     else:
-        if best["epoch"] > run.state.loop["epoch"]:
-            fault = f"{path} is of a later epoch"
-        elif caption_splits.splits_sha256(splits) != caption_splits.splits_sha256(run.splits):
-            fault = f"{path} was validated on other images"
-        else:
-            return path
-    print(f"the best epoch is chosen anew, without the best.pt of before: {printable(fault)}")
+        print(f"{file} is chosen anew: no file of epoch {best.epoch} is beside {printable(beside)}")
     return None
+
+
+def fault_of(run, path, epoch):
+    """Why a checkpoint is not what the run had after its best epoch; None if it is."""
+    try:
+        found = checkpoints.load_checkpoint(path)
+        splits = caption_splits.stored_splits(path, found)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    if found["epoch"] != epoch or found["data_position"]["captions"]:
+        return f"{path} is of another epoch than {epoch}"
+    if caption_splits.splits_sha256(splits) != caption_splits.splits_sha256(run.splits):
+        return f"{path} was validated on other images"
+    return None
+
+
+def bring_along(run, source, path):
+    """Copy the checkpoint of a best epoch; it is given the encoder and the splits if it lacks them."""
+    state = checkpoints.load_checkpoint(source)
+    if state["encoder"]["weights"] is not None and "sha256" not in state["splits"]:
+        with checkpoints.replace_file(path) as copy, source.open("rb") as original:
+            shutil.copyfileobj(original, copy)
+        return
+    state["encoder"] |= {"weights": run.captioner.encoder.trunk.state_dict()}
+    checkpoints.save_checkpoint(path, state | {"splits": run.splits})
 
 
 def check_checkpoint_sizes(run):
@@ -115,7 +145,8 @@ def check_checkpoint_sizes(run):
         each, encoder = each + encoder, 0
     kept = min(epochs, run.options.training.keep_checkpoints or epochs)
     folder = run.options.run.model_save_dir
-    print(experiment_utils.checkpoint_sizes(folder, kept, each, encoder))
+    bests = 2 if kept < epochs else 1  # of epochs whose own file is no longer kept
+    print(experiment_utils.checkpoint_sizes(folder, kept, bests, each, encoder))
 
 
 def next_command(run, *words):

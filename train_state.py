@@ -3,7 +3,7 @@
     plan = make_plan(options, batches)                      # of a run that goes on: and its checkpoint
     state = TrainState(optimizer, scheduler, scaler, plan, order)
     state.load_state_dict(checkpoint)                       # as the run left it
-    is_best = state.epoch_finished({"CIDEr": 0.5, "val_loss": 2.9})
+    names = state.epoch_finished({"CIDEr": 0.5, "val_loss": 2.9})  # of files whose best epoch this is
 
 It keeps the optimizer, the schedule and the position inside an epoch together; which they are, the
 program decides. torch's schedulers hold their plan and their progress in one dict: only the progress
@@ -13,12 +13,12 @@ is taken from a checkpoint, because a resumed run may have another plan.
 import math
 
 import experiment_utils
+import model_selection
 
 SCHEDULER_PROGRESS = (
     "last_epoch", "_step_count", "_last_lr", "base_lrs", "best", "num_bad_epochs", "cooldown_counter",
     "_schedule_phases",
 )  # fmt: skip
-EARLY_STOPPING = ("best_loss", "epochs_without_improvement")
 EPOCH_START = {"captions": 0, "loss_sum": 0.0, "tokens": 0, "seconds": 0.0, "rate": 0.0}
 
 
@@ -28,26 +28,37 @@ class TrainState:
     plan: {"epochs": the last epoch, "reward_epochs": how many of the last ones are trained on the
         reward, "batches": those of an epoch, "steps": those of one_cycle, "schedule": its name or None}.
     order: what decides the order of an epoch's captions, a string.
-    loop: `epoch`, `step`, `best_score`, `best_loss`, `epochs_without_improvement`, and the position
-        inside an epoch: EPOCH_START's captions seen, their loss in nats and tokens, seconds, rate
-        it began at.
+    select_by: the rule of model_selection by which an epoch is the best.
+    loop: `epoch`, `step`, `bests` (the model_selection.Best, or None, of each checkpoint file that
+        holds one), `epochs_without_improvement`, and the position inside an epoch: EPOCH_START's
+        captions seen, their loss in nats and tokens, seconds, rate it began at.
     """
 
-    def __init__(self, optimizer, scheduler, scaler, plan, order):
+    def __init__(self, optimizer, scheduler, scaler, plan, order, select_by="cider"):
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
-        self.plan, self.order, self.history = plan, order, []
-        self.loop = {"epoch": 0, "step": 0, "best_score": None, "best_loss": math.inf}
+        self.plan, self.order, self.history, self.select_by = plan, order, [], select_by
+        bests = dict.fromkeys(model_selection.rules_of_files(select_by))
+        self.loop = {"epoch": 0, "step": 0, "bests": bests}
         self.loop |= EPOCH_START | {"epochs_without_improvement": 0}
+
+    @property
+    def best(self):
+        """The model_selection.Best that best.pt holds, or None."""
+        return self.loop["bests"][model_selection.chosen_file(self.select_by)]
 
     def state_dict(self):
         """Plain values and tensors: part of a checkpoint."""
-        loop = self.loop
+        loop, best = self.loop, self.best
         return {
             "plan": self.plan,
             "epoch": loop["epoch"],
             "step": loop["step"],
-            "best_score": loop["best_score"],
-            "early_stopping": {name: loop[name] for name in EARLY_STOPPING},
+            "best_score": best.score if best else None,
+            "early_stopping": {
+                "best_loss": best.loss if best else math.inf,
+                "epochs_without_improvement": loop["epochs_without_improvement"],
+            },
+            "selection": model_selection.as_plain(loop["bests"], self.select_by),
             "data_position": {name: loop[name] for name in EPOCH_START} | {"order": self.order},
             "history": self.history,
             "optimizer": self.optimizer.state_dict(),
@@ -61,12 +72,8 @@ class TrainState:
 
         Raises: ValueError inside an epoch whose captions come in another order now.
         """
-        best, position = state["best_score"], state["data_position"]
+        position = state["data_position"]
         self.loop |= {"epoch": state["epoch"], "step": state["step"]}
-        self.loop["best_score"] = best if best is None else float(best)
-        early = state["early_stopping"]
-        self.loop["best_loss"] = float(early["best_loss"])
-        self.loop["epochs_without_improvement"] = int(early["epochs_without_improvement"])
         self.loop |= {name: type(zero)(position[name]) for name, zero in EPOCH_START.items()}
         if self.loop["captions"] and position["order"] not in (self.order, None):
             raise ValueError(
@@ -75,6 +82,7 @@ class TrainState:
                 "model_epoch_N.pt"
             )
         self.history = [dict(row) for row in state["history"]]
+        self._load_selection(state)
         planned = self.optimizer.state_dict()["param_groups"]  # as this run's options have them
         changes = self.plan["schedule"] not in (None, state["plan"]["schedule"])
         groups = planned if changes else state["optimizer"]["param_groups"]
@@ -90,6 +98,18 @@ class TrainState:
         if state["scaler"]:  # empty without float16
             self.scaler.load_state_dict(state["scaler"])
         experiment_utils.set_random_state(state["random_state"])
+
+    def _load_selection(self, state):
+        """The best epochs so far, by this run's rule: from the history where that is another one.
+
+        A checkpoint that knows no `selection` had its best epoch by CIDEr.
+        """
+        record, select_by = state.get("selection", {}), self.select_by
+        self.loop["bests"] = model_selection.from_plain(record, select_by, self.history)
+        stale = state["early_stopping"]["epochs_without_improvement"]
+        if select_by != model_selection.rule_of(state.get("config")):
+            _, stale = model_selection.replay(select_by, self.history)
+        self.loop["epochs_without_improvement"] = int(stale)
 
     @property
     def stage(self):
@@ -112,10 +132,10 @@ class TrainState:
             scheduler.step()
 
     def epoch_finished(self, row):
-        """After validation: the other schedules' rate moves. Returns whether this is the best epoch.
+        """After validation: the other schedules' rate moves. Returns the checkpoint files whose best epoch this is.
 
-        That is the one of highest CIDEr, and of those that share it the one of lowest loss. Early
-        stopping counts CIDEr alone.
+        They are best_loss.pt and best_eval.pt, and best.pt with the one that --select_by names.
+        Early stopping counts what that rule calls better; an equal score at a lower loss is not.
         """
         loop, schedule = self.loop, self.plan["schedule"] if self.stage == "loss" else None
         if schedule == "reduce_lr_on_plateau":
@@ -123,14 +143,16 @@ class TrainState:
         elif schedule not in (None, "one_cycle"):
             self.scheduler.step()
         loop |= EPOCH_START | {"epoch": loop["epoch"] + 1}
-        score, best = row["CIDEr"], loop["best_score"]
-        improved = best is None or score > best
-        is_best = improved or (score == best and row["val_loss"] < loop["best_loss"])
-        if is_best:
-            loop |= {"best_score": score, "best_loss": row["val_loss"]}
+        improved = model_selection.improves(self.select_by, self.best, row)
         stale = loop["epochs_without_improvement"] + 1
         loop["epochs_without_improvement"] = 0 if improved else stale
-        return is_best
+        rules, bests = model_selection.rules_of_files(self.select_by), loop["bests"]
+        loop["bests"] = {
+            file: model_selection.choose(rule, bests[file], row) for file, rule in rules.items()
+        }
+        names = [file for file in rules if loop["bests"][file] is not bests[file]]
+        is_best = model_selection.chosen_file(self.select_by) in names
+        return [*names, model_selection.BEST] if is_best else names
 
 
 def make_plan(options, batches, checkpoint=None):
@@ -166,8 +188,13 @@ def make_plan(options, batches, checkpoint=None):
 
 
 def change_course(state, options, checkpoint):
-    """On resume: say that a new schedule begins, or go on at another --learning_rate."""
+    """On resume: say what rule or schedule is new, or go on at another --learning_rate."""
     schedule, old, training = state.plan["schedule"], checkpoint["config"], options.training
+    if training.select_by != old.get("select_by", "cider"):
+        epoch = state.best.epoch if state.best else "none, for they lack its scores"
+        print(
+            f"--select_by {training.select_by} is new to this run: its best epoch so far is {epoch}"
+        )
     if schedule is not None and schedule != checkpoint["plan"]["schedule"]:
         print(f"--scheduler_type {schedule} is new to this run: its schedule starts now")
         return

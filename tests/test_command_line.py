@@ -35,6 +35,7 @@ from small_runs import one_caption_each
 from specified_commands import DEFAULTS, RESUME_AND_TEST_COMMANDS, TRAINING_COMMANDS
 from test_end_to_end import (
     ATTENTION,
+    BEST_FILES,
     DECODERS,
     EPOCH_BLOCK,
     ON_SAMPLE,
@@ -48,6 +49,7 @@ from test_end_to_end import (
     program,
     read_json,
     replace_cider,
+    replace_losses,
     run_dir,
     snapshot,
     succeed,
@@ -794,6 +796,45 @@ def early_stopping_patience_ends_the_run():
     assert len(EPOCH_BLOCK.findall(out)) == 3
 
 
+def debug_candidates_are_the_words_of_each_step():
+    """Captions are caption mode's; a picture that is none is named, and the rest goes on."""
+    path, picture = (
+        Path("data").resolve().parent / "attention/best.pt",
+        f"data/sample/Images/{listed('test')[0]}",
+    )
+    Path("broken.jpg").write_bytes(b"no picture")
+    for count in (1, 4):
+        outcome = program(f"--mode debug --images broken.jpg {picture} --output_dir out --debug_candidates {count}",
+            "--temperature 0.5 --viz_format svg --model_path", path)  # fmt: skip
+        assert outcome.status == 1 and outcome.err.count("\n") == 1 and "broken.jpg" in outcome.err
+        first = next(line for line in outcome.out.splitlines() if line.split()[:1] == ["1"])
+        candidates = first[outcome.out.splitlines()[2].index("candidates") :].split("  ")
+        assert len(candidates) == count
+    assert [file.name for file in Path("out").iterdir()] == [
+        f"{Path(picture).stem}_search_tree.svg"
+    ]
+    for algorithm in ("greedy", "beam", "sample"):
+        narrow = "--temperature 0.5" if algorithm == "sample" else ""
+        out = succeed(
+            f"--mode caption --algorithm {algorithm} {narrow} --images {picture} --model_path", path
+        )
+        assert f": {out.strip().split(chr(9))[1]} (log probability" in outcome.out
+    for flags, said in (
+        ("--algorithm greedy", "--algorithm belongs to --mode"),
+        ("", "needs --images"),
+    ):
+        images = f"--images {picture}" if flags else ""
+        refused("--mode debug --model_path", path, images, flags, naming=[said])
+
+
+def select_by_chooses_the_best_epoch():
+    for flags, epoch in (("", 1), ("--select_by loss", 2)):
+        with pytest.MonkeyPatch.context() as patch:
+            replace_cider(patch, iter([0.9, 0.1]))
+            replace_losses(patch, [3.0, 2.0])
+            assert load(train("--epochs 2", flags) / "best.pt")["epoch"] == epoch
+
+
 def val_beam_size_reaches_the_search():
     asked, original = [], fic.generate
 
@@ -810,7 +851,7 @@ def val_beam_size_reaches_the_search():
 
 def keep_checkpoints_deletes_older_ones():
     kept = {path.name for path in train("--epochs 3 --keep_checkpoints 2").glob("*.pt")}
-    assert kept == {"best.pt", "model_epoch_2.pt", "model_epoch_3.pt"}
+    assert kept == {"model_epoch_2.pt", "model_epoch_3.pt", *BEST_FILES}
 
 
 def use_scheduler_schedules():
@@ -1285,6 +1326,7 @@ FLAG_EFFECTS = {
     "--grad_clip": grad_clip_bounds_the_gradient,
     "--precision": precision_is_computed_in,
     "--early_stopping_patience": early_stopping_patience_ends_the_run,
+    "--select_by": select_by_chooses_the_best_epoch,
     "--val_beam_size": val_beam_size_reaches_the_search,
     "--keep_checkpoints": keep_checkpoints_deletes_older_ones,
     "--use_scheduler": use_scheduler_schedules,
@@ -1311,6 +1353,7 @@ FLAG_EFFECTS = {
     "--split": split_chooses_the_images,
     "--images": images_are_captioned_and_json_is_json,
     "--clip_score": clip_score_judges_the_captions,
+    "--debug_candidates": debug_candidates_are_the_words_of_each_step,
     "--runs": runs_are_compared,
     "--tensorboard": backends_hear_of_the_run,
     "--wandb": backends_hear_of_the_run,
@@ -1851,7 +1894,8 @@ WRONG_PARTS = {
         {"plan__schedule": "step"},
         {"data_position__captions": "x"}, {"data_position__captions": -3}, {"history": [1]}, {"early_stopping": None},
         {"history": [{"epoch": "one", "learning_rate": 1.0}]}, {"epoch": -1},
-        {"random_state": {}}, {"random_state__cpu": 5}, {"best_score": "high"},
+        {"random_state": {}}, {"random_state__cpu": 5}, {"selection": "high"},
+        {"selection__best_eval.pt": {"by": "cider", "best": {"epoch": 1}}},
     ],
 }  # fmt: skip
 
@@ -2104,14 +2148,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(read_every, monkeyp
     folder = run_dir(
         failed(TINY, "--epochs 3", naming=[f"step {STEPS + 2} ", "nan", "--learning_rate"])
     )
-    assert {path.name for path in folder.glob("*.pt")} == {"best.pt", "model_epoch_1.pt"}
+    assert {path.name for path in folder.glob("*.pt")} == {"model_epoch_1.pt", *BEST_FILES}
     assert all_finite(folder / "best.pt") and all_finite(folder / "model_epoch_1.pt")
 
 
 def test_weights_broken_by_an_epoch_s_last_step_are_not_saved(monkeypatch):
     monkeypatch.setattr(fic, "train_step", breaking(fic.train_step, 2 * STEPS, after=True))
     folder = run_dir(failed(TINY, "--epochs 3", naming=["epoch 2"]))
-    assert {path.name for path in folder.glob("*.pt")} == {"best.pt", "model_epoch_1.pt"}
+    assert {path.name for path in folder.glob("*.pt")} == {"model_epoch_1.pt", *BEST_FILES}
     assert all_finite(folder / "best.pt")
 
 
@@ -2134,16 +2178,16 @@ def file_size_limit(size):
 def test_a_disk_that_fills_up_in_training_leaves_the_previous_checkpoint_whole(monkeypatch):
     saves, original = itertools.count(1), fic.save
 
-    def save(run, name):
-        if name == "best.pt" and next(saves) == 2:
+    def save(run, name, is_best):
+        if next(saves) == 2:
             with file_size_limit(100_000):
-                original(run, name)
-        original(run, name)
+                original(run, name, is_best)
+        original(run, name, is_best)
 
     replace_cider(monkeypatch, itertools.count(1.0))
     monkeypatch.setattr(fic, "save", save)
     folder = run_dir(failed(TINY, "--epochs 3", naming=["File too large"]))
-    assert {path.name for path in folder.glob("*.pt*")} == {"best.pt", "model_epoch_1.pt"}
+    assert {path.name for path in folder.glob("*.pt*")} == {"model_epoch_1.pt", *BEST_FILES}
     for path in folder.glob("*.pt"):
         assert checkpoints.load_checkpoint(path)["epoch"] == 1
 

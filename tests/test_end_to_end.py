@@ -81,7 +81,8 @@ RUN_FILES = {
     "run_summary.json",
     "sample_captions.json",
 }
-RUN_FILES |= {"training_losses.png", "learning_rate.png", "best.pt"}
+BEST_FILES = {"best.pt", "best_loss.pt", "best_eval.pt"}
+RUN_FILES |= {"training_losses.png", "learning_rate.png", *BEST_FILES}
 RUN_FILES |= {"val_examples.json", "report.html"}
 EPOCH_BLOCK = re.compile(
     r"^Epoch (\d+) completed \(\1/(\d+)\):\n"
@@ -169,7 +170,7 @@ def workshop():
 def skip_plots(patch):
     """Each takes half a second; test_a_run_directory draws them."""
     for name in ("plot_losses", "plot_learning_rate"):
-        patch.setattr(experiment_utils, name, lambda path, history: path.touch())
+        patch.setattr(experiment_utils, name, lambda path, *_: path.touch())
 
 
 BUILD_ENCODER = fic.Encoder.__init__
@@ -349,10 +350,11 @@ def test_the_size_that_checkpoints_take_is_said_at_the_start():
         r"checkpoints will take (\d+) MiB at most, ([\d,]+) MiB are free: (\d+) MiB", out
     )
     files = {path.name: path for path in run_dir(out).glob("*.pt")}
-    assert files.keys() == {"best.pt", "model_epoch_2.pt", "model_epoch_3.pt"}
+    assert files.keys() == {"model_epoch_2.pt", "model_epoch_3.pt", *BEST_FILES}
     encoder = sum(t.nbytes for t in load(files["best.pt"])["encoder"]["weights"].values())
     each = files["best.pt"].stat().st_size - encoder
-    assert int(said[1]) == pytest.approx((3 * each + 2 * encoder) / 2**20, rel=0.1)
+    # two that are kept, and two of best epochs before these, which all but one may hold the encoder
+    assert int(said[1]) == pytest.approx((4 * each + 3 * encoder) / 2**20, rel=0.1)
     assert int(said[2].replace(",", "")) == pytest.approx(
         shutil.disk_usage(".").free / 2**20, rel=0.1
     )
@@ -375,12 +377,15 @@ def test_a_run_whose_checkpoints_do_not_fit_stops_before_it_makes_a_folder(monke
 
 def test_the_best_epochs_checkpoint_is_written_once(monkeypatch):
     replace_cider(monkeypatch, iter([0.1, 0.3, 0.2]))
+    replace_losses(monkeypatch, [3.0, 3.1, 2.9])
     folder = train("--epochs 3")
-    best, first, second, third = (
+    best, of_loss, first, second, third = (
         folder / name
-        for name in ("best.pt", "model_epoch_1.pt", "model_epoch_2.pt", "model_epoch_3.pt")
+        for name in ("best.pt", "best_loss.pt", *(f"model_epoch_{n}.pt" for n in (1, 2, 3)))
     )
-    assert best.samefile(second) and first.stat().st_nlink == third.stat().st_nlink == 1
+    assert best.samefile(second) and best.samefile(folder / "best_eval.pt")
+    assert of_loss.samefile(third)
+    assert [path.stat().st_nlink for path in (first, second, third)] == [1, 3, 2]
     assert [load(path)["epoch"] for path in (first, second, third)] == [1, 2, 3]
 
 
@@ -451,8 +456,7 @@ def encode(encoder, path):
 def test_ties_of_cider_go_to_the_lower_validation_loss(monkeypatch):
     """Captions of small datasets score 0 for epochs while the loss falls."""
     replace_cider(monkeypatch, itertools.repeat(0.0))
-    losses = iter([3.0, 2.0, 2.0])
-    monkeypatch.setattr(fic, "validation_loss", lambda run, received: next(losses))
+    replace_losses(monkeypatch, [3.0, 2.0, 2.0])
     out = succeed(TINY, "--epochs 4 --early_stopping_patience 2")
     assert load(run_dir(out) / "best.pt")["epoch"] == 2
     assert [best for *_, best in EPOCH_BLOCK.findall(out)] == ["True", "True", "False"]
@@ -467,6 +471,176 @@ def test_best_pt_is_the_highest_validation_cider(monkeypatch):
     assert state["epoch"] == 2 and state["best_score"] == 0.9
     assert [best for *_, best in EPOCH_BLOCK.findall(out)] == ["True", "True", "False", "False"]
     assert load(run_dir(out) / "model_epoch_4.pt")["best_score"] == 0.9  # the best, not the latest
+
+
+def epochs_of(folder):
+    """The epochs of best.pt, best_loss.pt and best_eval.pt."""
+    return [load(folder / name)["epoch"] for name in ("best.pt", "best_loss.pt", "best_eval.pt")]
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", [2, 3, 2]),  # by CIDEr
+        ("--select_by loss", [3, 3, 2]),
+        ("--select_by bleu4", [4, 3, 4]),
+        ("--select_by meteor-centric", [1, 3, 1]),
+    ],
+)
+def test_best_pt_is_what_the_rule_chooses_beside_the_lowest_loss(flags, expected, monkeypatch):
+    replace_losses(monkeypatch, [3.0, 2.8, 2.6, 2.7])
+    others = {"ROUGE-L": 0.3, "BLEU-1": 0.5, "BLEU-2": 0.3}
+    table = zip((0.2, 0.9, 0.5, 0.4), (0.10, 0.12, 0.11, 0.13), (0.30, 0.2, 0.2, 0.2), strict=True)
+    rows = [dict(zip(("CIDEr", "BLEU-4", "METEOR"), row, strict=True)) | others for row in table]
+    monkeypatch.setattr(metrics_utils, "find_tables", lambda: "tables")
+    replace_scores(monkeypatch, *rows)
+    monkeypatch.setattr(metrics_utils, "find_meteor_tables", lambda: None)
+    out = succeed(TINY, "--epochs 4", flags)
+    folder = run_dir(out)
+    assert epochs_of(folder) == expected
+    summary = read_json(folder / "run_summary.json")
+    assert summary["best_metrics"]["epoch"] == expected[0]
+    said = {"": "best CIDEr 0.9000: ", "--select_by loss": "best validation loss 2.6000: "}
+    said |= {"--select_by bleu4": "best BLEU-4 0.1300: "}
+    assert said.get(flags, "best METEOR (meteor-centric) 0.3000: ") + str(folder / "best.pt") in out
+    other, file = (
+        ("CIDEr 0.9000", "best_eval.pt") if "loss" in flags else ("loss 2.6000", "best_loss.pt")
+    )
+    assert f"{other}: {folder / file}" in out
+
+
+def test_meteor_is_computed_only_where_the_rule_looks_at_it(monkeypatch, tables):
+    monkeypatch.setattr(metrics_utils, "find_tables", lambda: tables)
+    row, with_meteor = (
+        load(train(flags) / "best.pt")["history"][0] for flags in ("", "--select_by pareto")
+    )
+    assert "METEOR" not in row and 0 <= with_meteor["METEOR"] <= 1
+
+
+def test_without_its_tables_a_rule_that_needs_meteor_is_refused(monkeypatch):
+    monkeypatch.setattr(metrics_utils, "find_tables", lambda: None)
+    before = snapshot()
+    outcome = program(TINY, "--select_by multi-criteria")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1
+    assert "--select_by multi-criteria needs METEOR's tables: pip install" in outcome.err
+    assert snapshot() == before
+
+
+def test_early_stopping_counts_what_the_rule_calls_better(monkeypatch):
+    replace_losses(monkeypatch, [3.0, 2.9, 2.95, 2.96])
+    replace_cider(monkeypatch, itertools.count(1.0))  # CIDEr rises for ever
+    out = succeed(TINY, "--epochs 6 --select_by loss --early_stopping_patience 2")
+    assert "stopped early: no better validation loss for 2 epochs" in out
+    assert len(EPOCH_BLOCK.findall(out)) == 4
+
+
+@pytest.mark.parametrize("name", ["best_loss.pt", "best_eval.pt"])
+def test_each_best_file_is_tested_and_captions_where_there_is_nothing_else(name, shop, monkeypatch):
+    images = [Path("data/sample/Images") / image for image in listed("test")]
+    Path("alone").mkdir()
+    replace_losses(monkeypatch, [3.0, 2.0])
+    replace_cider(monkeypatch, iter([0.9, 0.1]))
+    shutil.copy(train("--epochs 2") / name, "alone")
+    out = succeed("--mode test --model_path", Path("alone", name))
+    assert (Path("alone") / "test_metrics.json").is_file() and "CIDEr" in out
+    assert (
+        len(
+            succeed(
+                "--mode caption --model_path", Path("alone", name), "--images", *images
+            ).splitlines()
+        )
+        == 4
+    )
+
+
+def test_a_folder_means_best_pt_and_a_name_that_is_not_there_is_looked_for(shop, monkeypatch):
+    replace_losses(monkeypatch, [3.0, 2.0])
+    replace_cider(monkeypatch, iter([0.9, 0.1]))
+    folder = train("--epochs 2")
+    flat = folder.parent
+    assert checkpoints.resolve_checkpoint(flat) == folder / "best.pt"
+    assert checkpoints.resolve_checkpoint(flat, "newest") == folder / "model_epoch_2.pt"
+    for name in ("best_loss.pt", "best_eval.pt"):
+        assert checkpoints.resolve_checkpoint(flat / name) == folder / name
+    (folder / "model_epoch_1.pt").unlink()
+    (folder / "model_epoch_2.pt").unlink()
+    assert checkpoints.resolve_checkpoint(flat, "newest") == folder / "best.pt"
+
+
+def two_epochs(patch):
+    """The folder of a run whose CIDEr and loss are best in epoch 1, its BLEU-4 in epoch 2."""
+    replace_losses(patch, [2.0, 3.0, 3.0])
+    replace_scores(
+        patch, *({"CIDEr": c, "BLEU-4": b} for c, b in ((0.9, 0.1), (0.5, 0.3), (0.6, 0.2)))
+    )
+    return train("--epochs 2")
+
+
+@pytest.mark.parametrize("kept", ["all", "best files"])
+def test_another_rule_on_resume_begins_with_what_it_chooses_of_the_history(kept, monkeypatch):
+    first = two_epochs(monkeypatch)
+    start = first / "model_epoch_2.pt"
+    if kept == "best files":  # of which none is of epoch 2
+        state = load(start)
+        state["epoch"], state["data_position"]["captions"] = 2, BATCH_SIZE
+        start = Path("moved.pt")
+        torch.save(state, start)
+    out = succeed("--select_by bleu4 --epochs 1 --model_path", start)
+    folder = run_dir(out)
+    assert "--select_by bleu4 is new to this run: its best epoch so far is 2" in out
+    best = load(folder / "best.pt")
+    if kept == "all":
+        assert epochs_of(folder) == [2, 1, 2]
+        assert best["encoder"]["weights"] and best["splits"]["test"] == listed("test")
+        assert not list(differences(best["model"], load(first / "model_epoch_2.pt")["model"]))
+        assert (
+            load(folder / "model_epoch_3.pt")["early_stopping"]["epochs_without_improvement"] == 1
+        )
+        Path("alone").mkdir()
+        shutil.copy(folder / "best.pt", "alone")
+        succeed("--mode test --model_path alone/best.pt")
+    else:
+        assert "the best epoch is chosen anew" in out and best["epoch"] == 3
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_goes_on(monkeypatch):
+    first = two_epochs(monkeypatch)
+    Path("old").mkdir()
+    for name in ("best.pt", "model_epoch_2.pt"):
+        state = load(first / name)
+        del state["selection"], state["config"]["select_by"]
+        torch.save(state, Path("old", name))
+    out = succeed("--epochs 1 --model_path old/model_epoch_2.pt")
+    assert "anew" not in out and epochs_of(run_dir(out)) == [1, 1, 1]
+    state = load(run_dir(out) / "model_epoch_3.pt")
+    assert state["best_score"] == 0.9 and state["early_stopping"]["best_loss"] == 2.0
+    assert state["early_stopping"]["epochs_without_improvement"] == 2
+
+
+@pytest.mark.parametrize("done", range(3))
+def test_a_run_that_is_killed_between_an_epochs_files_goes_on_with_its_best(done, monkeypatch):
+    """Each file is whole at any time, and some file of the best epoch is there."""
+
+    class Killed(BaseException):
+        pass
+
+    original, number = checkpoints.link_file, itertools.count()
+
+    def link_file(source, path):
+        if next(number) == 3 + done:  # after the first epoch's three, and some of the second's
+            raise Killed
+        original(source, path)
+
+    replace_losses(monkeypatch, [3.0, 2.0, 2.5])
+    replace_cider(monkeypatch, iter([0.1, 0.9, 0.5]))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoints, "link_file", link_file)
+        train("--epochs 2")
+    (folder,) = Path("saved_models").glob("*/*/*")
+    for path in folder.glob("*.pt"):
+        checkpoints.load_checkpoint(path)
+    out = succeed("--resume latest --epochs 1")
+    assert epochs_of(run_dir(out)) == [2, 2, 2] and "anew" not in out
 
 
 def test_where_stderr_is_no_terminal_lines_tell_how_far_it_is(monkeypatch):
@@ -508,6 +682,18 @@ def test_each_epoch_says_how_long_it_took_and_shows_the_same_caption(shop):
     model = folder / "model_epoch_3.pt"
     caption = "--mode caption --algorithm greedy --encoder_weights random --images"
     assert succeed(caption, path, "--model_path", model) == f"{path}\t{ends[-1][2]}\n"
+
+
+def replace_losses(patch, losses):
+    """Replace each epoch's validation loss by the next of `losses`."""
+    losses = iter(losses)
+    patch.setattr(fic, "validation_loss", lambda run, received: next(losses))
+
+
+def replace_scores(patch, *rows):
+    """Replace scores of each epoch's validation captions by those of the next of `rows`."""
+    original, rows = fic.validation_scores, iter(rows)
+    patch.setattr(fic, "validation_scores", lambda *args: original(*args) | next(rows))
 
 
 def replace_cider(patch, scores):
@@ -628,7 +814,7 @@ def test_validation_scores_go_by_image(monkeypatch):
 def test_a_checkpoint_is_plain_and_holds_every_hyperparameter(name, shop):
     """attention_dim and drop_prob were once missing, and a pickled class of __main__ was inside."""
     state = torch.load(shop / "attention" / name, weights_only=True)
-    assert state.keys() == checkpoints.CHECKPOINT_KEYS.keys() | {"format_version"}
+    assert state.keys() == checkpoints.CHECKPOINT_KEYS.keys() | {"format_version", "selection"}
     assert state["format_version"] == 5 and state["config"].keys() == TABLE.keys()
     assert state["config"]["attention_dim"] == 8 and state["config"]["drop_prob"] == 0.3
     assert state["early_stopping"].keys() == {"best_loss", "epochs_without_improvement"}
@@ -636,7 +822,8 @@ def test_a_checkpoint_is_plain_and_holds_every_hyperparameter(name, shop):
     assert state["encoder"]["image_size"] == 224
     splits = {"train": listed("train"), "val": listed("dev"), "test": listed("test")}
     digests = state["splits"].pop("digests", None)
-    is_best = (shop / "attention" / name).samefile(shop / "attention/best.pt")
+    best_files = (shop / "attention" / best for best in BEST_FILES)
+    is_best = any(map((shop / "attention" / name).samefile, best_files))
     assert (state["encoder"]["weights"] is not None) == is_best
     if is_best:
         assert state["splits"] == splits
@@ -1132,18 +1319,23 @@ def test_a_resumed_run_leaves_the_old_directory_alone_and_brings_the_best_along(
         "run_summary.txt",
         "config_snapshot.json",
         "run_summary.json",
-        "best.pt",
         "last.pt",
+        *BEST_FILES,
     }
-    assert (folder / "best.pt").read_bytes() == (shop / "attention/best.pt").read_bytes()
+    for name in BEST_FILES:
+        assert (folder / name).read_bytes() == (shop / "attention" / name).read_bytes()
+    assert (folder / "best.pt").samefile(folder / "best_eval.pt")
 
 
-def test_a_damaged_best_beside_the_checkpoint_is_named_and_passed_over(shop):
-    shutil.copytree(shop / "lstm", "damaged")
-    Path("damaged/best.pt").write_bytes(b"PK damaged")
-    out = succeed("--model_path damaged/model_epoch_4.pt --epochs 1")
-    assert "without the best.pt of before: damaged/best.pt: not a usable" in out
-    assert load(run_dir(out) / "best.pt")["epoch"] == 5
+def test_a_damaged_best_beside_the_checkpoint_is_named_and_passed_over(monkeypatch):
+    replace_cider(monkeypatch, iter([0.3, 0.2, 0.1]))
+    folder = train("--epochs 2")
+    for name in ("best.pt", "best_eval.pt", "model_epoch_1.pt"):
+        (folder / name).unlink()
+        (folder / name).write_bytes(b"PK damaged")
+    out = succeed("--epochs 1 --model_path", folder / "model_epoch_2.pt")
+    assert f"without the best.pt of before: {folder / 'best.pt'}: not a usable" in out
+    assert load(run_dir(out) / "best.pt")["epoch"] == 3
 
 
 def test_a_best_of_a_later_epoch_is_not_the_best_so_far(monkeypatch):

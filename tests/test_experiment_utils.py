@@ -302,7 +302,7 @@ def test_environment_names_every_gpu(monkeypatch):
 def no_plots(monkeypatch):
     """They take most of an epoch's time; what they show is tested below."""
     for name in ("plot_losses", "plot_learning_rate"):
-        monkeypatch.setattr(experiment_utils, name, lambda path, history: None)
+        monkeypatch.setattr(experiment_utils, name, lambda path, *_: None)
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -522,7 +522,9 @@ def test_plots_are_drawn_every_ten_seconds_and_at_the_end(tmp_path, monkeypatch)
     monkeypatch.setattr(experiment_utils.time, "monotonic", lambda: now[0])
     for name in ("plot_losses", "plot_learning_rate"):
         monkeypatch.setattr(
-            experiment_utils, name, lambda path, history: drawn.append((path.name, len(history)))
+            experiment_utils,
+            name,
+            lambda path, history, rule: drawn.append((path.name, len(history))),
         )
     with ExperimentTracker(tmp_path) as tracker:
         for seconds in (0, 2, 7.9, 0.1, 3):

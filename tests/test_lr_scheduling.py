@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _no_checkpoint_per_epoch(monkeypatch):
-    monkeypatch.setattr(program, "save", lambda run, name: None)
+    monkeypatch.setattr(program, "save", lambda run, name, is_best=False: None)
     monkeypatch.setattr(program.checkpoints, "link_file", lambda source, path: None)
 
 

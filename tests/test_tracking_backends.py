@@ -34,7 +34,7 @@ def installed():
 def track(tmp_path, monkeypatch):
     """A function that tracks a run of two epochs with these backends and returns its folder."""
     for name in ("plot_losses", "plot_learning_rate"):
-        monkeypatch.setattr(experiment_utils, name, lambda path, history: None)
+        monkeypatch.setattr(experiment_utils, name, lambda path, *_: None)
     photograph = tmp_path / "dog.jpg"
     Image.new("RGB", (60, 40), (200, 30, 30)).save(photograph)
     maps = np.zeros((2, 2, 2))
