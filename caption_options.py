@@ -774,9 +774,22 @@ def parse_args(argv=None, description=None):
         check_feature_dim(config, options)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    for note in config.notes if os.environ.get("RANK", "0") == "0" else ():
+    notes = [*config.notes, *map(plain_variable_note, plain_origins(options))]
+    for note in notes if os.environ.get("RANK", "0") == "0" else ():
         print(f"{parser.prog}: {note}", file=sys.stderr)
     return options
+
+
+def plain_origins(options):
+    """The names of options whose value comes from a variable of a common name, such as DEVICE."""
+    variables = {name: variable for variable, name in config_file.PLAIN_VARIABLES.items()}
+    return [name for name in variables if options.origins[name].where == variables[name]]
+
+
+def plain_variable_note(name):
+    """What to say of it: a shell may have set the variable for something else."""
+    (variable,) = (v for v, option in config_file.PLAIN_VARIABLES.items() if option == name)
+    return f"--{name} comes from the environment variable {variable}"
 
 
 # What a value of a file or of the environment gives way to, if that comes from a stronger source. A

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 FLAG, ENVIRONMENT, FILE = SOURCES = ("flag", "environment", "file")  # what comes first wins
 PREFIX = "CAPTION_"  # of environment variables
+# Another trainer's variables for the same things; CAPTION_ and the flag comes before them.
+PLAIN_VARIABLES = {"DEVICE": "device", "BATCH_SIZE": "batch_size", "NUM_EPOCHS": "epochs"}
 MOST_BYTES = 2**16  # of a file
 PLAIN_TAGS = {
     f"tag:yaml.org,2002:{kind}" for kind in ["str", "int", "float", "bool", "null", "seq", "map"]
@@ -216,14 +218,15 @@ def read_value(option, text):
 
 
 def read_environment(environ, table):
-    """{option: Setting} of the variables CAPTION_<FLAG>; an empty one counts as not set.
+    """{option: Setting} of the variables CAPTION_<FLAG>, else of PLAIN_VARIABLES; an empty one counts as not set.
 
     A variable that no option has is another program's, unless one is nearly spelt so.
     Raises: ValueError naming the variable.
     """
-    variables = {PREFIX + name.upper(): name for name in table}
+    variables = {plain: name for plain, name in PLAIN_VARIABLES.items() if name in table}
+    variables |= {PREFIX + name.upper(): name for name in table}
     settings = {}
-    for variable, text in environ.items():
+    for variable, text in sorted(environ.items(), key=lambda pair: pair[0] not in PLAIN_VARIABLES):
         if variable in variables and text:
             name = variables[variable]
             if name == "plugin":

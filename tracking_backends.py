@@ -145,7 +145,8 @@ class WeightsAndBiases(Listener):
         settings = self.wandb.Settings(init_timeout=WANDB_SECONDS, console="off", silent=True)
         return self.wandb.init(
             project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
-            name=os.environ.get("WANDB_NAME", self.run_dir.name),
+            name=os.environ.get("WANDB_RUN_NAME")
+            or os.environ.get("WANDB_NAME", self.run_dir.name),
             dir=self.run_dir,
             mode=mode,
             settings=settings,

@@ -560,9 +560,9 @@ def test_a_model_to_begin_with_whose_options_are_unusable_is_named():
         ("--mode test", "--mode test needs --model_path, the checkpoint to use"),
         ("--mode caption --model_path a.pt", "--mode caption needs --images, pictures or folders of them"),
         ("--mode test --model_path a.pt --epochs 3", "--epochs belongs to --mode train, not test"),
-        ("--images a.jpg", "--images belongs to --mode caption, not train"),
+        ("--images a.jpg", "--images belongs to --mode caption and debug, not train"),
         ("--split val", "--split belongs to --mode test and compare, not train"),
-        ("--ensemble a.pt", "--ensemble belongs to --mode test and caption, not train"),
+        ("--ensemble a.pt", "--ensemble belongs to --mode test, caption and debug, not train"),
         ("--seeds a.pt", "--seeds belongs to --mode test, not train"),
         ("--mode test --model_path a.pt --seeds b.pt --ensemble c.pt",
          "--seeds and --ensemble exclude each other: only single checkpoints have a mean"),
@@ -956,7 +956,7 @@ def test_help_lists_every_option_with_its_default(capsys):
 def test_a_row_of_help_says_for_whom_it_is():
     describe = caption_options.describe
     assert describe(TABLE["ensemble"]).startswith(
-        "test, caption: more checkpoints, or folders of runs"
+        "test, caption, debug: more checkpoints, or folders of runs"
     )
     assert describe(TABLE["num_captions"]) == "caption: how many captions per image (1)"
     assert describe(TABLE["attention_dim"]) == "attention: units that compare cells (512)"

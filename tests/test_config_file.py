@@ -178,6 +178,40 @@ def test_every_option_can_come_from_the_environment_and_from_a_file():
         assert setting.value == option.default and type(setting.value) is type(option.default)
 
 
+def test_common_names_in_the_environment_count_below_ours_and_are_named(
+    monkeypatch, capsys, tmp_path
+):
+    for name, text in {"DEVICE": "cpu", "BATCH_SIZE": "16", "NUM_EPOCHS": "7"}.items():
+        monkeypatch.setenv(name, text)
+    options = parse_args([])
+    assert (options.run.device, options.training.batch_size, options.training.epochs) == (
+        "cpu",
+        16,
+        7,
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "flickr_image_caption.py: --device comes from the environment variable DEVICE",
+        "flickr_image_caption.py: --batch_size comes from the environment variable BATCH_SIZE",
+        "flickr_image_caption.py: --epochs comes from the environment variable NUM_EPOCHS",
+    ]
+    (tmp_path / "exp.yaml").write_text("batch_size: 5\nlearning_rate: 0.5\n")
+    monkeypatch.setenv("CAPTION_DEVICE", "cuda:1")
+    options = parse_args(["--epochs", "3", "--config", str(tmp_path / "exp.yaml")])
+    assert (options.run.device, options.training.batch_size, options.training.epochs) == (
+        "cuda:1",
+        16,
+        3,
+    )
+    assert options.training.learning_rate == 0.5
+    assert capsys.readouterr().err.count("\n") == 1  # of BATCH_SIZE
+    monkeypatch.setenv("BATCH_SIZE", "many")
+    with pytest.raises(SystemExit):
+        parse_args([])
+    assert (
+        "environment variable BATCH_SIZE: 'many' is not a whole number" in capsys.readouterr().err
+    )
+
+
 def test_switches_and_lists_in_the_environment(monkeypatch):
     monkeypatch.setenv("CAPTION_USE_SCHEDULER", "yes")
     monkeypatch.setenv("CAPTION_HORIZONTAL_FLIP", "false")
