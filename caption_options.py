@@ -330,7 +330,7 @@ RUN = {
         modes=(TRAIN,), stored=OWN, package="wandb"),
 }  # fmt: skip
 DATA = {
-    "dataset_type": Option(("flickr8k", "flickr30k", "sample", "custom"), "flickr30k",
+    "dataset_type": Option(("flickr8k", "flickr30k", "coco", "sample", "custom"), "flickr30k",
         "default folder ./data/<dataset_type>, and the run folder's name", modes=WITH_DATA),
     "image_dir": Option(str, None,
         "folder of images, or WebDataset shards (*.tar), instead of the default folder",

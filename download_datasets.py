@@ -3,6 +3,8 @@
     python download_datasets.py                     # Flickr8k and Flickr30k (1.1 and 4.4 GB)
     python download_datasets.py --dataset flickr8k
     python download_datasets.py --dataset flickr8k --verify_only
+    python download_datasets.py --dataset coco      # 2014 with Karpathy's splits: 20 GB
+    python download_datasets.py --dataset coco --coco_year 2017 --max_images 200  # for a trial
     python download_datasets.py --dataset sample    # drawn in seconds, no network
     python download_datasets.py --entities Flickr30kEntities  # boxes.json of Flickr30k's phrases
     python download_datasets.py --dataset resnet50  # ../../resources/models/resnet50-19c8e357.pth
@@ -10,7 +12,9 @@
 A dataset lies in DATA_DIR/NAME (./data/NAME): `Images/`, a captions file as its authors wrote it,
 and the official split. Every file is pinned by size and checksum, so any mirror may serve it:
 Flickr8k's MD5s are those that torchvision for R pins, the SHA-256s stand in Hugging Face's LFS
-pointers, and resnet50's begins with the digits in its name. A broken download goes on where it
+pointers, and resnet50's begins with the digits in its name. For COCO's zips no checksum was at
+hand: their sizes are pinned, each file in them is compared with its CRC-32, and what is unpacked
+with what the captions name. A broken download goes on where it
 stopped (HTTP Range); a wrong file is deleted and the next source tried; TLS certificates are
 checked. Flickr8k and Flickr30k are for non-commercial research: their authors hand them out at
 MANUAL.
@@ -22,6 +26,7 @@ import argparse
 import gzip
 import hashlib
 import http.client
+import itertools
 import json
 import lzma
 import os
@@ -38,11 +43,13 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import coco_files
 from encoder_models import ADDED, find_model
 from progress import Progress
 from sample_dataset import write_sample_dataset
@@ -57,13 +64,19 @@ class Remote(NamedTuple):
 
     name: str
     size: int  # bytes
-    checksum: str  # "md5:..." or "sha256:..."
+    checksum: str  # "md5:..." or "sha256:..."; "" of a zip for which none is known
     urls: tuple[str, ...]
     keep: tuple[str, ...] = ()  # base names worth unpacking, as shell patterns
+    into: str = ""  # the folder for them; else pictures go into Images, the rest lies beside it
 
 
 HUGGING_FACE = "https://huggingface.co"
 GITHUB_FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+# The authors' own buckets; at images.cocodataset.org itself, Amazon's certificate does not fit.
+COCO_AMAZON = "https://s3.amazonaws.com/images.cocodataset.org"
+COCO_GOOGLE = "https://storage.googleapis.com/images.cocodataset.org"
+FAST_AI = "https://s3.amazonaws.com/fast-ai-coco"
+PJREDDIE = "https://pjreddie.com/media/files"
 
 
 def karpathy_splits(name):
@@ -79,6 +92,20 @@ def karpathy_splits(name):
         ),
         (f"dataset_{name}.json",),
     )
+
+
+def coco_pictures(subset, size, mirror):
+    """COCO's zip of one folder of pictures."""
+    urls = f"{COCO_AMAZON}/zips/{subset}.zip", f"{mirror}/{subset}.zip"
+    return Remote(f"{subset}.zip", size, "", urls, ("*.jpg",), subset)
+
+
+def coco_annotations(year, size, *mirrors):
+    """COCO's zip of captions, of which only those are kept."""
+    name = f"annotations_trainval{year}.zip"
+    bases = f"{COCO_AMAZON}/annotations", f"{COCO_GOOGLE}/annotations", *mirrors
+    urls = tuple(f"{base}/{name}" for base in bases)
+    return Remote(name, size, "", urls, ("captions_*.json",), "annotations")
 
 
 # dataset -> its parts (images, captions) -> the archives that hold the part, in the order of trial
@@ -140,16 +167,32 @@ DATASETS = {
         ),
         (karpathy_splits("flickr30k"),),
     ),
+    "coco2014": (
+        (coco_annotations(2014, 252_872_794),),
+        (coco_pictures("val2014", 6_645_013_297, PJREDDIE),),
+        (coco_pictures("train2014", 13_510_573_713, PJREDDIE),),
+    ),
+    "coco2017": (
+        (coco_annotations(2017, 252_907_541, FAST_AI),),
+        (coco_pictures("val2017", 815_585_330, FAST_AI),),
+        (coco_pictures("train2017", 19_336_861_798, FAST_AI),),
+    ),
 }
+# what a dataset does without: its splits are then drawn
+OPTIONAL = {"coco2014": (karpathy_splits("coco"),)}
+FOLDERS = {f"coco{year}": "coco" for year in coco_files.YEARS}  # below DATA_DIR
 # (images, captions) a folder must hold at least. Copies differ: of Flickr8k's 8,091 images 8,000
 # are in a split, of Flickr30k's 31,783 Karpathy's captions cover 31,014. The smaller number is
 # complete for every published experiment.
 EXPECTED = {"flickr8k": (8_000, 40_000), "flickr30k": (31_014, 155_070)}
+EXPECTED |= {"coco2014": (123_287, 616_767), "coco2017": (123_287, 616_767)}
 PICTURES = {".jpg", ".jpeg", ".png"}
 CAPTION_FILES = ("captions.txt", "results.csv", "Flickr8k.token.txt", "dataset_*.json")
 MANUAL = {
     "flickr8k": "https://forms.illinois.edu/sec/1713398",
     "flickr30k": "https://forms.illinois.edu/sec/229675",
+    "coco2014": "https://cocodataset.org/#download",
+    "coco2017": "https://cocodataset.org/#download",
 }
 RESNET50 = Remote(
     "resnet50-19c8e357.pth",
@@ -165,7 +208,9 @@ TIMEOUT_SECONDS = 60
 # What decompressors raise for a damaged archive.
 DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 # More than every archive above has; an archive that has still more is a bomb.
-MAX_MEMBERS, MAX_UNPACKED_BYTES = 100_000, 20_000_000_000
+MAX_MEMBERS, MAX_UNPACKED_BYTES = 150_000, 25_000_000_000
+# of single pictures: threads that fetch, the largest answer, and what is reckoned for one
+FETCHERS, MAX_PICTURE_BYTES, PICTURE_BYTES = 8, 2**25, 200_000
 
 
 # ------------------------------------------------------- folders that appear complete or not at all
@@ -199,9 +244,10 @@ def new_folder(folder, replace=False):
 # -------------------------------------------------------------------------------------- downloading
 
 
-def fetch(url, part, size):
+def fetch(url, part, size=None):
     """Download `url` into `part` until it has `size` bytes, going on where an attempt stopped.
 
+    size: None for a picture, whose size is what the server says, at most MAX_PICTURE_BYTES.
     Raises: DownloadError if the server refuses, offers another size, or sends nothing new ATTEMPTS
     times in a row.
     """
@@ -230,13 +276,14 @@ def fetch(url, part, size):
 def fetch_once(url, part, size):
     """One request for the bytes that `part` lacks. Raises ConnectionError if it ends early."""
     received = part.stat().st_size if part.exists() else 0
-    if received >= size:
+    if size is not None and received >= size:
         return
     headers = {"User-Agent": "download_datasets.py", "Range": f"bytes={received}-"}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         start = first_byte(url, response, received, size)
-        received = append_response(response, part, start, size)
+        size, silent = size or picture_size(url, response, start), size is None
+        received = append_response(response, part, start, size, silent)
     if received < size:
         raise ConnectionError(f"the connection ended at {received:,} of {size:,} bytes")
 
@@ -251,15 +298,26 @@ def first_byte(url, response, asked, size):
     if response.status == 206 and not resumed:
         raise DownloadError(f"{url}: sent another range than asked for: {content_range}")
     start = asked if resumed else 0
-    if response.length is not None and start + response.length != size:
+    if None not in (size, response.length) and start + response.length != size:
         offered = start + response.length
         raise DownloadError(f"{url}: offers {offered:,} bytes, expected {size:,}")
     return start
 
 
-def append_response(response, part, start, size):
+def picture_size(url, response, start):
+    """How many bytes the whole file has, as the response says. Raises: DownloadError."""
+    size = None if response.length is None else start + response.length
+    if size is None or not 0 < size <= MAX_PICTURE_BYTES:
+        said = "no size" if size is None else f"{size:,} bytes"
+        raise DownloadError(f"{url}: says {said}, expected 1 to {MAX_PICTURE_BYTES:,} bytes")
+    return size
+
+
+def append_response(response, part, start, size, silent=False):
     """Write the response into `part` from byte `start` on, at most to `size`. Returns its end."""
-    bar = Progress(title=part.stem, total=size, unit="B", initial=start, unit_scale=True)
+    bar = Progress(
+        title=part.stem, total=size, unit="B", initial=start, unit_scale=True, disable=silent
+    )
     end = start
     with bar, part.open("ab" if start else "wb") as file:
         while end < size and (chunk := response.read(min(1 << 20, size - end))):
@@ -270,12 +328,31 @@ def append_response(response, part, start, size):
 
 
 def check_file(path, remote):
-    """Raise DownloadError unless `path` has the size and checksum of `remote`."""
+    """Raise DownloadError unless `path` has the size and checksum of `remote`.
+
+    Where none is known it must be a zip in which every file has the CRC-32 that is noted for it.
+    """
+    if not remote.checksum:
+        check_zip(path, remote.size)
+        return
     algorithm, _, expected = remote.checksum.partition(":")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, algorithm).hexdigest()
     if path.stat().st_size != remote.size or digest != expected:
         raise DownloadError(f"{path}: {algorithm} is {digest}, expected {expected}")
+
+
+def check_zip(path, size):
+    """Raise DownloadError unless `path` is a whole zip of this size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, *DAMAGE) as error:
+        raise DownloadError(f"{path}: not a whole zip archive: {error}") from None
+    if damaged is not None:
+        raise DownloadError(f"{path}: its {damaged[:60]!r} is damaged")
+    if path.stat().st_size != size:
+        raise DownloadError(f"{path}: {path.stat().st_size:,} bytes, expected {size:,}")
 
 
 def download(remote, folder):
@@ -323,10 +400,11 @@ def members_of_tar(archive):
             yield info.name, info.size, info.isreg(), lambda info=info: archive.extractfile(info)
 
 
-def unpack(path, folder, keep):
+def unpack(path, folder, keep, into=""):
     """Unpack what fits a pattern in `keep` from a zip or tar, without the folders inside it.
 
-    Pictures go into folder/Images, the rest into `folder`; an archive that tries to write elsewhere
+    All goes into folder/into; without that, pictures into folder/Images, the rest into `folder`.
+    An archive that tries to write elsewhere
     is refused whole. Returns the number of files.
     Raises: DownloadError for a damaged archive, an absolute or `..` path, a link, device or
     encrypted member, two members of one name, more than MAX_MEMBERS members or more than
@@ -335,15 +413,15 @@ def unpack(path, folder, keep):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                return write_members(path, members_of_zip(archive), folder, keep)
+                return write_members(path, members_of_zip(archive), folder, keep, into)
         with tarfile.open(path) as archive:
-            return write_members(path, members_of_tar(archive), folder, keep)
+            return write_members(path, members_of_tar(archive), folder, keep, into)
     except (zipfile.BadZipFile, tarfile.TarError, *DAMAGE) as error:
         reason = str(error).partition("\n")[0]
         raise DownloadError(f"{path}: not a whole zip or tar archive: {reason}") from None
 
 
-def write_members(path, members, folder, keep):
+def write_members(path, members, folder, keep, into):
     """The checks and copies of `unpack`. Returns the number of files written."""
     written = total = 0
     for number, (name, size, plain, open_member) in enumerate(members, start=1):
@@ -358,7 +436,7 @@ def write_members(path, members, folder, keep):
         if inner.name.startswith(".") or not any(fnmatch(inner.name, pattern) for pattern in keep):
             continue
         is_picture = inner.suffix.lower() in PICTURES
-        target = (folder / "Images" if is_picture else folder) / inner.name
+        target = folder / (into or ("Images" if is_picture else "")) / inner.name
         target.parent.mkdir(exist_ok=True)
         try:
             with open_member() as source, target.open("xb") as copy:
@@ -458,12 +536,15 @@ def verify_sample(folder, names=None):
 def verify_dataset(name, folder):
     """(images, captions) in a dataset's folder. Raises ValueError if fewer than EXPECTED."""
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: not there; get it with: python download_datasets.py --dataset {name}"
-        )
+        raise ValueError(f"{folder}: not there; get it with: {command_for(name)}")
     if name == "sample":
         return verify_sample(folder)
-    counts = len(images_in(folder)), count_captions(folder)
+    if name in FOLDERS:
+        counts = coco_files.count(folder, year_of(name))
+        if coco_files.part_size(folder, year_of(name)):
+            return counts
+    else:
+        counts = len(images_in(folder)), count_captions(folder)
     for what, count, expected in zip(("images", "captions"), counts, EXPECTED[name], strict=True):
         if count < expected:
             shortage = f"{count:,} {what}, expected at least {expected:,}"
@@ -471,27 +552,65 @@ def verify_dataset(name, folder):
     return counts
 
 
+def year_of(name):
+    """Of coco2014 and coco2017."""
+    return int(name.removeprefix("coco"))
+
+
+def command_for(name):
+    """What gets a dataset."""
+    chosen = f"coco --coco_year {year_of(name)}" if name in FOLDERS else name
+    return f"python download_datasets.py --dataset {chosen}"
+
+
 def download_dataset(name, data_dir, force=False):
-    """Flickr8k or Flickr30k, downloaded, unpacked and checked in data_dir/name, unless it is there.
+    """Flickr8k, Flickr30k or COCO, downloaded, unpacked and checked in its folder, unless it is there.
 
     Archives stay in data_dir/.downloads until the dataset is complete, so that a second call goes
     on where the first stopped. Returns (images, captions).
     Raises: DownloadError if no source works; ValueError if the folder holds something incomplete
     and `force` is off, or if the disk is too small.
     """
-    folder, downloads = data_dir / name, data_dir / ".downloads"
+    folder, downloads = data_dir / FOLDERS.get(name, name), data_dir / ".downloads"
     if not force and holds_something(folder):
+        check_extent(name, folder)
         return verify_dataset(name, folder)
     needed = 2 * sum(alternatives[0].size for alternatives in DATASETS[name])  # packed and unpacked
     check_room(data_dir, needed - sum(path.stat().st_size for path in downloads.glob("*")))
     with new_folder(folder, replace=force) as partial:
         for alternatives in DATASETS[name]:
             get_part(name, alternatives, downloads, partial)
+        get_optional_part(name, downloads, partial)
         counts = verify_dataset(name, partial)
-    for alternatives in DATASETS[name]:
-        for remote in alternatives:
-            (downloads / remote.name).unlink(missing_ok=True)
+    for remote in itertools.chain(*DATASETS[name], OPTIONAL.get(name, ())):
+        (downloads / remote.name).unlink(missing_ok=True)
     return counts
+
+
+def get_optional_part(name, downloads, folder):
+    """The split file of a dataset that does without, or a line that says what follows."""
+    for remote in OPTIONAL.get(name, ()):
+        try:
+            get_part(name, (remote,), downloads, folder)
+        except DownloadError:
+            print(
+                f"{name}: without {remote.keep[0]} its splits will be drawn from the official val; "
+                "put it beside the pictures' folders for Karpathy's",
+                file=sys.stderr,
+            )
+
+
+def check_extent(name, folder, wanted=None):
+    """Raise ValueError where a folder of COCO was not made with the `wanted` pictures, None for all."""
+    if name not in FOLDERS or not coco_files.is_there(folder, year_of(name)):
+        return
+    there = coco_files.part_size(folder, year_of(name))
+    if there != wanted:
+        made, asked = (f"{count or 'all'} pictures" for count in (there, wanted))
+        raise ValueError(
+            f"{folder}: made with {made}, not {asked}; get these with --force, "
+            "or beside it with another --data_dir"
+        )
 
 
 def get_part(name, alternatives, downloads, folder):
@@ -500,7 +619,7 @@ def get_part(name, alternatives, downloads, folder):
         try:
             archive = download(remote, downloads)
             with new_folder(folder / remote.name) as unpacked:
-                unpack(archive, unpacked, remote.keep)
+                unpack(archive, unpacked, remote.keep, remote.into)
         except DownloadError as error:
             print(error, file=sys.stderr)
             continue
@@ -508,11 +627,84 @@ def get_part(name, alternatives, downloads, folder):
             entry.rename(folder / entry.name)
         (folder / remote.name).rmdir()
         return
-    raise DownloadError(
-        f"{name}: no source of {alternatives[0].name} works; ask for it at {MANUAL[name]} and put "
-        f"the pictures into {folder.parent / name / 'Images'} and the captions file beside "
-        "that folder"
-    )
+    final = folder.parent / FOLDERS.get(name, name)
+    if name in FOLDERS:
+        advice = f"get it at {MANUAL[name]} and unpack it into {final}"
+    else:
+        advice = (
+            f"ask for it at {MANUAL[name]} and put the pictures into {final / 'Images'} and the "
+            "captions file beside that folder"
+        )
+    raise DownloadError(f"{name}: no source of {alternatives[0].name} works; {advice}")
+
+
+# ------------------------------------------------------------------------------------ a part of COCO
+
+
+def download_coco_part(name, data_dir, max_images, force=False):
+    """`max_images` pictures of COCO, one by one, with their captions; the same ones at every call.
+
+    The zip of annotations is fetched whole. Pictures stay in data_dir/.downloads until all are
+    there, so that a second call goes on where the first stopped. Returns (images, captions).
+    Raises: DownloadError if pictures cannot be had; ValueError as `download_dataset`.
+    """
+    folder, downloads, year = data_dir / FOLDERS[name], data_dir / ".downloads", year_of(name)
+    if not force and holds_something(folder):
+        check_extent(name, folder, max_images)
+        return verify_dataset(name, folder)
+    annotations, stash = DATASETS[name][0], downloads / f"{name}_pictures"
+    check_room(data_dir, 2 * annotations[0].size + max_images * PICTURE_BYTES)
+    with new_folder(folder, replace=force) as partial:
+        get_part(name, annotations, downloads, partial)
+        get_optional_part(name, downloads, partial)
+        pictures = coco_files.read_pictures(partial, year)
+        chosen = coco_files.choose(pictures, coco_files.read_splits(partial), max_images)
+        coco_files.keep_only(partial, year, chosen)
+        for subset in coco_files.subsets(year):
+            (stash / subset).mkdir(parents=True, exist_ok=True)
+            (partial / subset).mkdir()
+        fetch_pictures({each: pictures[each] for each in chosen}, stash)
+        for each in chosen:
+            (stash / each).rename(partial / each)
+        counts = verify_dataset(name, partial)
+    shutil.rmtree(stash)
+    for remote in (*annotations, *OPTIONAL.get(name, ())):
+        (downloads / remote.name).unlink(missing_ok=True)
+    return counts
+
+
+def fetch_pictures(pictures, folder):
+    """Each of {name: coco_files.Picture} as folder/name, unless it is there; several at a time.
+
+    Raises: DownloadError that counts those that no source has.
+    """
+    with ThreadPoolExecutor(FETCHERS) as pool:
+        found = pool.map(lambda item: fetch_picture(*item, folder), pictures.items())
+        failures = [*filter(None, Progress(found, "pictures", len(pictures), "images"))]
+    if failures:
+        count = f"{len(failures):,} of {len(pictures):,} pictures"
+        raise DownloadError(f"{count}: no source works; the first is {failures[0]}")
+
+
+def fetch_picture(name, picture, folder):
+    """One of them. Returns what is wrong with each source, "" where it is there."""
+    path, reasons = folder / name, []
+    if path.exists():  # it was checked before it got this name
+        return ""
+    part = path.with_suffix(".part")
+    own = [f"{bucket}/{name}" for bucket in (COCO_AMAZON, COCO_GOOGLE)]
+    for url in filter(None, dict.fromkeys((*own, picture.url))):
+        try:
+            fetch(url, part)
+            coco_files.check_picture(part, picture.size)
+            part.rename(path)
+            return ""
+        except DownloadError as error:
+            reasons.append(str(error))
+        except ValueError as error:
+            reasons.append(f"{url}: {error}")
+        part.unlink(missing_ok=True)
+    return "; ".join(reasons)
 
 
 def check_room(folder, needed):
@@ -666,16 +858,20 @@ def get(name, args):
         folder = WEIGHTS_DIR
         path = verify_weights(folder) if args.verify_only else download_weights(folder, args.force)
         return f"resnet50: {path}, checksum as published"
-    folder = args.data_dir / name
+    folder = args.data_dir / FOLDERS.get(name, name)
     if args.entities:
         return convert_entities(args.entities, folder)
     if args.verify_only:
         images, captions = verify_dataset(name, folder)
     elif name == "sample":
         images, captions = verify_sample(draw_sample_dataset(folder, force=args.force))
+    elif args.max_images:
+        images, captions = download_coco_part(name, args.data_dir, args.max_images, args.force)
     else:
         images, captions = download_dataset(name, args.data_dir, args.force)
-    return f"{name}: {images:,} images and {captions:,} captions in {folder}"
+    is_part = name in FOLDERS and coco_files.part_size(folder, year_of(name))
+    note = ", a part of it" if is_part else ""
+    return f"{name}: {images:,} images and {captions:,} captions in {folder}{note}"
 
 
 def convert_entities(entities, folder):
@@ -696,17 +892,29 @@ def parse_args(argv=None):
     """The options; a mistake exits with status 2 and one line."""
     parser = argparse.ArgumentParser(
         usage="download_datasets.py [--dataset NAME] [--data_dir DIR] "
-        "[--force | --verify_only | --entities FOLDER]",
+        "[--coco_year YEAR] [--max_images N] [--force | --verify_only | --entities FOLDER]",
         description="Download, check and unpack the datasets and weights, "
         "or draw the sample dataset.",
     )
-    names = ["flickr8k", "flickr30k", "both", "sample", "resnet50"]
+    names = ["flickr8k", "flickr30k", "coco", "both", "sample", "resnet50"]
     parser.add_argument("--dataset", default="both", choices=names)
     parser.add_argument(
         "--data_dir",
         type=Path,
         default=Path("data"),
         help="where the dataset folders are (default: data)",
+    )
+    parser.add_argument(
+        "--coco_year",
+        type=int,
+        choices=coco_files.YEARS,
+        help="of --dataset coco: 2014 (default), which has Karpathy's splits, or 2017",
+    )
+    parser.add_argument(
+        "--max_images",
+        type=int,
+        metavar="N",
+        help="of --dataset coco: fetch only so many of its pictures, one by one, for a trial",
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
@@ -730,6 +938,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.entities and args.dataset not in ("both", "flickr30k"):
         parser.error(f"--entities has boxes of flickr30k, not of --dataset {args.dataset}")
+    for flag in ("coco_year", "max_images"):
+        if getattr(args, flag) is not None and args.dataset != "coco":
+            parser.error(f"--{flag} is of --dataset coco, not of --dataset {args.dataset}")
+    if args.max_images is not None and args.verify_only:
+        parser.error("--max_images is of a download: --verify_only counts what is there")
+    if args.max_images is not None and args.max_images < 3:
+        parser.error(f"--max_images {args.max_images}: expected at least 3: train, val and test")
+    if args.dataset == "coco":
+        args.dataset = f"coco{args.coco_year or coco_files.YEARS[0]}"
     if args.data_dir.exists() and not args.data_dir.is_dir():
         parser.error(f"--data_dir {args.data_dir}: is a file, expected a folder")
     return args

@@ -2,13 +2,13 @@
 # ./setup.sh              make .venv and install requirements.txt
 # ./setup.sh demo         that, then train, test and draw attention pictures on the built-in sample dataset, offline
 # ./setup.sh test         that and requirements-test.txt, then lint and run the tests
-# ./setup.sh flickr8k     that, then download Flickr8k (or flickr30k); further options go to download_datasets.py
+# ./setup.sh flickr8k     that, then download Flickr8k (or flickr30k, or coco); further options go to download_datasets.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 case "${1:-}" in
-    "" | demo | test | flickr8k | flickr30k) ;;
-    *) echo "setup.sh: error: unknown job '$1': give demo, test, flickr8k, flickr30k or nothing" >&2; exit 2 ;;
+    "" | demo | test | flickr8k | flickr30k | coco) ;;
+    *) echo "setup.sh: error: unknown job '$1': give demo, test, flickr8k, flickr30k, coco or nothing" >&2; exit 2 ;;
 esac
 
 new_enough() { command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
@@ -60,6 +60,6 @@ case "${1:-}" in
         ruff format --check .
         python -m pytest -q -rs "${@:2}"
         ;;
-    flickr8k | flickr30k) python download_datasets.py --dataset "$@" ;;
+    flickr8k | flickr30k | coco) python download_datasets.py --dataset "$@" ;;
     *) echo "ready: source .venv/bin/activate, then python flickr_image_caption.py --help" ;;
 esac

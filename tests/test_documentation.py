@@ -23,7 +23,7 @@ OTHER_FLAGS = {
     "hf": "local-dir",
     "ruff": "check",
     "tensorboard": "logdir",
-    "download_datasets.py": "dataset data_dir entities force verify_only",
+    "download_datasets.py": "dataset data_dir entities force verify_only coco_year max_images",
     "metrics_utils.py": "references hypotheses",
     "benchmark.py": "quick json chart images encoder encoder_weights number rounds num_workers scale scale_dir"
     " train_images",

@@ -24,10 +24,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import download_datasets as dd
 import sample_dataset
+from caption_data import load_dataset
 
 JPEG = b"\xff\xd8\xff\xe0 a picture"
 
@@ -408,6 +410,274 @@ def test_resnet50s_checksum_begins_with_the_digits_in_its_name():
     assert len(dd.RESNET50.checksum) == len("sha256:") + 64
 
 
+# --------------------------------------------------------------------------------------------- COCO
+
+KARPATHYS = ("val", "restval", "test", "val", "restval")  # splits of the official val
+COCO = [(f"train2014/COCO_train2014_{i:012}.jpg", "train") for i in range(7)]
+COCO += [(f"val2014/COCO_val2014_{i:012}.jpg", split) for i, split in enumerate(KARPATHYS)]
+
+
+def coco_jpeg(number):
+    """A picture of 40 x 30 pixels whose colour tells its number."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (20 * number, 0, 0)).save(file, "JPEG")
+    return file.getvalue()
+
+
+PICTURES = {name: coco_jpeg(number) for number, (name, _) in enumerate(COCO)}
+
+
+def coco_captions(subset, base):
+    """captions_*.json of a folder of pictures: two captions each."""
+    names = [(number, name) for number, (name, _) in enumerate(COCO) if name.startswith(subset)]
+    images = [
+        {
+            "id": number,
+            "file_name": name.partition("/")[2],
+            "coco_url": f"{base}/{name}",
+            "width": 40,
+            "height": 30,
+        }
+        for number, name in names
+    ]
+    captions = [{"image_id": i, "caption": f"red {i} by {k}"} for i, _ in names for k in "ab"]
+    return json.dumps({"info": {}, "images": images, "annotations": captions})
+
+
+def karpathys_coco():
+    """dataset_coco.json of the same pictures."""
+    images = [
+        {
+            "filepath": name.partition("/")[0],
+            "filename": name.partition("/")[2],
+            "split": split,
+            "sentences": [{"raw": f"red {i} by {k}"} for k in "ab"],
+        }
+        for i, (name, split) in enumerate(COCO)
+    ]
+    return json.dumps({"dataset": "coco", "images": images})
+
+
+@pytest.fixture
+def coco(server, monkeypatch, tmp_path):
+    """A COCO of 12 pictures and 24 captions on the local server; runs the command, returns status.
+
+    `coco.zips`: {subset: content}; `coco.serve(subset, *behaviours)`: a source for each.
+    """
+    base = f"http://127.0.0.1:{server.server_port}"
+    subsets = ("train2014", "val2014")
+    coco_zips = {"annotations": b""}
+    for subset in subsets:
+        pictures = [item for item in PICTURES.items() if item[0].startswith(subset)]
+        coco_zips[subset] = zip_of(*pictures)
+    captions = [
+        (f"annotations/captions_{each}.json", coco_captions(each, base)) for each in subsets
+    ]
+    coco_zips["annotations"] = zip_of(*captions, ("annotations/instances_val2014.json", "{}"))
+    coco_zips["splits"] = zip_of(("dataset_coco.json", karpathys_coco()))
+
+    def source(subset, *behaviours):
+        """A Remote as download_datasets has it: only the splits have a checksum."""
+        content = coco_zips[subset]
+        urls = [
+            server.url(f"/{subset}{number}", **({"content": content} | behaviour))
+            for number, behaviour in enumerate(behaviours or [{}])
+        ]
+        known = remote(content, *urls, name=f"{subset}.zip", keep=("*.jpg",))
+        if subset == "splits":
+            return known._replace(keep=("dataset_coco.json",))
+        keep = ("captions_*.json",) if subset == "annotations" else ("*.jpg",)
+        return known._replace(checksum="", keep=keep, into=subset)
+
+    def serve(subset, *behaviours):
+        if subset == "splits":
+            monkeypatch.setitem(dd.OPTIONAL, "coco2014", (source(subset, *behaviours),))
+        else:
+            parts[subset] = (source(subset, *behaviours),)
+            monkeypatch.setitem(dd.DATASETS, "coco2014", tuple(parts.values()))
+
+    parts = {}
+    for subset in coco_zips:
+        serve(subset)
+    for name, content in PICTURES.items():
+        server.url(f"/{name}", content=content)
+        server.url(f"/google/{name}", status=404)
+    monkeypatch.setattr(dd, "COCO_AMAZON", base)
+    monkeypatch.setattr(dd, "COCO_GOOGLE", f"{base}/google")
+    monkeypatch.setitem(dd.EXPECTED, "coco2014", (12, 24))
+
+    def run(*arguments):
+        return dd.main(["--dataset", "coco", "--data_dir", str(tmp_path / "data"), *arguments])
+
+    return SimpleNamespace(run=run, serve=serve, zips=coco_zips, folder=tmp_path / "data" / "coco")
+
+
+def files_below(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+CAPTIONS = {f"annotations/captions_{subset}2014.json" for subset in ("train", "val")}
+
+
+def test_coco_lies_as_its_authors_lay_it_out(coco, capsys):
+    assert coco.run() == 0
+    assert capsys.readouterr().out == f"coco2014: 12 images and 24 captions in {coco.folder}\n"
+    assert files_below(coco.folder) == {*PICTURES, *CAPTIONS, "dataset_coco.json"}
+    assert (coco.folder / COCO[3][0]).read_bytes() == PICTURES[COCO[3][0]]
+    assert list((coco.folder.parent / ".downloads").iterdir()) == []
+    assert coco.run("--verify_only") == 0
+    dataset = load_dataset("custom", coco.folder, coco.folder / "dataset_coco.json")
+    assert dataset.table.groupby("split").size().to_dict() == {"test": 1, "train": 9, "val": 2}
+
+
+def damaged(content):
+    """The same size, a zip, but a bit of the first picture in it is another."""
+    place = content.index(b"JFIF") + 20
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def test_a_zip_without_a_checksum_must_be_whole_or_the_next_source_is_tried(
+    coco, server, tmp_path, capsys
+):
+    stored = io.BytesIO()
+    with zipfile.ZipFile(stored, "w") as archive:
+        for name in (name for name in PICTURES if name.startswith("train")):
+            archive.writestr(name, PICTURES[name])
+    coco.zips["train2014"] = whole = stored.getvalue()
+    coco.serve(
+        "train2014",
+        {"status": 404},
+        {"content": b"<html>Sign in</html>"},  # another size than the zip's
+        {"content": bytes(len(whole))},  # a file of the right size that is no zip
+        {"content": damaged(whole)},
+        {"drops": [len(whole) // 3, 200]},  # the connection is lost twice
+    )
+    assert coco.run() == 0
+    shown = capsys.readouterr().err
+    assert "train20140: HTTP 404" in shown
+    assert f"train20141: offers 20 bytes, expected {len(whole):,}" in shown
+    assert "train20142: wrong content, deleted" in shown and "not a whole zip" in shown
+    assert "train20143: wrong content, deleted" in shown and "is damaged" in shown
+    ranges = [asked for path, asked in server.requests if path == "/train20144"]
+    third = len(whole) // 3
+    assert ranges == ["bytes=0-", f"bytes={third}-", f"bytes={third + 200}-"]
+    assert files_below(coco.folder) == {*PICTURES, *CAPTIONS, "dataset_coco.json"}
+
+
+def test_a_coco_that_cannot_be_had_leaves_no_folder_and_goes_on_later(coco, server, capsys):
+    coco.serve("train2014", {"content": b"<html>Sign in</html>"})
+    assert coco.run() == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and not coco.folder.exists()
+    assert shown.err.splitlines()[-1].endswith(
+        f"get it at https://cocodataset.org/#download and unpack it into {coco.folder}"
+    )
+    coco.serve("train2014")
+    assert coco.run() == 0
+    asked = [path for path, _ in server.requests]
+    assert [asked.count(f"/{part}0") for part in ("annotations", "val2014", "train2014")] == [
+        1,
+        1,
+        2,
+    ]
+
+
+def test_coco_does_without_karpathys_splits_and_says_so(coco, capsys):
+    coco.serve("splits", {"status": 404})
+    assert coco.run() == 0
+    assert "without dataset_coco.json its splits will be drawn" in capsys.readouterr().err
+    assert files_below(coco.folder) == {*PICTURES, *CAPTIONS}
+
+
+def test_a_part_of_coco_is_fetched_picture_by_picture(coco, server, capsys):
+    assert coco.run("--max_images", "6") == 0
+    assert capsys.readouterr().out.endswith(
+        f"coco2014: 6 images and 12 captions in {coco.folder}, a part of it\n"
+    )
+    asked = {path for path, _ in server.requests}
+    pictures = {path.removeprefix("/") for path in asked if path.endswith(".jpg")}
+    assert asked - {f"/{name}" for name in pictures} == {"/annotations0", "/splits0"}
+    assert files_below(coco.folder) == {*pictures, *CAPTIONS, "dataset_coco.json"}
+    assert all((coco.folder / name).read_bytes() == PICTURES[name] for name in pictures)
+    for captions in ("dataset_coco.json", "annotations"):
+        dataset = load_dataset("custom", coco.folder, coco.folder / captions)
+        assert set(dataset.table.image) == pictures
+        assert set(dataset.table.split) == {"train", "val", "test"}
+    assert list((coco.folder.parent / ".downloads").iterdir()) == []
+    assert coco.run("--verify_only") == 0 and coco.run("--max_images", "6") == 0
+    capsys.readouterr()
+    for other in ([], ["--max_images", "7"]):  # a part is not taken for the whole, nor for another
+        assert coco.run(*other) == 1
+        asked_for = "7 pictures" if other else "all pictures"
+        assert f"made with 6 pictures, not {asked_for}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"content": b"<html>Sign in</html>"}, "not a whole JPEG"),
+        ({"content": PICTURES[COCO[0][0]][:-200]}, "not a whole JPEG"),
+        ({"content": JPEG}, "not a whole JPEG"),
+        ({"status": 404}, "HTTP 404"),
+        ({"content": b"x", "no_length": True, "ignores_range": True}, "says no size"),
+        ({"content": bytes(3000)}, "says 3,000 bytes, expected 1 to 2,000 bytes"),
+        (
+            {"content": PICTURES[COCO[0][0]], "drops": [50] * 99, "ignores_range": True},
+            "ended at 50",
+        ),
+    ],
+    ids=["page", "cut", "head", "absent", "unsized", "large", "drops"],
+)
+def test_a_wrong_picture_is_never_kept_and_the_others_wait(
+    coco, server, monkeypatch, capsys, wrong, message
+):
+    monkeypatch.setattr(dd, "MAX_PICTURE_BYTES", 2000)
+    victim = COCO[8][0]
+    server.url(f"/{victim}", **wrong)
+    assert coco.run("--max_images", "12") == 1
+    shown = capsys.readouterr()
+    last = shown.err.splitlines()[-1]
+    assert "1 of 12 pictures: no source works; the first is http" in last and message in last
+    assert shown.out == "" and not coco.folder.exists()
+    before = len(server.requests)
+    server.url(f"/{victim}", content=PICTURES[victim], drops=[100])
+    assert coco.run("--max_images", "12") == 0
+    asked = [path for path, _ in server.requests[before:]]
+    assert asked == [f"/{victim}"] * 2  # 11 pictures and both zips were there
+    assert (coco.folder / victim).read_bytes() == PICTURES[victim]
+
+
+def test_a_picture_of_another_size_than_the_captions_say_is_refused(coco, server, capsys):
+    file = io.BytesIO()
+    Image.new("RGB", (30, 40)).save(file, "JPEG")
+    server.url(f"/{COCO[0][0]}", content=file.getvalue())
+    server.url(f"/google/{COCO[0][0]}", content=PICTURES[COCO[0][0]])  # the second source
+    assert coco.run("--max_images", "12") == 0
+    assert (coco.folder / COCO[0][0]).read_bytes() == PICTURES[COCO[0][0]]
+
+
+def test_verify_only_counts_cocos_pictures_by_their_names(coco, capsys):
+    assert coco.run("--verify_only") == 1
+    assert capsys.readouterr().err == (
+        f"download_datasets.py: error: {coco.folder}: not there; "
+        "get it with: python download_datasets.py --dataset coco --coco_year 2014\n"
+    )
+    coco.run()
+    (coco.folder / COCO[2][0]).write_bytes(b"<html>")
+    (coco.folder / COCO[9][0]).unlink()
+    capsys.readouterr()
+    assert coco.run("--verify_only") == 1
+    message = f"2 of 12 pictures are missing or no JPEG, the first is {COCO[2][0]}"
+    assert message in capsys.readouterr().err
+    assert coco.run("--verify_only", "--coco_year", "2017") == 1
+    assert "captions_train2017.json: No such file or directory" in capsys.readouterr().err
+
+
+def test_the_official_numbers_of_coco_add_up():
+    assert dd.EXPECTED["coco2014"] == (82_783 + 40_504, 414_113 + 202_654)
+    assert dd.EXPECTED["coco2017"] == (118_287 + 5_000, 591_753 + 25_014)
+
+
 # ------------------------------------------------------------------------------------ --verify_only
 
 
@@ -497,6 +767,11 @@ def test_verify_only_names_what_is_damaged(flickr8k, capsys, damage, message):
         ["--dataset", "flickr8k", "--entities", "folder"],
         ["--data_dir", "{file}"],
         ["--dataset", "sample", "extra"],
+        ["--dataset", "flickr8k", "--max_images", "9"],
+        ["--dataset", "flickr8k", "--coco_year", "2014"],
+        ["--dataset", "coco", "--coco_year", "2015"],
+        ["--dataset", "coco", "--max_images", "2"],
+        ["--dataset", "coco", "--max_images", "9", "--verify_only"],
     ],
 )
 def test_misuse_is_one_line_and_status_2(tmp_path, arguments):
