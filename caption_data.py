@@ -22,18 +22,22 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pandas as pd
 
 import image_loading
+import saved_datasets
 from caption_splits import RATIOS, SPLITS, Foreign, check_hash, choose_splits
 from image_loading import Shards, content_digests
 
 IMAGE_FOLDERS = ("Images", "images", "flickr30k_images", "flickr30k-images", "Flicker8k_Dataset")
 CAPTIONS_FILES = ("captions.txt", "captions.csv", "results.csv", "Flickr8k.token.txt")
 CAPTIONS_FILES += ("results_20130124.token", "dataset_{}.json", "captions.json")  # {}: the dataset
+CAPTIONS_FILES += ("annotations",)  # COCO's own folder of them
 
 SPLIT_OF_WORD = {"train": "train", "restval": "train", "test": "test", "": None}
 SPLIT_OF_WORD |= dict.fromkeys(("val", "dev", "valid", "validation"), "val")
 
 IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "comment", "text")
+COCO_CAPTIONS = re.compile(r"captions_((train|val)(\d{4}))\.json")  # of the pictures in train2014
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # Hugging Face's imagefolder
 MAX_FILE_BYTES = 2**31  # the largest public captions file (COCO, all splits) has 0.1 GB
 MAX_CAPTION_CHARACTERS = 2_000  # spaCy takes quadratic time for a run of quotes
 
@@ -177,6 +181,8 @@ def find_dataset(
     if image_dir and not remote_shards:
         image_loading.refuse_remote(str(image_dir))
     root = Path("data") / dataset_type
+    if not image_dir and dataset_type == "coco" and root.is_dir():
+        image_dir = root  # its pictures lie in two folders, train2014 and val2014
     image_dir = image_dir or _first_of(root, IMAGE_FOLDERS, "image folder")
     image_dir = image_loading.find_shards(image_dir, PICTURE_NAME) or Path(image_dir)
     captions_file = Path(captions_file or _first_of(root, CAPTIONS_FILES, "captions file"))
@@ -184,7 +190,7 @@ def find_dataset(
         raise FileNotFoundError(
             f"--image_dir {image_dir}: no such folder; expected the folder that holds the images"
         )
-    if not captions_file.is_file():
+    if not captions_file.exists():
         raise FileNotFoundError(
             f"--captions_file {captions_file}: no such file; expected a captions CSV, TXT or JSON"
         )
@@ -334,11 +340,13 @@ def read_captions(path: Path) -> tuple[list[tuple[str, str, str | None]], list[t
       - CSV with , ; | or tab, and a header that names an image and a caption column (Kaggle's
         captions.txt, Flickr30k's results.csv, one's own);
       - JSON: Karpathy's dataset_*.json, COCO captions, a list of {image, caption or captions[,
-        split]}, and {image: captions}.
+        split]}, such objects line by line, and {image: captions};
+      - Parquet with such columns;
+      - a folder: COCO's annotations, Hugging Face's imagefolder, or a dataset that `datasets` saved.
     Raises: ValueError when the file is none of these, or holds no caption at all.
     """
     rows, malformed = [], []
-    for where, entry in _entries(path, _read_text(path)):
+    for where, entry in _folder_entries(path) if path.is_dir() else _file_entries(path):
         fault = entry if isinstance(entry, str) else _fault(*entry)
         if fault:
             malformed.append((where, fault))
@@ -350,6 +358,83 @@ def read_captions(path: Path) -> tuple[list[tuple[str, str, str | None]], list[t
         first = " ({}: {})".format(*malformed[0]) if malformed else ""
         raise ValueError(f"{path}: no captions in it{first}")
     return rows, malformed
+
+
+def _folder_entries(folder: Path) -> Iterator[tuple[str, tuple | str]]:
+    """As `_entries`, of a folder that holds captions. Raises: ValueError when it does not."""
+    if saved_datasets.is_saved(folder):
+        return _row_entries(saved_datasets.captioned(folder))
+    names = sorted(path.name for path in folder.iterdir())
+    if coco := [*filter(None, map(COCO_CAPTIONS.fullmatch, names))]:
+        return _annotation_entries(folder, coco)
+    levels = [[*folder.glob(f"{level}metadata.*")] for level in ("", "*/", "*/*/")]
+    if files := sorted(path for level in levels for path in level if path.name in METADATA):
+        return _imagefolder_entries(folder, files)
+    raise FileNotFoundError(
+        f"--captions_file {folder}: no such file in this folder: expected {', '.join(METADATA)}, "
+        "COCO's captions_train2014.json, or a dataset that `datasets` saved"
+    )
+
+
+def _row_entries(rows: Iterable) -> Iterator[tuple[str, tuple]]:
+    for where, (image, captions, split) in rows:
+        for caption in captions:
+            yield where, (image, caption, split)
+
+
+def _annotation_entries(folder: Path, files: Sequence[re.Match]):
+    """COCO's official files: a picture lies in the folder, and is in the split, of its file."""
+    years = sorted({file[3] for file in files})
+    if len(years) > 1:
+        raise ValueError(
+            f"{folder}: captions of {' and '.join(years)}, which are of the same pictures: "
+            "leave those of one year"
+        )
+    for file in files:
+        for where, entry in _file_entries(folder / file[0]):
+            if not isinstance(entry, str):
+                image, caption, _ = entry
+                entry = _below(file[1], image), caption, file[2]
+            yield f"{file[0]} {where}", entry
+
+
+def _imagefolder_entries(folder: Path, files: Sequence[Path]):
+    """Names begin where their file lies; a folder called train, validation or test is a split."""
+    parents = [path.parent for path in files]
+    for parent in parents:
+        if parents.count(parent) > 1:
+            raise ValueError(f"{parent}: several of {', '.join(METADATA)}, expected one of them")
+    for path in files:
+        below = path.parent.relative_to(folder).as_posix()
+        for where, entry in _file_entries(path):
+            if not isinstance(entry, str):
+                image, caption, split = entry
+                image = image if below == "." else _below(below, image)
+                entry = image, caption, split or _split_of_folders(image)
+            yield f"{path.relative_to(folder)} {where}", entry
+
+
+def _below(folder: str, image) -> str | None:
+    """The name of an image in a subfolder; what is absolute, or no name, stays what it is."""
+    named = isinstance(image, str) and image.strip()
+    return str(PurePosixPath(folder) / image) if named else image
+
+
+def _split_of_folders(image) -> str | None:
+    """The first of an image's folders that is called as a split is."""
+    folders = image.lower().split("/")[:-1] if isinstance(image, str) else []
+    return next((folder for folder in folders if folder and folder in SPLIT_OF_WORD), None)
+
+
+def _file_entries(path: Path) -> Iterator[tuple[str, tuple | str]]:
+    if path.is_file() and _starts_as_parquet(path):
+        return _object_entries(saved_datasets.parquet_rows(path))
+    return _entries(path, _read_text(path))
+
+
+def _starts_as_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def _fault(image, caption, split) -> str | None:
@@ -465,22 +550,54 @@ def _json_entries(path: Path, text: str):
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if _is_object(next(_lines(text.lstrip()))):
+            return _object_entries(_json_lines(text))
         raise ValueError(f"{path}: damaged JSON ({error})") from None
     if isinstance(data, list):
-        return _list_entries(data)
+        return _object_entries((f"entry {n}", entry) for n, entry in enumerate(data, start=1))
+    if _image_of(data) is not None and _captions_of(data):  # one line of JSON Lines
+        return _object_entries([("line 1", data)])
     if isinstance(data.get("images"), list):
         coco = isinstance(data.get("annotations"), list)
         return _coco_entries(data) if coco else _karpathy_entries(data["images"])
     return _dict_entries(data)
 
 
-def _list_entries(data: list):
-    for number, entry in enumerate(data, start=1):
-        values = [_get(entry, key) for key in IMAGE_COLUMNS]
-        image = next((value for value in values if value is not None), None)
-        captions = _get(entry, "captions") or _get(entry, "caption")
-        for caption in _as_list(captions):
-            yield f"entry {number}", (image, caption, _get(entry, "split"))
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(text: str) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(_lines(text), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError):
+                yield f"line {number}", f"damaged JSON: {line.strip()[:40]!r}"
+
+
+def _object_entries(objects: Iterable[tuple[str, object]]):
+    """Of (where, {image, caption or captions[, split]}), or (where, what is wrong)."""
+    for where, entry in objects:
+        if isinstance(entry, str):
+            yield where, entry
+            continue
+        for caption in _as_list(_captions_of(entry)):
+            yield where, (_image_of(entry), caption, _get(entry, "split"))
+
+
+def _image_of(entry):
+    values = (_get(entry, key) for key in IMAGE_COLUMNS)
+    return next((value for value in values if value is not None), None)
+
+
+def _captions_of(entry):
+    """One caption or a list of them."""
+    values = (_get(entry, key) for key in ("captions", *CAPTION_COLUMNS))
+    return next(filter(None, values), None)
 
 
 def _dict_entries(data: dict):

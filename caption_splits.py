@@ -109,8 +109,10 @@ def resolve_splits(
 ) -> tuple[dict[str, str], str]:
     """({image: split}, note): from `splits`, else `recorded`, else lists of names, else drawn.
 
-    Splits are by image, so that no caption of a validation image is trained on. Images in no split
-    are left out; the note counts them, and names that are not in the data.
+    Splits are by image, so that no caption of a validation image is trained on. Where the data
+    records no test split (COCO's official files), half of its val is taken, by `split_seed`;
+    without val, it is taken from train; a lone train is split as if nothing were recorded. Images
+    in no split are left out; the note counts them, and names that are not in the data.
     Lists lie beside the captions file: *train*.txt, *dev*.txt or *val*.txt, *test*.txt, an image
     name per line, with or without its extension.
 
@@ -127,10 +129,12 @@ def resolve_splits(
     if splits is not None:
         lists = {split: splits[split] for split in SPLITS}
         return _listed_splits(names, lists, "the checkpoint")
-    if any(recorded.values()):
+    if any(recorded.values()) and (whole or {*recorded.values()} != {"train"}):
         split_of = {name: recorded[name] for name in names if recorded[name]}
-        left_out = _left_out(len(names) - len(split_of)) + idle
-        return split_of, f"splits: as recorded in {captions_file.name}{left_out}"
+        note = f"splits: as recorded in {captions_file.name}{_left_out(len(names) - len(split_of))}"
+        if not whole:
+            note += _fill_absent_split(split_of, split_seed)
+        return split_of, note + idle
     if lists := _split_lists(names, captions_file, [whole] if whole else SPLITS):
         listed = {split: path.read_text("utf-8-sig").splitlines() for split, path in lists.items()}
         split_of, note = _listed_splits(
@@ -228,6 +232,22 @@ def _drawn_splits(names: list[str], seed: int, ratios: Sequence[float]) -> dict[
     num_val, num_test = (max(1, round(len(names) * share)) for share in ratios[1:])
     val, test = set(shuffled[:num_val]), set(shuffled[num_val : num_val + num_test])
     return {name: "val" if name in val else "test" if name in test else "train" for name in names}
+
+
+def _fill_absent_split(split_of: dict[str, str], seed: int) -> str:
+    """Draw the one of val and test that is not recorded, in place; returns a note, "" if both are.
+
+    Test is half of val; val is of train's images what it is where all is drawn.
+    """
+    absent = {*SPLITS} - {*split_of.values()}
+    if absent not in ({"val"}, {"test"}):
+        return ""
+    (absent,) = absent
+    source, share = ("val", 1 / 2) if absent == "test" else ("train", RATIOS[1])
+    names = sorted(name for name in split_of if split_of[name] == source)
+    random.Random(seed).shuffle(names)
+    split_of |= dict.fromkeys(names[: round(len(names) * share)], absent)
+    return f"; no {absent} there: {share:.0%} of {source} drawn for it with --split_seed {seed}"
 
 
 def _split_lists(names: list[str], captions_file: Path, needed: Sequence[str]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Images as pixels: files or WebDataset shards, decoded in worker processes.
+"""Images as pixels: files, WebDataset shards or saved datasets, decoded in worker processes.
 
     pixels = load_image("dog.jpg", 224)  # (224, 224, 3) uint8
     for positions, pixels, reasons in decode_images(paths, 224, batch_size=8, num_workers=2): ...
@@ -39,6 +39,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
 import process_group
+import saved_datasets
 from progress import Progress
 from runtime import available_cpus, printable
 
@@ -139,12 +140,14 @@ def find_shards(source: str | Path, picture_name: re.Pattern) -> Shards | None:
     """The shards that `source` means; None when it is an ordinary folder or does not name shards.
 
     Shards are: a name or URL that ends in .tar, .tar.gz or .tgz, with braces (`{000..059}`) if
-    there are several; "pipe:COMMAND"; and a folder of such files without subfolders and without
-    files that match `picture_name`.
+    there are several; "pipe:COMMAND"; a folder of such files without subfolders and without files
+    that match `picture_name`; and a dataset that Hugging Face's `datasets` saved.
     Raises: FileNotFoundError when a local shard is missing, ValueError for a malformed pattern.
     """
     source = str(source)
     if os.path.isdir(source):  # noqa: PTH112 - accepts names that are too long for a file
+        if saved_datasets.is_saved(Path(source)):
+            return _local_shards(source, saved_datasets.arrow_files(Path(source)))
         paths = _shards_in(Path(source), picture_name)
         return _local_shards(source, paths) if paths else None
     if is_remote(source):
@@ -231,9 +234,13 @@ def read(urls: Iterable[str], wanted: Iterable[str]) -> Iterator[tuple[str, byte
         if not missing:
             return
         try:
-            yield from _read_shard(url, missing)
+            if url.endswith(".arrow"):
+                yield from _read_arrow(url, missing)
+            else:
+                yield from _read_shard(url, missing)
         except SHARD_ERRORS as error:
-            raise OSError(f"{url}: a shard that cannot be read: {_one_line(error)}") from None
+            reason = _one_line(error).removeprefix(f"{url}: ")
+            raise OSError(f"{url}: a shard that cannot be read: {reason}") from None
 
 
 def _read_shard(url: str, missing: set[str]) -> Iterator[tuple[str, bytes]]:
@@ -257,6 +264,13 @@ def _read_shard(url: str, missing: set[str]) -> Iterator[tuple[str, bytes]]:
                     return
         while stream.read(2**20):  # the padding: a command may fail if its reader leaves early
             pass
+
+
+def _read_arrow(url: str, missing: set[str]) -> Iterator[tuple[str, bytes]]:
+    """As `_read_shard`, of a file of a saved dataset."""
+    for name, content in saved_datasets.read_pictures(Path(url), missing, MAX_IMAGE_BYTES):
+        missing.remove(name)
+        yield name, content
 
 
 def _one_line(error: Exception) -> str:

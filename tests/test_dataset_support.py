@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the run without pytest
@@ -120,7 +121,7 @@ def test_a_dataset_is_found_in_its_default_folder(
 
 def test_a_missing_dataset_says_which_command_gets_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for dataset_type in ("flickr8k", "flickr30k", "sample"):
+    for dataset_type in ("flickr8k", "flickr30k", "coco", "sample"):
         with pytest.raises(
             FileNotFoundError, match=f"python download_datasets.py --dataset {dataset_type}$"
         ):
@@ -196,6 +197,219 @@ def test_karpathy_json_gives_folders_and_splits(tmp_path):
         ("c.jpg", ["a cow"], "val"),
         ("d.jpg", ["an owl"], "test"),
     ]
+
+
+# Folders that hold captions
+
+
+def _coco_json(names, first_id=0) -> str:
+    images = [{"id": first_id + i, "file_name": name} for i, name in enumerate(names)]
+    captions = [{"image_id": image["id"], "caption": f"number {image['id']}"} for image in images]
+    return json.dumps({"images": images, "annotations": captions})
+
+
+def _coco_folder(root: Path, year=2014, train=6, val=4) -> Path:
+    """COCO as its authors lay it out: the same base names in both folders."""
+    for subset, count, first_id in (("train", train, 0), ("val", val, 100)):
+        names = _names(count)
+        _images(root / f"{subset}{year}", names)
+        text = _coco_json(names, first_id)
+        _write(root / "annotations" / f"captions_{subset}{year}.json", text)
+    return root
+
+
+@pytest.mark.parametrize("year", [2014, 2017])
+def test_coco_is_found_and_half_of_its_val_is_test(tmp_path, monkeypatch, year):
+    monkeypatch.chdir(tmp_path)
+    _coco_folder(Path("data/coco"), year)
+    _write(Path("data/coco/annotations/instances_val2014.json"), "{}")
+    dataset = load_dataset("coco")
+    assert dataset.image_dir == Path("data/coco")
+    assert dataset.captions_file == Path("data/coco/annotations")
+    captions = dict(zip(dataset.table.image, dataset.table.captions, strict=True))
+    assert captions == {f"train{year}/{i:03}.jpg": [f"number {i}"] for i in range(6)} | {
+        f"val{year}/{i:03}.jpg": [f"number {100 + i}"] for i in range(4)
+    }
+    splits = dataset.split_names()
+    assert splits["train"] == [f"train{year}/{name}" for name in _names(6)]
+    assert len(splits["val"]) == len(splits["test"]) == 2
+    assert {*splits["val"], *splits["test"]} == {f"val{year}/{name}" for name in _names(4)}
+    assert (
+        "splits: as recorded in annotations; no test there: 50% of val drawn for it with "
+        "--split_seed 42" in dataset.notes
+    )
+    assert load_dataset("coco").split_names() == splits
+    others = [load_dataset("coco", split_seed=seed).split_names()["val"] for seed in range(9)]
+    assert len({*map(tuple, others)}) > 1
+
+
+def test_karpathys_splits_of_coco_win_over_the_official_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = _coco_folder(Path("data/coco"))
+    splits = ["train"] * 6 + ["restval", "val", "test", "test"]
+    images = [
+        {"filepath": folder, "filename": name, "split": split, "sentences": [{"raw": "a b"}]}
+        for (folder, name), split in zip(
+            [("train2014", name) for name in _names(6)] + [("val2014", name) for name in _names(4)],
+            splits,
+            strict=True,
+        )
+    ]
+    _write(root / "dataset_coco.json", json.dumps({"images": images}))
+    names = load_dataset("coco").split_names()
+    assert names["train"][-1] == "val2014/000.jpg" and len(names["train"]) == 7
+    assert (names["val"], names["test"]) == (
+        ["val2014/001.jpg"],
+        ["val2014/002.jpg", "val2014/003.jpg"],
+    )
+
+
+def test_two_years_of_coco_are_the_same_pictures_and_refused(tmp_path):
+    folder = _coco_folder(_coco_folder(tmp_path, 2014), 2017) / "annotations"
+    with pytest.raises(ValueError, match=r"captions of 2014 and 2017, which are of the same"):
+        load_dataset("custom", tmp_path, folder)
+
+
+def _metadata(folder: Path, rows: list[dict], kind: str):
+    """metadata.csv, .jsonl or .parquet of {file_name, text} rows, and their empty pictures."""
+    _images(folder, [row["file_name"] for row in rows])
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="needs requirements-hub.txt")
+        pd.DataFrame(rows).to_parquet(folder / "metadata.parquet")
+    elif kind == "jsonl":
+        _write(folder / "metadata.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
+    else:
+        pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_an_imagefolder_with_a_folder_for_each_split(tmp_path, kind):
+    for number, split in enumerate(("train", "validation", "test")):
+        rows = [{"file_name": f"{k}/{number}.jpg", "text": f"{split} picture {k}"} for k in "ab"]
+        _metadata(tmp_path / split, rows, kind)
+    assert _rows(load_dataset("custom", tmp_path, tmp_path)) == [
+        ("test/a/2.jpg", ["test picture a"], "test"),
+        ("test/b/2.jpg", ["test picture b"], "test"),
+        ("train/a/0.jpg", ["train picture a"], "train"),
+        ("train/b/0.jpg", ["train picture b"], "train"),
+        ("validation/a/1.jpg", ["validation picture a"], "val"),
+        ("validation/b/1.jpg", ["validation picture b"], "val"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_imagefolder_with_lists_of_captions_in_one_file(tmp_path, kind):
+    rows = [
+        {"file_name": f"data/{folder}/{i}.jpg", "captions": [f"one {i}", f"two {i}"]}
+        for i, folder in enumerate(("Train", "valid", "test"))
+    ]
+    _metadata(tmp_path, rows, kind)
+    expected = [
+        (f"data/{folder}/{i}.jpg", [f"one {i}", f"two {i}"], split)
+        for i, (folder, split) in enumerate(
+            [("Train", "train"), ("valid", "val"), ("test", "test")]
+        )
+    ]
+    assert _rows(load_dataset("custom", tmp_path, tmp_path)) == expected
+    assert _rows(load_dataset("custom", tmp_path, tmp_path / f"metadata.{kind}"))[0][1] == [
+        "one 0",
+        "two 0",
+    ]
+
+
+def test_a_column_of_splits_wins_over_the_imagefolders_folders(tmp_path):
+    rows = [
+        {"file_name": f"train/{i}.jpg", "text": f"number {i}", "split": split}
+        for i, split in enumerate(("train", "validation", "test"))
+    ]
+    _metadata(tmp_path, rows, "csv")
+    assert [row[2] for row in _rows(load_dataset("custom", tmp_path, tmp_path))] == [
+        "train",
+        "val",
+        "test",
+    ]
+
+
+def test_several_metadata_files_in_one_folder_are_refused(tmp_path):
+    rows = [{"file_name": "a.jpg", "text": "a dog"}]
+    _metadata(tmp_path, rows, "csv")
+    _metadata(tmp_path, rows, "jsonl")
+    with pytest.raises(ValueError, match=r"several of metadata\.csv, .* expected one of them"):
+        load_dataset("custom", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../a.jpg", "/etc/a.jpg", "..\\a.jpg"])
+def test_a_name_in_metadata_that_leads_out_of_the_folder_is_a_bad_image(tmp_path, name):
+    for split in ("train", "val", "test"):
+        rows = [{"file_name": f"{i}.jpg", "text": "a dog"} for i in range(3)]
+        _metadata(tmp_path / split, rows, "jsonl")
+    with (tmp_path / "val/metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": name, "text": "a thief"}))
+    dataset = load_dataset("custom", tmp_path, tmp_path, max_bad_fraction=0.5)
+    assert len(dataset.table) == 9 and len(dataset.bad_images) == 1
+    assert "not a relative path below the image folder" in "".join(dataset.notes)
+
+
+def test_damaged_json_lines_are_named(tmp_path):
+    lines = [
+        '{"file_name": "a.jpg", "text": "a dog"}',
+        '{"file_name": "b.jpg", "text": "a',
+        '{"file_name": "c.jpg"}',
+        "",
+        '["d.jpg", "a cat"]',
+    ]
+    rows, malformed = read_captions(_write(tmp_path / "m.jsonl", "\n".join(lines)))
+    assert rows == [("a.jpg", "a dog", None)]
+    assert [where for where, _ in malformed] == ["line 2", "line 3", "line 5"]
+    assert malformed[0][1].startswith("damaged JSON")
+    assert read_captions(_write(tmp_path / "one.jsonl", lines[0])) == (rows, [])
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs requirements-hub.txt")
+    for content in (b"PAR1", b"PAR1" + bytes(100), b"PAR1" + bytes(50) + b"PAR1"):
+        (tmp_path / "c.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=r"c\.parquet") as failure:
+            read_captions(tmp_path / "c.parquet")
+        assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "sizes", "note"),
+    [
+        (("train", "val"), (10, 5, 5), "no test there: 50% of val drawn for it"),
+        (("train", "test"), (9, 1, 10), "no val there: 10% of train drawn for it"),
+        (("train", "train"), (16, 2, 2), "splits: drawn by image with --split_seed 42"),
+    ],
+    ids=["no test", "no val", "train alone"],
+)
+def test_a_split_that_is_not_recorded_is_drawn_and_said(tmp_path, recorded, sizes, note):
+    names = _names(20)
+    rows = [f"{name},a dog,{recorded[i % 2]}" for i, name in enumerate(names)]
+    text = "\n".join(["image,caption,split", *rows])
+    dataset = _dataset(tmp_path, text=text)
+    splits = dataset.split_names()
+    assert tuple(map(len, splits.values())) == sizes
+    assert any(note in line for line in dataset.notes)
+    kept = {name for i, name in enumerate(names) if recorded[i % 2] == "train"}
+    assert {*splits["train"]} <= kept
+    assert sorted(name for split in splits.values() for name in split) == names
+    assert (
+        load_dataset(
+            "custom", dataset.image_dir, dataset.captions_file, splits=splits
+        ).split_names()
+        == splits
+    )
+
+
+def test_test_mode_draws_no_split_of_a_foreign_dataset(tmp_path):
+    rows = [
+        f"{name},a dog,{split}" for name, split in zip(_names(4), ("train", "val") * 2, strict=True)
+    ]
+    text = "\n".join(["image,caption,split", *rows])
+    theirs = {"train": ["x.jpg"], "val": ["y.jpg"], "test": ["z.jpg"]}
+    with pytest.raises(ValueError, match="the test split has no images"):
+        _dataset(tmp_path, 4, text, splits=theirs, typed=True, scored="test")
 
 
 def test_names_and_captions_are_read_in_any_script(tmp_path):
