@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import pillow_heif
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
 import process_group
@@ -407,6 +407,13 @@ def load_image(
     if part or image.size != (size, size):
         image = image.resize((size, size), Image.Resampling[interpolation.upper()], part)
     return np.array(image)
+
+
+def shown_size(content: bytes) -> tuple[int, int]:
+    """Width and height of an image that `open_image` reads, turned as EXIF says, from its header."""
+    with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if is_turned else image.size
 
 
 def pictures_in(path: Path) -> list[Path]:
