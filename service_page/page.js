@@ -11,9 +11,10 @@ const EXPLAINED = {
   beam: "Follows several sentences at once, and keeps those that are likeliest as a whole.",
   sample: "Draws each word by chance, so that every try says something else.",
 };
+const LARGE = { maximumSignificantDigits: 2, notation: "compact", compactDisplay: "long" };
+const ONE_IN = new Intl.NumberFormat("en", LARGE);
 const MOST_ALTERNATIVES = 5; // of those that a beam has found
 const READY_MS = 1000; // between two questions whether the model is loaded
-const DIGITS = { minimumSignificantDigits: 2, maximumSignificantDigits: 2 };
 const FADE_MS = 180;
 const PLAY_MS = 380; // a word, of a short caption;
 const LONGEST_PLAY_MS = 4800; // what moves by itself for five seconds needs a way to stop it
@@ -36,34 +37,38 @@ async function ask(path, options) {
     response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw problem("The service cannot be reached, or it broke off: the file may be too large.", true);
+    const reason = options?.body ? ", or it broke off: the file may be too large" : "";
+    throw problem(`The service cannot be reached${reason}.`, true);
   }
   const answer = await response.json().catch(() => ({}));
   if (response.ok) return answer;
-  if (response.status === 503) throw problem(busy(response.headers.get("Retry-After")), true);
-  const said = answer.error || `The service answered ${response.status}, and not why.`;
-  throw problem(said[0].toUpperCase() + said.slice(1) + (/[.?!]$/.test(said) ? "" : "."), response.status >= 500);
+  const said = sentence(answer.error || `the service answered ${response.status}, and not why`);
+  const seconds = response.headers.get("Retry-After");
+  throw problem(seconds ? `${said} Wait ${seconds} s.` : said, response.status >= 500);
 }
 
 const problem = (message, again) => Object.assign(new Error(message), { again });
 
-function busy(seconds) {
-  const wait = seconds ? ` in ${seconds} second${seconds === "1" ? "" : "s"}` : " soon";
-  return `The service has more pictures than it can take at once. Try again${wait}.`;
+/** What the service says begins small and ends without a full stop. */
+function sentence(text) {
+  return text[0].toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : ".");
 }
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Resolves once the model has answered a picture of its own. */
-async function modelReady() {
+/** Resolves once the model has answered a picture of its own.
+ *
+ * /model/info says so with a status of 200 where /ready would be a fault on the browser's console.
+ */
+async function meetModel() {
   for (;;) {
-    try {
-      const response = await fetch("ready", { cache: "no-store" });
-      if (response.ok) return;
-      tellModel("waiting", "The model is loading");
-    } catch {
-      tellModel("gone", "The service cannot be reached");
+    const info = await ask("model/info", { cache: "no-store" }).catch(({ message }) => ({ fault: message }));
+    if (info.ready) {
+      if (!shown.model) searchAs(info.decoding);
+      shown.model = [info.feature_extractor, info.decoder].filter(Boolean).join(" · ");
+      return tellModel("ready", `Ready${shown.model && " · "}${shown.model}`);
     }
+    tellModel("waiting", info.fault ? sentence(info.fault) : "The model is loading");
     await pause(READY_MS);
   }
 }
@@ -72,13 +77,6 @@ function tellModel(state, text) {
   const line = find("model");
   line.dataset.state = state;
   if (line.textContent !== text) line.textContent = text;
-}
-
-async function meetModel() {
-  await modelReady();
-  const info = await ask("model/info").catch(() => ({}));
-  shown.model = [info.feature_extractor, info.decoder].filter(Boolean).join(" · ");
-  tellModel("ready", `Ready${shown.model && " · "}${shown.model}`);
 }
 
 // ------------------------------------------------------------------------------------------ a picture
@@ -218,12 +216,10 @@ function addTo(parent, tag, className, text = "") {
   return child;
 }
 
-/** e ** log_prob in percent, with two digits however small it is. */
+/** e ** log_prob as people say it: 12%, or 1 in 4,300, or 1 in 1.2 million. */
 function probability(logProb) {
-  const percent = 100 * Math.exp(logProb);
-  if (percent >= 10) return `${Math.round(percent)}%`;
-  if (percent < 1e-6) return "below 0.000001%";
-  return `${percent.toLocaleString("en", DIGITS)}%`;
+  const share = Math.exp(logProb);
+  return share >= 0.01 ? percent(share) : `1 in ${ONE_IN.format(1 / share)}`;
 }
 
 function showCaption(place) {
@@ -367,13 +363,21 @@ function stopPlaying() {
 
 // ------------------------------------------------------------------------------------------ the search
 
+/** Begin with the search that the model was tuned for. */
+function searchAs(decoding) {
+  for (const name of ["beam_size", "temperature", "top_k", "top_p"]) find(name).value = decoding[name];
+  if (decoding.algorithm in EXPLAINED) find(decoding.algorithm).checked = true;
+  showSearch();
+}
+
 function showSearch() {
   const algorithm = find("search").elements.algorithm.value;
   find("explains").textContent = EXPLAINED[algorithm];
   for (const part of document.querySelectorAll("[data-of]")) part.hidden = part.dataset.of !== algorithm;
   find("again").hidden ||= !shown.file;
   for (const output of document.querySelectorAll("output")) {
-    output.value = settingText(find(output.htmlFor.value));
+    const input = find(output.htmlFor.value);
+    output.value = input.ariaValueText = settingText(input);
   }
 }
 
