@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from caption_decoding import Hypothesis
+from runtime import TRACING
 
 logger = logging.getLogger("caption_service")
 FIRST_GUESS_SECONDS = 0.1  # of a picture's computation, before one was measured
@@ -155,7 +156,8 @@ class CaptionQueue:
         began = time.monotonic()
         try:
             pixels = [job.pixels for job in batch]
-            hypotheses, encode, search = caption_batch(captioner, pixels, decoding)
+            with TRACING:  # of a model that is loaded meanwhile
+                hypotheses, encode, search = caption_batch(captioner, pixels, decoding)
         except Exception as error:
             if len(batch) > 1:
                 for job in batch:

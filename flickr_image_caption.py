@@ -96,6 +96,7 @@ from model_versions import resolve_model_path, results_folder
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
+    TRACING,
     Stopped,
     arithmetic,
     counted,
@@ -245,7 +246,11 @@ class Encoder(nn.Module):
 
 def fold(modules, precision, folds=True):
     """A copy for inference; BatchNorm is folded into the convolutions if it `folds`. modules: nn.Sequential."""
-    folded = torch.fx.experimental.optimization.fuse(modules) if folds else copy.deepcopy(modules)
+    if folds:
+        with TRACING:
+            folded = torch.fx.experimental.optimization.fuse(modules)
+    else:
+        folded = copy.deepcopy(modules)
     return folded.to(getattr(torch, precision), memory_format=torch.channels_last)
 
 
