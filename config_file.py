@@ -21,6 +21,7 @@ FLAG, ENVIRONMENT, FILE = SOURCES = ("flag", "environment", "file")  # what come
 PREFIX = "CAPTION_"  # of environment variables
 # Another trainer's variables for the same things; CAPTION_ and the flag comes before them.
 PLAIN_VARIABLES = {"DEVICE": "device", "BATCH_SIZE": "batch_size", "NUM_EPOCHS": "epochs"}
+OF_THE_SERVICE = {"model"}  # CAPTION_MODEL is read by caption_service
 MOST_BYTES = 2**16  # of a file
 PLAIN_TAGS = {
     f"tag:yaml.org,2002:{kind}" for kind in ["str", "int", "float", "bool", "null", "seq", "map"]
@@ -239,6 +240,8 @@ def read_environment(environ, table):
             settings[name] = Setting(value, Origin(ENVIRONMENT, variable, tolerant=True))
         elif variable.startswith(PREFIX) and variable not in variables:
             name = variable.removeprefix(PREFIX).lower()
+            if name in OF_THE_SERVICE:
+                continue
             if near := difflib.get_close_matches(name, table, n=1, cutoff=0.85):
                 meant = PREFIX + near[0].upper()
                 raise ValueError(
