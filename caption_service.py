@@ -11,32 +11,75 @@ caption_queue. A model is loaded in the background, the next one too: until that
 picture, the old one answers. docs/SERVICE.md describes endpoints, settings and limits.
 """
 
+import argparse
+import os
 import sys
 
-if __name__ == "__main__" and sys.argv[1:2] == ["client"]:  # which needs no web server's packages
-    import caption_client
+import caption_client
+from caption_options import Parser
+from model_versions import resolve_model_path
 
-    sys.exit(caption_client.main(sys.argv[2:]))
+DEFAULT_MODEL = "saved_models"  # where training leaves its runs
 
-import argparse
+
+def parse_args(argv=None):
+    """The command: what was typed for `serve` goes to the environment, for workers read it there.
+
+    Misuse exits with status 2 and one line, a model that is not there, too.
+    """
+    parser = Parser(
+        prog="caption_service",
+        usage="caption_service serve|client [options]  (serve --help and client --help list them)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    caption_client.add_arguments(
+        commands.add_parser("client", help="let a service caption pictures")
+    )
+    served = commands.add_parser(
+        "serve", epilog="More settings are variables of the environment: docs/SERVICE.md."
+    )
+    path = "checkpoint, folder of runs, or registry:VERSION (saved_models)"
+    served.add_argument("--model_path", dest="model", metavar="PATH", help=path)
+    served.add_argument("--host", help="address to listen at; 0.0.0.0: all (127.0.0.1)")
+    served.add_argument("--port", type=int, help="port to listen at (8000)")
+    served.add_argument("--workers", type=int, help="processes, each with its own model (1)")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "serve":
+        for name in ("model", "host", "port", "workers"):
+            if getattr(arguments, name) is not None:
+                os.environ[f"CAPTION_{name.upper()}"] = str(getattr(arguments, name))
+        given = os.environ.get("CAPTION_MODEL")
+        try:
+            resolve_model_path(given or DEFAULT_MODEL)
+        except (OSError, ValueError) as error:
+            advice = "" if given else ": give --model_path, or make a model with ./setup.sh demo"
+            parser.error(f"{error}{advice}")
+    return arguments
+
+
+if __name__ == "__main__":  # before torch: --help and mistakes answer at once
+    ARGUMENTS = parse_args()
+    if ARGUMENTS.command == "client":
+        sys.exit(caption_client.main(ARGUMENTS))
+
 import asyncio
 import contextlib
 import functools
 import html
-import json
 import logging
 import math
 import multiprocessing
-import os
 import re
 import signal
 import socket
 import tempfile
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,40 +88,47 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+    from prometheus_client import multiprocess
     from pydantic import Field, ValidationError
     from pydantic_settings import BaseSettings, SettingsConfigDict
-    from starlette.datastructures import MutableHeaders
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
     from uvicorn.supervisors import Multiprocess
 except ImportError as error:
-    raise ImportError(f"{error}: pip install -r requirements-service.txt") from error
+    if __name__ != "__main__":
+        raise
+    print(
+        f"caption_service: error: {error}: pip install -r requirements-service.txt", file=sys.stderr
+    )
+    sys.exit(2)
 
-import numpy as np
+from PIL import Image
 
 import caption_options
 import config_file
-import image_loading
 from caption_queue import Busy, CaptionQueue, caption_batch
-from model_versions import resolve_model_path
 from runtime import available_cpus, printable, resolve_device, set_threads
+from service_records import Metrics, Observed, error_answer, write_json_lines
+from service_requests import (
+    Picture,
+    as_answer,
+    as_timings,
+    form_schema,
+    open_form,
+    read_picture,
+    read_search,
+    refuse,
+)
 
 logger = logging.getLogger("caption_service")
 PAGE = Path(__file__).with_name("service_page")
-MAX_GIF_FRAMES = 1000  # of which the first would be captioned
-GIF_FRAME = b"\x21\xf9\x04"  # the extension that stands before each frame of an animation
-LINGER_SECONDS = 2.0  # a body that is refused is read so long: a client that sends hears no answer
-IDLE_CONNECTIONS = 512  # beside the requests that are held
-DEFAULT_MODEL = "saved_models"
-TOO_BUSY = "there are too many requests at once: try again"
-CLIENT_GONE = 499  # a status of the log alone
-REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
-POLICY = "default-src 'none'; frame-ancestors 'none'"
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+IDLE_CONNECTIONS = 512  # beside the requests that are held
+TOO_BUSY = "there are too many requests at once: try again"
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -132,6 +182,8 @@ class Model:
         """Load what the settings name, now; the model that answers stays if that fails. Returns: success."""
         with self._loading:
             try:
+                if self.current is None:
+                    share_threads(self.settings)
                 served = load_served(self.settings)
             except Exception as error:
                 is_expected = isinstance(error, (OSError, ValueError, RuntimeError, MemoryError))
@@ -153,12 +205,9 @@ def load_served(settings):
     from flickr_image_caption import load_captioner
 
     started = time.perf_counter()
-    device = resolve_device(settings.device)
-    share_threads(settings, device)
     captioner, options = load_captioner(settings.model, settings.device, settings.precision)
     size = captioner.encoder.image_size
-    grey = np.full((3, size, size), 128, np.uint8)
-    ((best, *_),), *_ = caption_batch(captioner, [grey], options.decoding)
+    (((best, *_),), *_) = caption_batch(captioner, [grey_picture(size)], options.decoding)
     path = Path(options.run.model_path)
     info = {
         "model": without_paths(settings.model),
@@ -180,12 +229,20 @@ def load_served(settings):
     return Served(captioner, options, info)
 
 
-def share_threads(settings, device):
+def grey_picture(size):
+    """Pixels of a JPEG file, read as those of requests are."""
+    file = BytesIO()
+    Image.new("L", (size, size), 128).save(file, "JPEG")
+    file.seek(0)
+    return read_picture(file, size).pixels
+
+
+def share_threads(settings):
     """Compute with so many threads; on auto, workers share the cores."""
     threads = config_file.read_value(caption_options.TABLE["threads"], settings.threads)
     if threads == "auto" and settings.workers > 1:
         threads = max(1, available_cpus() // settings.workers)
-    set_threads(threads, device, typed=threads != "auto")
+    set_threads(threads, resolve_device(settings.device), typed=threads != "auto")
 
 
 def without_paths(text):
@@ -193,224 +250,7 @@ def without_paths(text):
     return re.sub(r"(?:[^\s/:'\"]*/)+(?=[^\s/])", "", text)
 
 
-# ------------------------------------------------------------------------------- what a request holds
-
-
-class Picture(NamedTuple):
-    """A file that was decoded."""
-
-    pixels: np.ndarray  # (3, S, S) uint8
-    size: tuple[int, int]  # its own width and height
-    seconds: float  # that decoding took
-
-
-def read_picture(file, size):
-    """An open file -> Picture of S = `size`; ValueError, returned and not raised, says why it is none."""
-    started, content = time.perf_counter(), file.read()
-    try:
-        if not content:
-            raise ValueError("picture: the file is empty")
-        if content.startswith(b"GIF8") and content.count(GIF_FRAME) > MAX_GIF_FRAMES:
-            raise ValueError(f"picture: it has more than {MAX_GIF_FRAMES} frames: send one of them")
-        pixels = image_loading.load_image("picture", size, content).transpose(2, 0, 1)
-        return Picture(pixels, image_loading.shown_size(content), time.perf_counter() - started)
-    except ValueError as error:
-        return error
-
-
-def read_search(fields, served, settings):
-    """{field: text} of a request -> the search as options.decoding, and whether maps are wanted.
-
-    Raises: HTTPException 400 naming the field.
-    """
-    try:
-        with_maps = read_switch(fields.pop("attention", "false"))
-        values = {name: read_value(name, text, settings) for name, text in fields.items()}
-        return caption_options.settle(values, served.options.as_dict()).decoding, with_maps
-    except ValueError as error:
-        raise HTTPException(400, str(error).replace("--", "")) from error
-
-
-def read_switch(text):
-    """A field that is true or false. Raises: ValueError."""
-    if text not in ("true", "false"):
-        raise ValueError(f"attention: give true or false, not {printable(text)[:20]!r}")
-    return text == "true"
-
-
-def read_value(name, text, settings):
-    """A field's value, in the range of its flag and of this service. Raises: ValueError."""
-    if name not in caption_options.DECODING:
-        known = ", ".join(["file", *caption_options.DECODING, "attention"])
-        raise ValueError(f"no field {printable(name)[:60]!r}: there are {known}")
-    try:
-        value = config_file.read_value(caption_options.DECODING[name], text)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    most = served_ranges(settings).get(name, value)
-    if value > most:
-        raise ValueError(f"{name}: must be at most {most} here, got {value}")
-    return value
-
-
-def served_ranges(settings):
-    """{field: its largest value} of what one request could ask too much of."""
-    beam, tokens = settings.max_beam, settings.max_tokens
-    return {"beam_size": beam, "num_captions": beam, "max_length": tokens, "min_length": tokens}
-
-
-@contextlib.asynccontextmanager
-async def open_form(request, settings, max_files):
-    """Yield a multipart request's open files and {field: text}. They are spooled to disk beyond 1 MB.
-
-    Raises: HTTPException 4xx that says what is wrong; the body is read only as far as it may count.
-    """
-    await check_headers(request, settings)
-    try:
-        async with asyncio.timeout(settings.body_seconds):
-            form = await request.form(max_files=max_files, max_fields=32, max_part_size=4096)
-    except TimeoutError:
-        late = f"the body did not arrive within {settings.body_seconds:g} s"
-        raise HTTPException(408, late, {"Connection": "close"}) from None
-    try:
-        items = form.multi_items()
-        texts = [(name, value) for name, value in items if isinstance(value, str)]
-        names = {name for name, value in items if not isinstance(value, str)}
-        if not names or not names <= {"file", "files"}:
-            given = printable(", ".join(sorted(names)))[:60] or "none"
-            raise HTTPException(
-                422, f"send a picture as a file in the field 'file' (files: {given})"
-            )
-        if len(dict(texts)) < len(texts):
-            raise HTTPException(400, "a field is given twice")
-        yield [value.file for _, value in items if not isinstance(value, str)], dict(texts)
-    finally:
-        await form.close()
-
-
-async def check_headers(request, settings):
-    """Raise HTTPException unless a body of such headers is to be read."""
-    length, limit = request.headers.get("content-length"), int(settings.max_body_mb * 1e6)
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if length is None or "transfer-encoding" in request.headers:
-        await refuse(request, 411, "send Content-Length: a body of unknown length is not read")
-    if int(length) > limit:
-        await refuse(request, 413, f"the body has {length} bytes, more than {limit}")
-    if kind != "multipart/form-data":
-        await refuse(request, 415, "send multipart/form-data with a picture in the field 'file'")
-
-
-async def refuse(request, status, reason, headers=None):
-    """Raise HTTPException, after reading on for a while: a client that still sends hears no answer."""
-    if "expect" not in request.headers:  # else it waits for leave to send
-        with contextlib.suppress(TimeoutError, ClientDisconnect):
-            async with asyncio.timeout(LINGER_SECONDS):
-                async for _ in request.stream():
-                    pass
-    raise HTTPException(status, reason, {"Connection": "close"} | (headers or {}))
-
-
-# ------------------------------------------------------------------------------------------ its answer
-
-
-def as_answer(served, captioned, decoding, picture, with_maps):
-    """What is answered about one picture, without times."""
-    captions = [
-        as_caption(served.captioner, hypothesis, with_maps) for hypothesis in captioned.hypotheses
-    ]
-    return {
-        "caption": captions[0]["caption"],
-        "algorithm": decoding.algorithm,
-        "image_size": list(picture.size),
-        "captions": captions,
-    }
-
-
-def as_caption(captioner, hypothesis, with_maps):
-    """A hypothesis as JSON holds it; maps only of decoders that look."""
-    maps = (
-        as_maps(captioner, hypothesis) if with_maps and hypothesis.attention is not None else None
-    )
-    return {
-        "caption": captioner.vocabulary.decode(hypothesis.tokens),
-        "log_prob": hypothesis.log_prob,
-        "words": captioner.words(hypothesis),
-        "attention": maps,
-    }
-
-
-def as_maps(captioner, hypothesis):
-    """Where each word looked: its map, in reading order, and its shares that no cell got."""
-    maps = captioner.attention_grid(hypothesis)  # (T, h, w)
-    beside = captioner.attention_beside(hypothesis)
-    return {
-        "grid": list(captioner.encoder.grid),
-        "maps": [[round(weight, 6) for weight in map_.flatten().tolist()] for map_ in maps],
-        "beside": {name: [round(s, 6) for s in shares.tolist()] for name, shares in beside.items()},
-    }
-
-
-def as_timings(pictures, captioned):
-    """Milliseconds of each part of the work, the longest where pictures were several, for logs and headers."""
-    seconds = {
-        "decode": max((picture.seconds for picture in pictures), default=0.0),
-        "wait": max((each.wait_seconds for each in captioned), default=0.0),
-        "encode": max((each.encode_seconds for each in captioned), default=0.0),
-        "search": max((each.search_seconds for each in captioned), default=0.0),
-    }
-    return {name: round(1000 * value, 2) for name, value in seconds.items()}
-
-
 # -------------------------------------------------------------------------------------- the service
-
-
-class Metrics:
-    """Numbers for Prometheus. With several workers they add up where PROMETHEUS_MULTIPROC_DIR is set."""
-
-    def __init__(self):
-        self.registry = prometheus_client.CollectorRegistry()
-        add = {"registry": self.registry, "namespace": "caption"}
-        both, gauge = ["endpoint", "status"], {"multiprocess_mode": "livesum"}
-        self.requests = prometheus_client.Counter("requests", "Requests answered", both, **add)
-        self.errors = prometheus_client.Counter("errors", "Of these, with 4xx and 5xx", both, **add)
-        self.seconds = prometheus_client.Histogram(
-            "request_seconds", "From a request's first to its answer's last byte", both[:1],
-            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10), **add,
-        )  # fmt: skip
-        self.pictures = prometheus_client.Counter("pictures", "Pictures captioned", **add)
-        sizes = (1, 2, 4, 8, 16, 32, 64, 128)
-        self.batch_size = prometheus_client.Histogram(
-            "batch_size", "Pictures computed together", buckets=sizes, **add
-        )
-        self.queue_length = prometheus_client.Gauge(
-            "queue_length", "Pictures that wait", **add, **gauge
-        )
-        self.ready = prometheus_client.Gauge("ready", "Workers that have a model", **add, **gauge)
-        gauge = {"multiprocess_mode": "livemax"}
-        self.uptime = prometheus_client.Gauge("uptime_seconds", "Since the start", **add, **gauge)
-
-    def collected(self):
-        """The registry to read from: of all workers, where they share a folder."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            return self.registry
-        from prometheus_client import multiprocess
-
-        registry = prometheus_client.CollectorRegistry()
-        multiprocess.MultiProcessCollector(registry)
-        return registry
-
-    def as_plain(self):
-        """The numbers as JSON holds them."""
-        totals = {}
-        for metric in self.collected().collect():
-            for sample in metric.samples:
-                if "le" not in sample.labels and not sample.name.endswith("_created"):
-                    totals[sample.name] = totals.get(sample.name, 0) + sample.value
-        names = ("requests_total", "errors_total", "pictures_total", "request_seconds_sum")
-        names += ("batch_size_count", "batch_size_sum", "queue_length", "ready", "uptime_seconds")
-        plain = {name: totals.get(f"caption_{name}", 0) for name in names}
-        served = plain["requests_total"]
-        return plain | {"error_rate": plain["errors_total"] / served if served else 0.0}
 
 
 class Service:
@@ -430,7 +270,9 @@ class Service:
 
     def load(self):
         """Load the model in the background. Returns: a concurrent Future of whether that succeeded."""
-        return self.loader.submit(self.model.load)
+        loaded = self.loader.submit(self.model.load)
+        loaded.add_done_callback(lambda _: self.update_gauges())
+        return loaded
 
     async def admit(self, request):
         """The model that answers. Raises: HTTPException 503 while there is none, or no room."""
@@ -494,74 +336,6 @@ async def unless_gone(request, futures):
     finally:
         results.cancel()
         gone.cancel()
-
-
-class Observed:
-    """Around every request: an id, times and headers for it, one line in the log, counts.
-
-    An ASGI middleware, outermost, so that nothing escapes it.
-    """
-
-    def __init__(self, app, service):
-        self.app, self.service = app, service
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        started, status = time.perf_counter(), CLIENT_GONE
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        record = {"request_id": request_id}
-        scope.setdefault("state", {})["record"] = record
-
-        async def send_with_headers(message):
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                elapsed = 1000 * (time.perf_counter() - started)
-                add_headers(MutableHeaders(scope=message), record, elapsed)
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_with_headers)
-        except ClientDisconnect:
-            pass
-        except Exception:
-            logger.exception("request %s failed", request_id)
-            if status == CLIENT_GONE:  # nothing was sent
-                failed = error_answer(500, "it failed: the log says why", request_id)
-                await failed(scope, receive, send_with_headers)
-        finally:
-            self.note(scope, status, time.perf_counter() - started, record)
-        return None
-
-    def note(self, scope, status, seconds, record):
-        """Count the request and write its line, which has nothing of the picture, its name included."""
-        endpoint = getattr(scope.get("route"), "path", "none")  # as declared, not as typed
-        metrics = self.service.metrics
-        metrics.requests.labels(endpoint, status).inc()
-        metrics.seconds.labels(endpoint).observe(seconds)
-        if status >= 400:
-            metrics.errors.labels(endpoint, status).inc()
-        fields = {"method": scope["method"], "endpoint": endpoint, "status": status}
-        fields |= {"milliseconds": round(1000 * seconds, 2)} | record
-        logger.info("request", extra={"fields": fields})
-
-
-def add_headers(headers, record, milliseconds):
-    """What every answer carries."""
-    headers["X-Request-ID"] = record["request_id"]
-    headers["X-Response-Time"] = f"{milliseconds:.2f}ms"
-    if parts := record.get("parts_ms"):
-        headers["Server-Timing"] = ", ".join(f"{name};dur={value}" for name, value in parts.items())
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers["Referrer-Policy"] = "no-referrer"
-    headers.setdefault("Content-Security-Policy", POLICY)
-
-
-def error_answer(status, reason, request_id, headers=None):
-    """A fault as JSON."""
-    return JSONResponse({"error": reason, "request_id": request_id}, status, headers)
 
 
 async def http_fault(request, error):
@@ -662,7 +436,7 @@ async def answer(request, max_files):
     with service.holding():
         with service.queue.expecting():
             async with open_form(request, service.settings, max_files) as (files, fields):
-                decoding, with_maps = read_search(fields, served, service.settings)
+                decoding, with_maps = read_search(fields, served.options, service.settings)
                 size = served.captioner.encoder.image_size
                 pictures = await service.read_pictures(files, size)
             readable = [picture for picture in pictures if isinstance(picture, Picture)]
@@ -673,7 +447,7 @@ async def answer(request, max_files):
     service.metrics.pictures.inc(len(captioned))
     found = iter(captioned)
     results = [
-        as_answer(served, next(found), decoding, picture, with_maps)
+        as_answer(served.captioner, next(found), decoding, picture, with_maps)
         if isinstance(picture, Picture)
         else {"error": str(picture)}
         for picture in pictures
@@ -714,20 +488,6 @@ def as_html(path, method, operation):
     return text + ("<ul>" + "".join(items) + "</ul>" if items else "")
 
 
-def form_schema(file_field, several, settings):
-    """OpenAPI's account of what /predict and /predict/batch take."""
-    one = {"type": "string", "format": "binary", "description": "a picture"}
-    many = {"type": "array", "items": one, "description": f"pictures, {settings.max_files} at most"}
-    fields = {file_field: many if several else one}
-    most = served_ranges(settings)
-    for name, row in caption_options.DECODING.items():
-        field = {"description": row.help + (f"; at most {most[name]}" if name in most else "")}
-        fields[name] = field | ({"enum": list(row.kind)} if isinstance(row.kind, tuple) else {})
-    fields["attention"] = {"enum": ["true", "false"], "description": "where each word looked"}
-    schema = {"type": "object", "properties": fields, "required": [file_field]}
-    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
-
-
 # ------------------------------------------------------------------------------------ the application
 
 
@@ -749,7 +509,7 @@ def create_app(settings=None):
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["*"], expose_headers=exposed
         )
-    app.add_middleware(Observed, service=service)
+    app.add_middleware(Observed, metrics=service.metrics)
     gets = {"/": root, "/health": health, "/ready": ready, "/metrics": metrics}
     gets |= {"/model/info": model_info, "/docs": docs}
     for path, endpoint in gets.items():
@@ -781,29 +541,6 @@ async def running(service, _app):
     async with admin_server(service):
         yield
     await asyncio.to_thread(service.close)
-
-
-class JsonLines(logging.Formatter):
-    """A log record as one line of JSON; `extra={"fields": {...}}` adds to it."""
-
-    def format(self, record):
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-        } | getattr(record, "fields", {})
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def write_json_lines():
-    """Send this program's log to stderr, and have uvicorn write no second line for a request."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.access").disabled = True
 
 
 # -------------------------------------------------------------------------------- reload, workers, serve
@@ -866,24 +603,27 @@ async def reload_model(request: Request):
 class Supervisor(Multiprocess):
     """uvicorn's parent of several workers, which on SIGHUP reload their model instead of being replaced."""
 
+    def keep_subprocess_alive(self):
+        before = {process.pid for process in self.processes}
+        super().keep_subprocess_alive()
+        for pid in before - {process.pid for process in self.processes}:
+            multiprocess.mark_process_dead(pid)  # whose gauges count no longer
+
     def handle_hup(self):
         for process in self.processes:
             os.kill(process.pid, signal.SIGHUP)
 
 
-def serve(arguments):
+def serve():
     """Serve until a signal. Returns: the exit status."""
-    for name, value in vars(arguments).items():  # workers read the environment
-        os.environ[f"CAPTION_{name.upper()}"] = str(value)
     try:
         settings = Settings()
-        resolve_model_path(settings.model)
     except ValidationError as error:
         first = error.errors()[0]
-        return misuse(f"CAPTION_{str(first['loc'][0]).upper()} {first['input']}: {first['msg']}")
-    except (OSError, ValueError) as error:
-        advice = "give --model_path, or make a model: ./setup.sh demo"
-        return misuse(f"{error}: {advice}" if settings.model == DEFAULT_MODEL else str(error))
+        where = f"environment variable CAPTION_{str(first['loc'][0]).upper()}"
+        text = printable(f"{where} {first['input']}: {first['msg']}")
+        print(f"caption_service: error: {text}", file=sys.stderr)
+        return 2
     config = uvicorn.Config(
         "caption_service:app",
         host=settings.host,
@@ -906,36 +646,5 @@ def serve(arguments):
     return 0
 
 
-def misuse(reason):
-    """One line on stderr. Returns: the exit status."""
-    line = printable(" ".join(str(reason).split()))
-    print(f"caption_service: error: {line}", file=sys.stderr)
-    return 2
-
-
-def parse_args(argv=None):
-    """What was typed for `serve`, by the name of the setting."""
-    parser = argparse.ArgumentParser(
-        prog="caption_service",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    commands = parser.add_subparsers(title="commands", required=True)
-    served = commands.add_parser(
-        "serve",
-        argument_default=argparse.SUPPRESS,
-        help="answer requests until a signal",
-        epilog="Every setting is an environment variable, too: docs/SERVICE.md.",
-    )
-    commands.add_parser("client", help="send pictures to a service: caption_service client --help")
-    served.add_argument(
-        "--model_path", dest="model", help="checkpoint, folder of runs, registry:VERSION"
-    )
-    for name in ("host", "port", "workers"):
-        served.add_argument(f"--{name}", help=Settings.model_fields[name].description)
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    sys.exit(serve(parse_args()))
+    sys.exit(serve())

@@ -2,13 +2,15 @@
 # ./setup.sh              make .venv and install requirements.txt
 # ./setup.sh demo         that, then train, test and draw attention pictures on the built-in sample dataset, offline
 # ./setup.sh test         that and requirements-test.txt, then lint and run the tests
-# ./setup.sh flickr8k     that, then download Flickr8k (or flickr30k, or coco); further options go to download_datasets.py
+# ./setup.sh serve        that and requirements-service.txt, then caption pictures over HTTP; further options are those of
+#                         caption_service serve, such as --model_path best.pt; without one, the newest run in saved_models
+# ./setup.sh flickr8k     make .venv, then download Flickr8k (or flickr30k, or coco); further options go to download_datasets.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 case "${1:-}" in
-    "" | demo | test | flickr8k | flickr30k | coco) ;;
-    *) echo "setup.sh: error: unknown job '$1': give demo, test, flickr8k, flickr30k, coco or nothing" >&2; exit 2 ;;
+    "" | demo | test | serve | flickr8k | flickr30k | coco) ;;
+    *) echo "setup.sh: error: unknown job '$1': give demo, test, serve, flickr8k, flickr30k, coco or nothing" >&2; exit 2 ;;
 esac
 
 new_enough() { command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
@@ -33,6 +35,7 @@ if ! command -v uv >/dev/null && [ ! -x .venv/bin/uv ]; then .venv/bin/python -m
 uv=$(command -v uv || echo .venv/bin/uv)
 requirements=(-r requirements.txt)
 if [ "${1:-}" = test ]; then requirements+=(-r requirements-test.txt); fi
+if [ "${1:-}" = serve ]; then requirements+=(-r requirements-service.txt); fi
 echo "installing requirements.txt into .venv"
 "$uv" pip install --quiet --python .venv "${requirements[@]}"
 export PATH="$PWD/.venv/bin:$PATH"
@@ -60,6 +63,7 @@ case "${1:-}" in
         ruff format --check .
         python -m pytest -q -rs "${@:2}"
         ;;
+    serve) exec python -m caption_service "$@" ;;
     flickr8k | flickr30k | coco) python download_datasets.py --dataset "$@" ;;
     *) echo "ready: source .venv/bin/activate, then python flickr_image_caption.py --help" ;;
 esac

@@ -29,6 +29,8 @@ OTHER_FLAGS = {
     " train_images",
     "kaggle_setup.py": "output root working flickr_dataset glove_dataset",
     "model_versions.py": "version registry description run_id",
+    "caption_service.py": "host port workers",
+    "benchmark_service.py": "pictures clients seconds",
 }
 OUR_FILE = re.compile(
     r"`((?:docs|tests)/[\w./-]+|\w+\.(?:py|sh|cff)|\.[\w.-]+\.yaml|requirements[\w-]*\.txt)`"
