@@ -11,8 +11,8 @@ const EXPLAINED = {
   beam: "Follows several sentences at once, and keeps those that are likeliest as a whole.",
   sample: "Draws each word by chance, so that every try says something else.",
 };
-const LARGE = { maximumSignificantDigits: 2, notation: "compact", compactDisplay: "long" };
-const ONE_IN = new Intl.NumberFormat("en", LARGE);
+const DIGITS = { maximumSignificantDigits: 2 };
+const MILLIONS = { ...DIGITS, notation: "compact", compactDisplay: "long" };
 const MOST_ALTERNATIVES = 5; // of those that a beam has found
 const READY_MS = 1000; // between two questions whether the model is loaded
 const FADE_MS = 180;
@@ -219,7 +219,9 @@ function addTo(parent, tag, className, text = "") {
 /** e ** log_prob as people say it: 12%, or 1 in 4,300, or 1 in 1.2 million. */
 function probability(logProb) {
   const share = Math.exp(logProb);
-  return share >= 0.01 ? percent(share) : `1 in ${ONE_IN.format(1 / share)}`;
+  if (share >= 0.01) return percent(share);
+  if (share < 1e-12) return "less than 1 in a trillion";
+  return `1 in ${(1 / share).toLocaleString("en", share > 1e-6 ? DIGITS : MILLIONS)}`;
 }
 
 function showCaption(place) {
