@@ -19,6 +19,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ import uvicorn
 from PIL import Image
 from test_end_to_end import workshop
 
+import benchmark_service
+import caption_client
 import caption_options
 import caption_service
 import config_file
@@ -100,8 +103,11 @@ class Server(NamedTuple):
         raise AssertionError(self.log.read_text() if self.log else self.ask("/ready").content)
 
     def memory(self):
-        """Bytes that the process holds."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        """Bytes that the service's process holds."""
+        return self.memory_of(self.process.pid)
+
+    def memory_of(self, pid):
+        status = Path(f"/proc/{pid}/status").read_text()
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
 
 
@@ -681,6 +687,7 @@ def test_an_admin_port_that_is_taken_stops_nothing(shop_folder, pictures):
             assert server.ask(files=pictures[:1]).status == 200
 
 
+@pytest.mark.slow
 def test_signals_reload_and_end_it_without_a_lost_request(shop_folder, pictures, tmp_path):
     """SIGHUP, then SIGTERM, under load: what was accepted is answered, and it leaves in time."""
     shutil.copy(shop_folder / "attention/best.pt", tmp_path)
@@ -878,6 +885,7 @@ def run_client(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_client_prints_what_caption_mode_prints(server, shop_folder, tmp_path):
     from test_end_to_end import succeed
 
@@ -988,3 +996,32 @@ def test_the_page_of_settings_names_each_with_its_default():
     for name, field in caption_service.Settings.model_fields.items():
         default = "none" if field.default == "" else field.default
         assert f"| `CAPTION_{name.upper()}` | {default} |" in page
+
+
+# --------------------------------------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_counts_what_was_served(server, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_service, "WARM_UP_SECONDS", 0.2)
+    bodies = [caption_client.as_form({}, [content], "file") for content in pictures]
+    process = SimpleNamespace(pid=os.getpid())
+    before = server.service.metrics.as_plain()["pictures_total"]
+    found = benchmark_service.load(server.port, process, bodies, clients=4, seconds=1.0)
+    served = server.service.metrics.as_plain()["pictures_total"] - before
+    assert found.errors == 0 and 0 < found.p50 <= found.p95 <= found.p99 < 10_000
+    assert 0.5 * served < found.captions_per_second <= served + 1
+    assert found.memory_after == pytest.approx(server.memory_of(os.getpid()) / 1e6, rel=0.1)
+    alone = benchmark_service.one_alone(server.port, bodies)
+    parts = [alone[part] for part in benchmark_service.PARTS]
+    assert all(part >= 0 for part in parts) and 0 < sum(parts) < 1.2 * alone["whole"]
+    rows = {
+        "batching": found._asdict(),
+        "each alone": (found._replace(captions_per_second=found[0] / 4))._asdict(),
+    }
+    program = {"from files": 2 * found[0], "from features": 4 * found[0]}
+    how = {"clients": 4, "seconds": 1.0, "pictures": 8, "one request alone, ms": alone}
+    table = benchmark_service.as_table(how | rows | {"program": program})
+    assert "batching / each alone: 4.00" in table and "the service has 0.50" in table
+    missing = ["--model_path", "best.pt", "--images", "nowhere"]
+    assert benchmark_service.main(missing) == 2
+    assert capsys.readouterr().err.count("\n") == 1
