@@ -2317,14 +2317,14 @@ def print_captions(captioner, path, hypotheses, as_json):
 
 def debug(options, hardware, checkpoint):
     """Print how each algorithm searches for a picture's caption, and draw the beam's tree. Returns the status."""
-    from attention_visualization import picture_names  # matplotlib takes a second
+    import search_tree  # and matplotlib, which takes a second
+    from attention_visualization import picture_names
 
     paths = [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
-    folder, names = output_folder(options), picture_names(paths)
+    folder, names, status = output_folder(options), picture_names(paths), 0
     captioner = open_captioner(options, hardware, checkpoint)
     if options.rerank.rerank != "none":
         print("of a beam's captions caption mode takes another one, by --rerank consensus")
-    status = 0
     for path, name in zip(paths, names, strict=True):
         try:
             features = captioner.encode([path])
@@ -2333,51 +2333,16 @@ def debug(options, hardware, checkpoint):
             status = 1
             continue
         print(printable(path))
-        for algorithm in ALGORITHMS:
-            tree = trace(captioner, features, algorithm, options)
-            if algorithm == "beam":
-                folder.mkdir(parents=True, exist_ok=True)
-                draw_tree(
-                    folder / f"{name}_search_tree.{options.pictures.viz_format}",
-                    captioner,
-                    path,
-                    tree,
-                )
+        trees = {each: search_tree.trace(captioner, features, each, options) for each in ALGORITHMS}
+        folder.mkdir(parents=True, exist_ok=True)
+        (photograph,) = image_loading.open_images([path])
+        file = folder / f"{name}_search_tree.{options.pictures.viz_format}"
+        vocabulary = captioner.vocabulary
+        search_tree.save_search_tree(
+            file, photograph, trees["beam"], vocabulary.words, vocabulary.eos
+        )
+        print(f"  search tree: {printable(file)}")
     return status
-
-
-def trace(captioner, features, algorithm, options):
-    """Print what an algorithm returns for one picture, and its steps. Returns their tree, as `search_tree.grow`."""
-    import search_tree
-
-    vocabulary, decoding = captioner.vocabulary, options.decoding._replace(algorithm=algorithm)
-    recorder = search_tree.Recorder(options.output.debug_candidates)
-    how = {"record": recorder, "fixed_shapes": False}
-    ((best,),) = captioner.caption_features([features], decoding, options.run.seed, **how)
-    tree = search_tree.grow(recorder.steps, best, vocabulary.eos)
-    title = {"beam": f"beam {decoding.beam_size}", "sample": f"sample, seed {options.run.seed}"}
-    rated = f"log probability {best.log_prob:.3f}"
-    if algorithm == "beam" and decoding.length_penalty:
-        rated += f", score {best.score:.3f} with length penalty {decoding.length_penalty:g}"
-    caption = printable(vocabulary.decode(best.tokens))
-    print(f"  {title.get(algorithm, algorithm)}: {caption} ({rated})")
-    peaks, grid = (), captioner.encoder.grid
-    if best.attention is not None:
-        beside = captioner.attention_beside(best)
-        peaks = search_tree.peak_texts(captioner.attention_grid(best), beside)
-    lines = search_tree.trace_lines(tree, vocabulary.words, peaks, grid)
-    print(*(f"    {printable(line)}" for line in lines), sep="\n", flush=True)
-    return tree
-
-
-def draw_tree(file, captioner, path, tree):
-    """A picture of a beam's tree, beside its photograph."""
-    import search_tree
-
-    (photograph,) = image_loading.open_images([path])
-    vocabulary = captioner.vocabulary
-    search_tree.save_search_tree(file, photograph, tree, vocabulary.words, vocabulary.eos)
-    print(f"  search tree: {printable(file)}")
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -1,9 +1,6 @@
 """What a search did for one picture: its steps as text, and a beam's tree as a picture.
 
-    recorder = Recorder(num_candidates=5)
-    ((best,),) = captioner.caption_features([features], decoding, record=recorder)
-    tree = grow(recorder.steps, best, vocabulary.eos)
-    print(*trace_lines(tree, vocabulary.words), sep="\\n")
+    tree = trace(captioner, features, "beam", options)  # which prints the steps
     save_search_tree("dog_search_tree.png", photograph, tree, vocabulary.words, vocabulary.eos)
 
 `generate` tells the recorder what each of its steps chose among: the search is the one that writes
@@ -27,6 +24,7 @@ from matplotlib.textpath import TextPath
 
 from attention_visualization import FAINT, INK, PALE, map_peak, rendered, text_width
 from checkpoints import replace_file
+from runtime import printable
 
 WON = "#2f6db3"
 END = "end"  # how <EOS> is drawn
@@ -38,6 +36,32 @@ PADDING = 0.14  # of a box, both sides together
 MARGIN = 0.12
 LEGEND = 0.3  # height
 WORD, NUMBER = 9, 7  # points
+
+
+def trace(captioner, features, algorithm, options):
+    """Print what an algorithm returns for one picture, and its steps. Returns their tree, as `grow`.
+
+    captioner: has `caption_features`, `vocabulary`, `encoder`, and maps of a hypothesis by name.
+    features: of the picture, as it gives them; options: what the search and the seed come from.
+    """
+    vocabulary, decoding = captioner.vocabulary, options.decoding._replace(algorithm=algorithm)
+    recorder = Recorder(options.output.debug_candidates)
+    how = {"record": recorder, "fixed_shapes": False}
+    ((best,),) = captioner.caption_features([features], decoding, options.run.seed, **how)
+    tree = grow(recorder.steps, best, vocabulary.eos)
+    title = {"beam": f"beam {decoding.beam_size}", "sample": f"sample, seed {options.run.seed}"}
+    rated = f"log probability {best.log_prob:.3f}"
+    if algorithm == "beam" and decoding.length_penalty:
+        rated += f", score {best.score:.3f} with length penalty {decoding.length_penalty:g}"
+    caption = printable(vocabulary.decode(best.tokens))
+    print(f"  {title.get(algorithm, algorithm)}: {caption} ({rated})")
+    peaks, grid = (), captioner.encoder.grid
+    if best.attention is not None:
+        beside = captioner.attention_beside(best)
+        peaks = peak_texts(captioner.attention_grid(best), beside)
+    lines = trace_lines(tree, vocabulary.words, peaks, grid)
+    print(*(f"    {printable(line)}" for line in lines), sep="\n", flush=True)
+    return tree
 
 
 class Step(NamedTuple):
@@ -271,7 +295,11 @@ def save_search_tree(path, photograph, tree, names, eos):
     """
     path, photograph = Path(path), photograph.convert("RGB")
     photograph.thumbnail((600, 600))
-    texts = {n: END if n.word == eos else names[n.word] for n in tree.below if n.word is not None}
+    texts = {
+        node: END if node.word == eos else names[node.word].strip()
+        for node in tree.below
+        if node.word is not None
+    }
     data = rendered(
         lambda: tree_figure(np.asarray(photograph), tree, texts),
         "".join(texts.values()),
