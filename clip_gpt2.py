@@ -26,6 +26,8 @@ from feature_scale import StandardisedFeatures
 
 POSITIONS = 1024  # that every published GPT-2 knows
 SCRATCH, WORDS = "scratch", "words"  # --gpt2_model, --gpt2_tokenizer
+GELU = {"gelu_new": "gelu_pytorch_tanh"}  # one function by two names, the second computed at once
+GROUP = 64  # captions of like lengths that are padded together
 ATTENTION_NAME = "captions_of_an_image"
 MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
 
@@ -92,7 +94,7 @@ def model_sizes(name):
     for setting in ("n_positions", "n_inner", "activation_function", "scale_attn_weights",
                     "scale_attn_by_inverse_layer_idx", "layer_norm_epsilon"):  # fmt: skip
         actual, expected = getattr(config, setting), getattr(plain, setting)
-        if actual != expected:
+        if GELU.get(actual, actual) != expected:
             raise ValueError(
                 f"--gpt2_model {name}: has {setting} {actual}, where GPT-2 has {expected}"
             )
@@ -115,6 +117,7 @@ def make_config(vocab_size, width, layers, heads, drop_prob, cross_attention):
         resid_pdrop=drop_prob,
         embd_pdrop=drop_prob,
         attn_pdrop=drop_prob,
+        activation_function=GELU["gelu_new"],
         add_cross_attention=cross_attention,
         bos_token_id=None,
         eos_token_id=None,
@@ -146,7 +149,7 @@ def attend_by_image(module, query, key, value, attention_mask, scaling=None, dro
     output (B, T, heads, D), and in decoding the weights (B, heads, T, P) of what looks at the picture.
     """
     shape = query.shape
-    if module.is_cross_attention:  # an image's captions are as many rows of one query
+    if module.is_cross_attention:  # hypotheses of an image are as many rows of one query
         query = query.unflatten(0, (len(key), -1)).transpose(1, 2).flatten(2, 3)
     watched = module.is_cross_attention and shape[2] == 1 and not module.training
     if watched:
@@ -167,20 +170,28 @@ def attend_by_image(module, query, key, value, attention_mask, scaling=None, dro
     return output.transpose(1, 2), weights
 
 
-def by_image_and_caption(batch):
-    """Where each token of a packed batch stands among (N, K, T), flattened, and that shape.
+def by_length(batch):
+    """Yield a packed batch's captions in groups of like lengths: their numbers, a slice, and tokens (b, T).
 
-    An image that has fewer than K captions in the batch has empty ones instead.
+    Behind a caption's end stand tokens that no token before them sees, and that nobody reads.
     """
-    counts = batch.image_index.bincount()  # (N,)
-    order = batch.image_index.argsort(stable=True)
-    rank = torch.empty_like(order)  # of a caption among its image's
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rank[order] = torch.arange(len(order), device=order.device) - first
-    most, steps = int(counts.max()), len(batch.batch_sizes)
-    row = batch.image_index * most + rank  # (B,)
-    step = torch.arange(steps).repeat_interleave(batch.batch_sizes).to(row.device)
-    return row[batch.caption_index] * steps + step, (len(counts), most, steps)
+    padded, lengths = pad_packed_sequence(
+        PackedSequence(batch.inputs, batch.batch_sizes), batch_first=True
+    )
+    for first in range(0, len(lengths), GROUP):  # the longest caption of each comes first
+        rows = slice(first, first + GROUP)
+        yield rows, padded[rows, : int(lengths[first])]
+
+
+def packed(padded, batch):
+    """Values (b, T, ...) of every group of `by_length`, in their order -> of the batch's tokens (tokens, ...)."""
+    lengths = [values.size(1) for values in padded]
+    longest = torch.tensor(lengths).repeat_interleave(torch.tensor([len(v) for v in padded]))
+    first = longest.cumsum(0) - longest  # place of each caption's first token among all
+    sizes = batch.batch_sizes.tolist()  # captions that have a step: always the first ones
+    places = torch.cat([first[:size] + step for step, size in enumerate(sizes)])
+    values = torch.cat([values.flatten(0, 1) for values in padded])
+    return values[places.to(values.device)]
 
 
 # -------------------------------------------------------------------------------------- the decoders
@@ -294,27 +305,35 @@ class GPT2Decoder(StandardisedFeatures):
         ]
 
     def forward(self, features, batch):
-        """features (N, P, F), batch -> logits (tokens, V), None.
+        """features (N, P, F), batch -> logits (tokens, V), None."""
+        transformers = import_transformers()
+        seen, pictures = self.look(features)
+        hidden = []
+        for rows, tokens in by_length(batch):
+            images = batch.image_index[rows]
+            of_captions = [tuple(part[images] for part in layer) for layer in pictures]
+            pair = transformers.DynamicCache(), transformers.DynamicCache(of_captions)
+            output = self.gpt2.transformer(
+                input_ids=tokens,
+                cache=transformers.EncoderDecoderCache(*pair),
+                encoder_hidden_states=seen[images],  # looked at where layers are checkpointed
+                use_cache=True,
+            )
+            hidden.append(output.last_hidden_state)
+        return self.gpt2.lm_head(packed(hidden, batch)), None
 
-        Behind a caption's end stand tokens that no token before them sees, and that nobody reads.
-        """
-        place, shape = by_image_and_caption(batch)
-        inputs = batch.inputs.new_zeros(shape).flatten().index_copy(0, place, batch.inputs)
-        hidden = self.gpt2.transformer(
-            input_ids=inputs.view(-1, shape[-1]),  # (B, T)
-            encoder_hidden_states=self.project(self.standardise(features)),  # (N, P, W)
-            use_cache=False,
-        ).last_hidden_state
-        return self.gpt2.lm_head(hidden.flatten(0, 1)[place]), None
+    def look(self, features):
+        """features (N, P, F) -> the cells (N, P, W), and each layer's keys and values of them."""
+        seen = self.project(self.standardise(features))
+        layers = (split_heads(block.crossattention, seen) for block in self.gpt2.transformer.h)
+        return seen, tuple(layers)
 
     def start(self, features):
         """features (N, P, F) -> state: each layer's keys and values of the picture, and of no word yet."""
-        seen = self.project(self.standardise(features))
-        blocks = self.gpt2.transformer.h
-        per_image = tuple(split_heads(block.crossattention, seen) for block in blocks)
+        seen, per_image = self.look(features)
         _, heads, _, size = per_image[0][0].shape
         none = seen.new_zeros(len(seen), 1, heads, 0, size)  # (N, K, heads, t, D)
-        return per_image, tuple((none, none) for _ in blocks)
+        return per_image, tuple((none, none) for _ in per_image)
 
     def step(self, tokens, state):
         """tokens (N, K), state -> logits (N, K, V), state, alphas (N, K, P): the heads' mean."""
@@ -382,15 +401,13 @@ class PrefixGPT2Decoder(GPT2Decoder):
 
     def forward(self, features, batch):
         """features (N, P, F), batch -> logits (tokens, V), None."""
-        inputs, _ = pad_packed_sequence(
-            PackedSequence(batch.inputs, batch.batch_sizes), batch_first=True
-        )  # (B, T)
-        prefix = self.prefix(features).index_select(0, batch.image_index)
-        words = torch.cat([prefix, self.gpt2.transformer.wte(inputs)], dim=1)
-        hidden = self.gpt2.transformer(inputs_embeds=words, use_cache=False).last_hidden_state
-        steps = torch.arange(len(batch.batch_sizes)).repeat_interleave(batch.batch_sizes)
-        steps = steps.to(inputs.device) + self.prefix_length
-        return self.gpt2.lm_head(hidden[batch.caption_index, steps]), None
+        prefix, hidden = self.prefix(features), []
+        for rows, tokens in by_length(batch):
+            words = self.gpt2.transformer.wte(tokens)
+            words = torch.cat([prefix[batch.image_index[rows]], words], dim=1)
+            output = self.gpt2.transformer(inputs_embeds=words, use_cache=False)
+            hidden.append(output.last_hidden_state[:, self.prefix_length :])
+        return self.gpt2.lm_head(packed(hidden, batch)), None
 
     def start(self, features):
         """features (N, P, F) -> state: each layer's keys and values of the prefix."""

@@ -48,6 +48,7 @@ def make_data(captions=CAPTIONS):
 def plain_model(decoder):
     """The same weights in a model that knows nothing of ours, with attention written out."""
     settings = decoder.gpt2.config.to_dict() | {"attn_implementation": "eager"}
+    settings["activation_function"] = "gelu_new"  # as GPT-2 was published
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
     model.load_state_dict(decoder.gpt2.state_dict())
     return model.eval()
@@ -65,9 +66,11 @@ def alone(decoder, features, tokens, **how):
     return output if how else output.logits[0]
 
 
+@pytest.mark.parametrize("group", [1, 2, 64])
 @every_kind
 @torch.no_grad()
-def test_a_packed_batch_is_what_transformers_makes_of_each_caption_alone(kind):
+def test_a_packed_batch_is_what_transformers_makes_of_each_caption_alone(kind, group, monkeypatch):
+    monkeypatch.setattr(clip_gpt2, "GROUP", group)
     decoder, (features, batch) = make_decoder(kind), make_data()
     logits, alphas = decoder(features, batch)
     padded, lengths = pad_packed_sequence(PackedSequence(logits, batch.batch_sizes), True)
@@ -213,13 +216,15 @@ def gradients(decoder, features, batches):
 
 
 @every_kind
-def test_checkpointed_layers_have_the_same_gradients(kind):
+def test_checkpointed_layers_and_smaller_groups_have_the_same_gradients(kind, monkeypatch):
     decoder, (features, batch) = make_decoder(kind, drop_prob=0.0).train(), make_data()
     saving = make_decoder(kind, drop_prob=0.0, gradient_checkpointing=True).train()
     assert saving.gpt2.transformer.gradient_checkpointing
     whole = [(batch, slice(None))]
     expected, found = (gradients(each, features, whole) for each in (decoder, saving))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(clip_gpt2, "GROUP", 2)
+    torch.testing.assert_close(gradients(decoder, features, whole), expected, atol=1e-5, rtol=1e-4)
 
 
 @every_kind
@@ -313,7 +318,10 @@ def changed_copy(published, folder, **settings):
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"activation_function": "relu"}, "has activation_function relu, where GPT-2 has gelu_new"),
+        (
+            {"activation_function": "relu"},
+            "has activation_function relu, where GPT-2 has gelu_pytorch",
+        ),
         ({"n_positions": 64}, "has n_positions 64, where GPT-2 has 1024"),
         ({"n_inner": 99}, "has n_inner 99"),
     ],
