@@ -109,10 +109,11 @@ def resolve_splits(
 ) -> tuple[dict[str, str], str]:
     """({image: split}, note): from `splits`, else `recorded`, else lists of names, else drawn.
 
-    Splits are by image, so that no caption of a validation image is trained on. Where the data
-    records no test split (COCO's official files), half of its val is taken, by `split_seed`;
-    without val, it is taken from train; a lone train is split as if nothing were recorded. Images
-    in no split are left out; the note counts them, and names that are not in the data.
+    Splits are by image, so that no caption of a validation image is trained on. Images in no split
+    are left out; the note counts them, and names that are not in the data. A folder of captions may
+    lack a split: where it has no test (COCO's official files), half of its val is taken, by
+    `split_seed`; without val, it is taken from train; a lone train is split as if nothing were
+    recorded.
     Lists lie beside the captions file: *train*.txt, *dev*.txt or *val*.txt, *test*.txt, an image
     name per line, with or without its extension.
 
@@ -129,10 +130,11 @@ def resolve_splits(
     if splits is not None:
         lists = {split: splits[split] for split in SPLITS}
         return _listed_splits(names, lists, "the checkpoint")
-    if any(recorded.values()) and (whole or {*recorded.values()} != {"train"}):
+    fills = captions_file.is_dir() and not whole
+    if any(recorded.values()) and not (fills and {*recorded.values()} == {"train"}):
         split_of = {name: recorded[name] for name in names if recorded[name]}
         note = f"splits: as recorded in {captions_file.name}{_left_out(len(names) - len(split_of))}"
-        if not whole:
+        if fills:
             note += _fill_absent_split(split_of, split_seed)
         return split_of, note + idle
     if lists := _split_lists(names, captions_file, [whole] if whole else SPLITS):

@@ -741,22 +741,22 @@ def verify_weights(folder):
 def load_encoder_weights(name, source, seed, model=None):
     """State dict of the model `name`. `source`: imagenet, random (drawn from `seed`) or a file.
 
-    model: its EncoderModel, if `find_model` does not know the name.
+    model: its EncoderModel, which torchvision's need not have.
     Raises: FileNotFoundError or ValueError that say how to get the weights: an encoder is never
     silently random.
     """
     import torch  # takes seconds, and downloading needs none of it
     import torchvision
 
-    model = model or find_model(name)
+    model = model or ADDED.get(name)
     if source == "random":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return model.build().state_dict()
+            return (model or find_model(name)).build().state_dict()
     if source != "imagenet":
         state = read_weights(Path(source))
-        return model.translate(state) if model.translate else state
-    if model.weights:
+        return model.translate(state) if model and model.translate else state
+    if model and model.weights:
         return model.weights()
     if name in ADDED:
         raise ValueError(

@@ -921,7 +921,9 @@ def ensemble_writes_with_all_its_members():
     first = read_json("out/test_captions.json")[0]
     assert first["caption"] == together[0][0]["caption"]  # of float16 features, from the cache
     assert first["log_prob"] == pytest.approx(together[0][0]["log_prob"], abs=0.05)
-    refused("--ensemble", members[0], naming=["--ensemble belongs to --mode test and caption"])
+    refused(
+        "--ensemble", members[0], naming=["--ensemble belongs to --mode test, caption and debug"]
+    )
     succeed(
         test, "--ensemble", shop / "lstm"
     )  # a folder of runs: the file that it means now is what counts
@@ -1676,11 +1678,11 @@ def test_a_flag_that_does_nothing_beside_the_others_is_refused(flags):
     ("--drop_prob 0", "--drop_prob belongs to --mode train, not test"),
     ("--num_captions 2", "--num_captions belongs to --mode caption, not test"),
     ("--json", "--json belongs to --mode caption and compare, not test"),
-    ("--images x.jpg", "--images belongs to --mode caption, not test"),
+    ("--images x.jpg", "--images belongs to --mode caption and debug, not test"),
     ("--runs x", "--runs belongs to --mode compare, not test"),
     ("--mode caption --split val", "--split belongs to --mode test and compare, not caption"),
     ("--mode caption --cache_dir x", "--cache_dir belongs to --mode train, test and tune, not caption"),
-    ("--mode train --output_dir x", "--output_dir belongs to --mode test, caption, tune and compare, not train"),
+    ("--mode train --output_dir x", "--output_dir belongs to --mode test, caption, debug, tune and compare, not train"),
     ("--mode train --num_captions 2", "--num_captions belongs to --mode caption, not train"),
 ])  # fmt: skip
 def test_a_flag_of_another_mode_is_refused(flags, said, shop):
@@ -2074,7 +2076,7 @@ def test_a_model_larger_than_memory_is_one_line():
 
 
 def test_a_killed_worker_is_one_line_that_names_the_usual_cause(monkeypatch):
-    def killed(*_):
+    def killed(*_, **__):
         assert torch.utils.data.get_worker_info()
         os.kill(os.getpid(), signal.SIGKILL)
 

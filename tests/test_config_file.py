@@ -227,7 +227,7 @@ def test_switches_and_lists_in_the_environment(monkeypatch):
     ("variable", "value", "message"),
     [
         ("CAPTION_EPOCHS", "many", "environment variable CAPTION_EPOCHS: 'many' is not a whole number"),
-        ("CAPTION_DECODER", "gru", "environment variable CAPTION_DECODER: 'gru' is none of lstm, attention"),
+        ("CAPTION_DECODER", "gru", "environment variable CAPTION_DECODER: 'gru' is none of lstm, attention, gpt2"),
         ("CAPTION_BATCHSIZE", "3", "environment variable CAPTION_BATCHSIZE: no such option (did you mean "
          "CAPTION_BATCH_SIZE?)"),
         ("CAPTION_MIN_LENGTH", "99", "--min_length 99 must be below --max_length 40 "

@@ -383,23 +383,24 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path):
     ],
     ids=["no test", "no val", "train alone"],
 )
-def test_a_split_that_is_not_recorded_is_drawn_and_said(tmp_path, recorded, sizes, note):
+def test_a_split_that_a_folder_does_not_record_is_drawn_and_said(tmp_path, recorded, sizes, note):
+    """A file that records splits is refused where it lacks one, as it may be the wrong file."""
     names = _names(20)
-    rows = [f"{name},a dog,{recorded[i % 2]}" for i, name in enumerate(names)]
-    text = "\n".join(["image,caption,split", *rows])
-    dataset = _dataset(tmp_path, text=text)
+    for split in {*recorded}:
+        own = [name for i, name in enumerate(names) if recorded[i % 2] == split]
+        _metadata(tmp_path / split, [{"file_name": n, "text": "a dog"} for n in own], "csv")
+    dataset = load_dataset("custom", tmp_path, tmp_path)
     splits = dataset.split_names()
     assert tuple(map(len, splits.values())) == sizes
     assert any(note in line for line in dataset.notes)
-    kept = {name for i, name in enumerate(names) if recorded[i % 2] == "train"}
-    assert {*splits["train"]} <= kept
-    assert sorted(name for split in splits.values() for name in split) == names
-    assert (
-        load_dataset(
-            "custom", dataset.image_dir, dataset.captions_file, splits=splits
-        ).split_names()
-        == splits
-    )
+    in_train = {f"train/{name}" for i, name in enumerate(names) if recorded[i % 2] == "train"}
+    assert {*splits["train"]} <= in_train
+    assert len({name for split in splits.values() for name in split}) == 20
+    again = load_dataset("custom", tmp_path, tmp_path, splits=splits)
+    assert again.split_names() == splits
+    rows = [f"{name},a dog,{recorded[i % 2]}" for i, name in enumerate(names)]
+    with pytest.raises(ValueError, match="split has no images"):
+        _dataset(tmp_path / "file", text="\n".join(["image,caption,split", *rows]))
 
 
 def test_test_mode_draws_no_split_of_a_foreign_dataset(tmp_path):

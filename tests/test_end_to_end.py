@@ -1107,7 +1107,7 @@ def test_a_run_that_fine_tunes_its_encoder_goes_on_and_is_tested_as_it_was_left(
         "--mode test --output_dir seeds --model_path", straight / "model_epoch_2.pt", *seeds
     )
     assert alike.status == 0 and not warnings_in(alike)
-    succeed("--mode test --model_path", straight / "model_epoch_2.pt")
+    succeed("--mode test --precision float32 --model_path", straight / "model_epoch_2.pt")
     rows = {row["file_name"]: row for row in read_json(straight / "test_captions.json")}
     captioner, options = fic.load_captioner(straight / "model_epoch_2.pt", "cpu", "float32")
     names = sorted(rows)
