@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import image_loading
+from caption_batches import Vocabulary
 
 # ----------------------------------------------------------------------------------- the plain ways
 
@@ -79,6 +80,45 @@ def plain_step(run, features, batch):
     torch.nn.utils.clip_grad_norm_(decoder.parameters(), training.grad_clip)
     optimizer.step()
     return loss.detach()
+
+
+def plain_gpt2(decoder):
+    """A GPT2Decoder's weights in a model of transformers alone, with attention as it comes."""
+    import transformers
+
+    settings = decoder.gpt2.config.to_dict() | {"attn_implementation": "sdpa"}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
+    model.load_state_dict(decoder.gpt2.state_dict())
+    vit = transformers.ViTConfig(
+        hidden_size=model.config.n_embd, num_hidden_layers=1, intermediate_size=8
+    )
+    encoder = transformers.ViTModel(vit, add_pooling_layer=False)  # which is not asked
+    pair = transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=model)
+    return pair.to(decoder.feature_mean.device).eval()
+
+
+def plain_generate(model, decoder, features, beam_size, min_length, max_length):
+    """Captions of images (N, P, F), lists of tokens, by transformers' generate with `plain_gpt2`'s model."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    words = Vocabulary
+    with torch.inference_mode():
+        seen = decoder.project(decoder.standardise(features))
+        found = model.generate(
+            encoder_outputs=BaseModelOutput(seen),
+            decoder_start_token_id=words.sos,
+            bos_token_id=words.sos,
+            eos_token_id=words.eos,
+            pad_token_id=words.pad,
+            suppress_tokens=[words.pad, words.sos, words.unk],
+            num_beams=beam_size,
+            min_new_tokens=min_length,
+            max_new_tokens=max_length,
+            length_penalty=0.0,
+            do_sample=False,
+        )
+    ends = words.pad, words.eos
+    return [[word for word in row[1:].tolist() if word not in ends] for row in found]
 
 
 class PlainHypothesis(NamedTuple):

@@ -17,6 +17,8 @@ train_attention  the same, and against the structure that tutorials have; 7 x 7 
 train_adaptive   the same with --attention adaptive
 beam_search      images per second, beam 5
                  against float32, one image at a time, the same way
+gpt2_search      the same with --decoder gpt2 of 6 layers of 384 units; against transformers'
+                 generate, one image at a time, and all together; and the memory that each took
 metrics          captions per second, references counted once
                  against counting the references at every scoring
 
@@ -57,6 +59,7 @@ SHARED, PLAIN = 128, 32  # captions per step: ours, the textbook's
 KINDS = ("lstm", "attention")  # decoders of --scale and --epochs: one reads means, one grids
 SCALE_CHANNELS = 1280  # MobileNetV2's
 ENCODING_BATCHES = (8, 16, 32, 64, 128)
+GPT2 = {"gpt2_width": 384, "gpt2_layers": 6, "gpt2_heads": 6}
 BEAM = {"beam_size": 5, "min_length": 9, "max_length": 25}  # as long as Flickr8k's captions are
 
 
@@ -348,6 +351,69 @@ def beam_search(args):
     return result | {"precision": args.hardware.precision, "differing": differing}
 
 
+def gpt2_search(args):
+    """Features to captions, beam 5, by --decoder gpt2 and by transformers' generate."""
+    import torch
+
+    import baselines
+    import caption_decoding
+    import clip_gpt2
+    from caption_batches import Vocabulary
+
+    torch.manual_seed(0)
+    decoder = clip_gpt2.GPT2Decoder(CHANNELS, VOCABULARY, **GPT2).to(args.hardware.device).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(3)  # decided enough for captions to differ
+    features = torch.rand(args.search // 10, CELLS, CHANNELS).to(args.hardware.device)
+    model, few = baselines.plain_gpt2(decoder), features[: max(1, len(features) // 10)]
+
+    def ours():
+        return [
+            image[0].tokens
+            for image in caption_decoding.generate(decoder, features, Vocabulary, **BEAM)
+        ]
+
+    def plain(images=few, size=1):
+        chunks = images.split(size)
+        return [
+            c for chunk in chunks for c in baselines.plain_generate(model, decoder, chunk, **BEAM)
+        ]
+
+    whole = functools.partial(plain, features, len(features))
+    ways = {"ours": ours, "plain": plain, "in_batches": whole}
+    amounts = {"ours": len(features), "plain": len(few), "in_batches": len(features)}
+    pairs = {name: (way, amounts[name]) for name, way in ways.items()}
+    result = compare(args.rounds, "images per second", **pairs)
+    differing = sum(one != other for one, other in zip(ours(), whole(), strict=True))
+    peaks = {name: peak_mib(way, args.hardware.device) for name, way in ways.items()}
+    return result | {"precision": "float32", "differing": differing / len(features), "peaks": peaks}
+
+
+def peak_mib(function, device):
+    """MiB that a call takes at most, beyond what is held before it; None where the system does not tell."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not peak.exists():
+        return None
+    peak.write_text("5")  # the highest so far is what is held now
+    held = kib_of(status, "VmRSS")
+    function()
+    return (kib_of(status, "VmHWM") - held) / 2**10
+
+
+def kib_of(status, name):
+    """A number of /proc/PID/status."""
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1])
+
+
 def metrics(args):
     """BLEU, ROUGE-L, CIDEr and the shares of 1,000 captions.
 
@@ -419,6 +485,7 @@ STAGES = {
     "train_attention": lambda args: train("attention", args),
     "train_adaptive": lambda args: train("adaptive", args),
     "beam_search": beam_search,
+    "gpt2_search": gpt2_search,
     "metrics": metrics,
 }
 
@@ -777,6 +844,16 @@ def other_figures(figures):
             f"{tutorial['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  against "
             f"{tutorial['tutorial']:,.1f} of the structure that tutorials have"
         )
+    if "in_batches" in figures:
+        batches = figures["in_batches"]
+        low, high = batches["spread"]
+        lines.append(
+            f"{batches['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  against "
+            f"{batches['in_batches']:,.1f} of generate with all images together"
+        )
+    if None not in figures.get("peaks", {}).values():
+        each = (f"{name} {mib:,.0f}" for name, mib in figures.get("peaks", {}).items())
+        lines += [f"peak memory, MiB: {', '.join(each)}"] if "peaks" in figures else []
     if "share_of_peak" in figures:
         lines.append(
             f"{figures['share_of_peak']:6.0%} of the peak in {precision}, "

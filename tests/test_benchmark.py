@@ -172,6 +172,28 @@ def test_the_share_of_captions_that_differ_is_counted(monkeypatch):
     assert benchmark.beam_search(args)["differing"] == 1
 
 
+def test_gpt2_is_compared_with_generate_and_its_memory(monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="requirements-hub.txt is not installed")
+    monkeypatch.setattr(benchmark, "GPT2", {"gpt2_width": 16, "gpt2_layers": 1, "gpt2_heads": 2})
+    figures = benchmark.gpt2_search(SimpleNamespace(search=100, rounds=1, hardware=FLOAT32))
+    assert figures["differing"] == 0
+    assert figures["peaks"].keys() == {"ours", "plain", "in_batches"}
+    benchmark.print_stage("gpt2_search", figures)
+    assert "of generate with all images together" in capsys.readouterr().out
+    monkeypatch.setattr(
+        baselines, "plain_generate", lambda _, __, images, **___: [[]] * len(images)
+    )
+    found = benchmark.gpt2_search(SimpleNamespace(search=100, rounds=1, hardware=FLOAT32))
+    assert found["differing"] == 1
+
+
+def test_the_peak_of_memory_is_that_of_the_call_alone():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the system tells no peak of memory")
+    benchmark.peak_mib(lambda: torch.ones(2**28), FLOAT32.device)  # 1 GiB, given back
+    assert 250 < benchmark.peak_mib(lambda: torch.ones(2**26), FLOAT32.device) < 320
+
+
 def test_a_training_step_is_compared_with_both_baselines_and_with_the_peak(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "SHARED", 10)
     monkeypatch.setattr(benchmark, "PLAIN", 5)
