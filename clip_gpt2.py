@@ -14,7 +14,6 @@ V tokens, D = W / heads.
 """
 
 import functools
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,14 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from caption_batches import SubwordVocabulary, Vocabulary
 from feature_scale import StandardisedFeatures
+from hub_encoders import open_folder, read_pretrained
 
 POSITIONS = 1024  # that every published GPT-2 knows
 SCRATCH, WORDS = "scratch", "words"  # --gpt2_model, --gpt2_tokenizer
 GELU = {"gelu_new": "gelu_pytorch_tanh"}  # one function by two names, the second computed at once
 GROUP = 64  # captions of like lengths that are padded together
 ATTENTION_NAME = "captions_of_an_image"
-MODEL_FILES = ["*.json", "*.txt", "*.safetensors"]
+NEEDED = "config.json and model.safetensors"
 
 
 # ------------------------------------------------------------------------------- models by their name
@@ -51,36 +51,10 @@ def import_transformers():
     return transformers
 
 
-def find_folder(name, flag):
-    """The local folder of a model: `name` itself, or what the hub has, downloaded once.
-
-    Raises: ValueError naming the flag, where neither is to be had.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    import huggingface_hub
-
-    download = functools.partial(
-        huggingface_hub.snapshot_download, name, allow_patterns=MODEL_FILES, etag_timeout=5
-    )
-    try:
-        return Path(download(local_files_only=True))
-    except (OSError, ValueError):  # not downloaded yet, or no name that the hub can have
-        pass
-    try:
-        return Path(download())
-    except Exception as error:  # of the hub, of the network, of several packages
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"--{flag} {name}: no such folder, and the hub does not give it ({reason}): "
-            "give a local folder with config.json and model.safetensors"
-        ) from error
-
-
 def model_sizes(name):
     """What a published model decides: {option: value}. Raises: ValueError if it is no plain GPT-2."""
     transformers = import_transformers()
-    folder = find_folder(name, "gpt2_model")
+    folder = open_folder(name, "--gpt2_model", NEEDED)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -128,7 +102,7 @@ def make_config(vocab_size, width, layers, heads, drop_prob, cross_attention):
 def read_vocabulary(name):
     """The SubwordVocabulary of a model's tokenizer, by hub name or folder. Raises: ValueError."""
     transformers = import_transformers()
-    folder = find_folder(name, "gpt2_tokenizer")
+    folder = open_folder(name, "--gpt2_tokenizer", "tokenizer.json")
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise ValueError(f"--gpt2_tokenizer {name}: has no tokenizer.json, nor a vocab.json")
     try:
@@ -275,17 +249,10 @@ class GPT2Decoder(StandardisedFeatures):
         name = values["gpt2_model"]
         if name == SCRATCH:
             return
-        model_type = import_transformers().GPT2LMHeadModel
-        try:
-            published = model_type.from_pretrained(
-                find_folder(name, "gpt2_model"), local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"--gpt2_model {name}: its weights cannot be read ({reason}): they are to be in "
-                "model.safetensors"
-            ) from error
+        folder = open_folder(name, "--gpt2_model", NEEDED)
+        published = read_pretrained(
+            import_transformers().GPT2LMHeadModel, folder, "--gpt2_model", NEEDED
+        )
         tokens, known = self.gpt2.config.vocab_size, published.config.vocab_size
         if tokens != known:
             raise ValueError(

@@ -399,7 +399,7 @@ def load_transformer(folder, vision):
     return read_pretrained(getattr(transformers, kind.model), folder, "--clip_model", config=config)
 
 
-def read_pretrained(model_class, folder, flag, **how):
+def read_pretrained(model_class, folder, flag, needed=NEEDED, **how):
     """A class of transformers with the weights of a folder, in evaluation mode; nothing in it is run.
 
     Raises: ValueError that begins with flag and folder where its weights are not all there.
@@ -412,7 +412,7 @@ def read_pretrained(model_class, folder, flag, **how):
     from checkpoints import UNREADABLE
 
     if not has_weights(folder):
-        raise ValueError(f"{flag} {folder}: no weights: the folder needs {NEEDED}")
+        raise ValueError(f"{flag} {folder}: no weights: the folder needs {needed}")
     try:
         with Quietly(transformers):
             model, report = model_class.from_pretrained(
@@ -623,7 +623,7 @@ def has_weights(folder):
     return any([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
 
 
-def open_folder(source, flag="--clip_model"):
+def open_folder(source, flag="--clip_model", needed=NEEDED):
     """The folder of a model: `source` itself, or what the hub has under this name.
 
     The copy that an earlier download left is taken without asking the hub.
@@ -634,13 +634,13 @@ def open_folder(source, flag="--clip_model"):
         return folder
     if folder.exists() or not HUB_NAME.fullmatch(source):
         raise FileNotFoundError(
-            f"{flag} {source}: no such folder: give one with {NEEDED}, or a name on the hub"
+            f"{flag} {source}: no such folder: give one with {needed}, or a name on the hub"
         )
     import huggingface_hub
 
     found = None
     for patterns in (["*.json", "*.txt", "*.safetensors"], ["*.json", "pytorch_model*.bin"]):
-        wanted = (source, patterns, f"give a folder with {NEEDED}")
+        wanted = (source, patterns, f"give a folder with {needed}")
         found = from_hub(huggingface_hub.snapshot_download, f"{flag} {source}", *wanted)
         if has_weights(found):  # safetensors if there are any
             break

@@ -1,6 +1,8 @@
 """The GPT-2 decoder against transformers itself: its forward pass, its maps, its `generate`."""
 
 import copy
+import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -306,6 +308,16 @@ def test_what_a_tokenizer_defaults_to(published):
     assert isinstance(GPT2Decoder.new_vocabulary(named, captions), SubwordVocabulary)
 
 
+class Runs:
+    """What a hostile pickle would do."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
 def changed_copy(published, folder, **settings):
     """A model's folder whose config.json says something else."""
     config = transformers.GPT2Config.from_pretrained(published)
@@ -334,7 +346,7 @@ def test_a_model_that_is_no_plain_gpt2_is_refused(published, tmp_path, settings,
 
 def test_what_cannot_be_had_is_named_with_what_to_give(published, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    with pytest.raises(ValueError, match="--gpt2_model no/such: no such folder, and the hub does"):
+    with pytest.raises(FileNotFoundError, match="--gpt2_model no/such: neither given as files"):
         clip_gpt2.model_sizes("no/such")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: its config\.json cannot be read"):
@@ -345,11 +357,14 @@ def test_what_cannot_be_had_is_named_with_what_to_give(published, tmp_path, monk
     with pytest.raises(ValueError, match=r"--gpt2_tokenizer .*empty: has no tokenizer"):
         clip_gpt2.read_vocabulary(str(tmp_path / "empty"))
     pickled = changed_copy(published, tmp_path / "pickled")
-    torch.save({}, pickled / "pytorch_model.bin")
     values = GPT2Decoder.settle(values_of("--gpt2_model", pickled))
     decoder = program.build_decoder(values, CHANNELS, 300)
-    with pytest.raises(ValueError, match=r"its weights cannot be read .* model\.safetensors"):
+    with pytest.raises(ValueError, match=r"no weights: the folder needs .* model\.safetensors"):
         decoder.begin(values)
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(tmp_path / "ran"), 2))
+    with pytest.raises(ValueError, match=r"pickled: its weights cannot be read"):
+        decoder.begin(values)
+    assert not (tmp_path / "ran").exists()
     values = GPT2Decoder.settle(values_of("--gpt2_model", published))
     decoder = program.build_decoder(values, CHANNELS, 299)
     with pytest.raises(ValueError, match=r"knows \d+ tokens, and the vocabulary has 299"):
