@@ -183,6 +183,7 @@ class GPT2Decoder(StandardisedFeatures):
         "attention_layer",
     )  # fmt: skip
     reads_grid = True
+    reads_class_token = True  # as transformers' VisionEncoderDecoderModel does
     beside_cells = ()
     cross_attention = True
 
@@ -348,6 +349,7 @@ class PrefixGPT2Decoder(GPT2Decoder):
 
     options = (*GPT2Decoder.options[:-1], "prefix_length")
     reads_grid = False
+    reads_class_token = False
     cross_attention = False
 
     def __init__(self, feature_dim, vocab_size, *sizes, prefix_length, **more):

@@ -29,6 +29,9 @@ class EncoderModel(NamedTuple):
     folds: bool = True  # torch.fx can trace it, to fold BatchNorm into convolutions
     translate: Callable | None = None  # a library's state dict -> under the names of the trunk
     configuration: dict | None = None  # plain values that build it again where its source is not
+    beside_cells: tuple[
+        str, ...
+    ] = ()  # what stands behind the cells in one row of features, such as a class token
 
     def key(self):
         """What of it decides the features, weights apart."""

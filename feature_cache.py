@@ -481,7 +481,7 @@ def _feature_files(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = cache_dir / f"{name}_{digest[:12]}"
     file_name = "features." + _name(dtype).replace("float", "f")  # .f16 or .f32
-    grids = FeatureFile(folder / file_name, (math.prod(encoder.grid), encoder.channels), dtype)
+    grids = FeatureFile(folder / file_name, (encoder.num_cells, encoder.channels), dtype)
     pooled = folder.with_name(folder.name + "_pooled")
     return grids, FeatureFile(pooled / "features.f32", (1, encoder.channels), torch.float32)
 

@@ -178,6 +178,9 @@ class Encoder(nn.Module):
         for size in filter(None, (coarse_size, self.image_size)):
             self.channels, *self.grid = grid_shape(self.trunk, size, name)  # F, [h, w]
         self.channels *= 2 if coarse_size else 1
+        self.num_cells, self.beside_cells = math.prod(self.grid), self.model.beside_cells
+        if self.beside_cells:  # one row of a square picture's cells, and these behind
+            self.grid = [math.isqrt(self.num_cells - len(self.beside_cells))] * 2
 
     @property
     def parts(self):
@@ -334,7 +337,7 @@ class Stem:
     """The frozen part of a FineTunedEncoder as the feature cache sees an encoder: one cell of D channels."""
 
     def __init__(self, encoder):
-        self.encoder, self.grid, self.parts = encoder, [1, 1], [self]
+        self.encoder, self.grid, self.num_cells, self.parts = encoder, [1, 1], 1, [self]
         self.name, self.image_size = encoder.name, encoder.image_size
         self.interpolation = encoder.interpolation
         self.batch_size = encoder.batch_size
@@ -395,6 +398,7 @@ class SideBySideEncoder(nn.Module):
         self.interpolation = encoders[0].interpolation
         self.channels = sum(encoder.channels for encoder in encoders)
         self.grid = max((encoder.grid for encoder in encoders), key=math.prod)
+        self.num_cells, self.beside_cells = math.prod(self.grid), ()
 
     @property
     def stem(self):
@@ -490,10 +494,12 @@ def encoder_rows(options, stored):
     records = stored.get("parts", [stored])
     if len(records) != len(names):  # then it is not a record of these, as their hash will show
         records = [{}] * len(names)
-    pooled = not decoder_class(options.as_dict()).reads_grid
+    decoder = decoder_class(options.as_dict())
+    one_look = len(names) == 1 and not options.features.coarse_size
+    how = {"pooled": not decoder.reads_grid, "class_token": decoder.reads_class_token and one_look}
     return [
         hub_encoders.find_model(
-            name, options.features.clip_model, pooled=pooled, stored=record.get("configuration")
+            name, options.features.clip_model, stored=record.get("configuration"), **how
         )
         for name, record in zip(names, records, strict=True)
     ]
@@ -685,6 +691,7 @@ class Decoder(StandardisedFeatures):
 
     options: names of the options that its constructor takes.
     reads_grid: False where the mean over the cells is enough.
+    reads_class_token: whether it wants an encoder's class token, where there is one, behind the cells.
     beside_cells: what a word may look at instead of a cell; a row of `step`'s alphas ends with them.
     forward(features, batch): teacher forcing, step t is given reference token t and predicts the
         next -> logits (tokens, V), packed as the batch is, and alphas (tokens, P), or None where
@@ -698,6 +705,7 @@ class Decoder(StandardisedFeatures):
 
     options = ()
     reads_grid = True
+    reads_class_token = False
     beside_cells = ()
 
     def __init__(self, feature_dim, vocab_size, embed_size, output_size, drop_prob):
@@ -1119,7 +1127,8 @@ class Captioner:
     def attention_beside(self, hypothesis):
         """The shares of each word's attention that no cell got: arrays (T,) by name."""
         columns = hypothesis.attention[:, math.prod(self.encoder.grid) :].T.numpy()
-        names = self.decoder.beside_cells if len(columns) else ()  # maps by gradients have none
+        names = (*self.encoder.beside_cells, *self.decoder.beside_cells)
+        names = names if len(columns) else ()  # maps by gradients have none
         return dict(zip(names, columns, strict=True))
 
 

@@ -38,19 +38,20 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def find_model(name, clip_model=DEFAULT_CLIP, *, pooled=False, stored=None):
+def find_model(name, clip_model=DEFAULT_CLIP, *, pooled=False, class_token=False, stored=None):
     """The EncoderModel of any name that --encoder takes.
 
     Args:
         clip_model: of clip: the hub's name of a vision model, or the folder of one.
         pooled: of clip: one cell, the token that the model pools its picture into.
+        class_token: of clip: it is handed on behind the cells, where the model has one.
         stored: a checkpoint's configuration of it, which replaces the hub's or the library's.
     Raises: ValueError or FileNotFoundError of one line that says what is wrong with the model.
     """
     family, _, variant = name.partition("/")
     if family == "clip":
         check_package("transformers", name)
-        return clip_row(clip_model, pooled, stored)
+        return clip_row(clip_model, pooled, class_token, stored)
     if family == "timm":
         check_package("timm", name)
         return timm_row(variant, stored)
@@ -83,6 +84,18 @@ class Grid(nn.Module):
             return x.permute(0, 3, 1, 2) if self.channels_last else x
         cells = x[:, self.prefix :].transpose(1, 2)
         return cells.unflatten(2, (math.isqrt(cells.size(2)), -1))
+
+
+class CellsAndClass(nn.Module):
+    """The end of a trunk whose class token stands behind its cells, in one row."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.norm = norm or nn.Identity()
+
+    def forward(self, tokens):
+        """tokens (N, 1 + P, F), the class token first -> (N, F, 1, P + 1), the class token last."""
+        return self.norm(tokens).roll(-1, 1).transpose(1, 2).unsqueeze(2)
 
 
 class PooledToken(nn.Module):
@@ -240,7 +253,7 @@ AT_MOST = {"hidden_size": 2**14, "num_hidden_layers": 256, "num_attention_heads"
            "mlp_ratio": 64}  # fmt: skip
 
 
-def clip_row(source, pooled=False, stored=None):
+def clip_row(source, pooled=False, class_token=False, stored=None):
     """The EncoderModel of a vision model of transformers: patch tokens as a grid, or its pooled token.
 
     As `find_model`; source: of the weights, asked for only when they are needed.
@@ -253,7 +266,9 @@ def clip_row(source, pooled=False, stored=None):
     else:
         vision, picture = stored.get("vision"), stored_picture(where, stored)
         check_vision(where, vision)
-    how = {"pooled": pooled}
+        class_token = stored.get("class_token") is True  # as it was trained
+    class_token = class_token and has_class_token(vision) and not pooled
+    how = {"pooled": pooled, "class_token": class_token}
 
     def build():
         return trunk_of_transformer(new_transformer(vision), vision, **how)
@@ -269,8 +284,14 @@ def clip_row(source, pooled=False, stored=None):
         trunk = trunk_of_transformer(model, vision, **how)
         return to_trunk_names(state, known, trunk, ("", "vision_model.", "dinov2."))
 
-    configuration = {"vision": vision, "picture": picture.plain(), "pooled": pooled}
-    return as_row(build, picture, weights, translate, configuration)
+    configuration = {"vision": vision, "picture": picture.plain(), **how}
+    row = as_row(build, picture, weights, translate, configuration)
+    return row._replace(beside_cells=("class",) if class_token else ())
+
+
+def has_class_token(vision):
+    """Whether the first token of a vision model's configuration stands for the whole picture."""
+    return vision["model_type"] != "siglip_vision_model"
 
 
 def as_row(build, picture, weights, translate, configuration):
@@ -451,8 +472,11 @@ class Quietly:
         self.logging.enable_progress_bar()
 
 
-def trunk_of_transformer(model, vision, pooled):
-    """Its modules as a Sequential that ends in patch tokens as a grid, or in the pooled token."""
+def trunk_of_transformer(model, vision, pooled, class_token):
+    """Its modules as a Sequential that ends in patch tokens as a grid, or in the pooled token.
+
+    class_token: with the class token behind the patches', which are one row then.
+    """
     if vision["model_type"] == "dinov2":
         tokens, norm, last = Tokens(model.embeddings), model.layernorm, model.layernorm
     elif vision["model_type"] == "siglip_vision_model":
@@ -461,9 +485,9 @@ def trunk_of_transformer(model, vision, pooled):
     else:
         tokens = Tokens(model.embeddings, model.pre_layrnorm, interpolate_pos_encoding=True)
         norm, last = model.post_layernorm, None  # of the class token alone [1]
-    class_tokens = int(vision["model_type"] != "siglip_vision_model")
+    class_tokens = int(has_class_token(vision))
     head = getattr(model, "head", None)
-    end = Grid(last, class_tokens)
+    end = CellsAndClass(last) if class_token else Grid(last, class_tokens)
     if pooled and (class_tokens or head):
         end = PooledToken(norm, head)
     trunk = nn.Sequential()

@@ -34,7 +34,8 @@ class FakeEncoder:
     `images`: how many it was given.
     """
 
-    grid, channels, image_size, weights, interpolation = [2, 2], 3, 8, "0", "bilinear"
+    grid, num_cells, channels, image_size = [2, 2], 4, 3, 8
+    weights, interpolation = "0", "bilinear"
 
     def __init__(self, break_after=None, error=None, overflow=None, seconds=0.0):
         """overflow: (grey level, the value one of its features takes)."""
@@ -64,7 +65,7 @@ class NoiseEncoder(FakeEncoder):
     `encoded`: grey levels so far.
     """
 
-    grid, channels = [7, 7], 96
+    grid, num_cells, channels = [7, 7], 49, 96
 
     def __init__(self):
         self.noise, self.encoded = torch.rand(8, 49, 96) * 9, []
@@ -608,7 +609,7 @@ def test_a_full_disk_leaves_a_usable_cache(tmp_path):
 class LeftEdge(FakeEncoder):
     """A FakeEncoder that says what it is. Its grey level is the left edge's, so mirroring is seen."""
 
-    grid, channels, image_size, batch_size = (2, 2), 3, 8, 3
+    grid, num_cells, channels, image_size, batch_size = (2, 2), 4, 3, 8, 3
 
     @property
     def parts(self):

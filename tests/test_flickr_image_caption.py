@@ -1206,7 +1206,8 @@ def test_columns_beside_the_cells_are_shares_and_the_map_sums_to_1_without_them(
     attention = torch.tensor([[0.3, 0.1, 0.2, 0.4], [0.0, 0.0, 0.0, 1.0]])
     hypothesis = Hypothesis([4, 5], -1.0, -1.0, True, attention)
     decoder = SimpleNamespace(beside_cells=("picture", "language"))
-    captioner = SimpleNamespace(encoder=SimpleNamespace(grid=[1, 2]), decoder=decoder)
+    encoder = SimpleNamespace(grid=[1, 2], beside_cells=())
+    captioner = SimpleNamespace(encoder=encoder, decoder=decoder)
     grid = program.Captioner.attention_grid(captioner, hypothesis)
     assert grid.tolist() == [[pytest.approx([0.75, 0.25])], [[0.5, 0.5]]]
     beside = program.Captioner.attention_beside(captioner, hypothesis)

@@ -10,11 +10,22 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_runs import CPU
 from test_command_line import refused
-from test_end_to_end import ATTENTION, TINY, listed, load, read_json, run_dir, succeed, train
+from test_end_to_end import (
+    ATTENTION,
+    ON_SAMPLE,
+    TINY,
+    listed,
+    load,
+    read_json,
+    run_dir,
+    succeed,
+    train,
+)
 
 import flickr_image_caption as fic
 import hub_encoders
@@ -96,6 +107,45 @@ def test_cells_are_the_patch_tokens_that_transformers_gives(kind, size, tmp_path
     features = encoder(images)
     torch.testing.assert_close(features, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
     assert features.std() > 0.1  # they say something
+
+
+@pytest.mark.parametrize("more", ["", "--fine_tune_encoder 1"])
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_gpt2_sees_the_class_token_behind_the_cells_where_there_is_one(kind, more, tmp_path):
+    """As transformers' VisionEncoderDecoderModel, which hands on the whole last_hidden_state."""
+    model = save_folder(tmp_path, kind)
+    gpt2 = "--decoder gpt2 --gpt2_model scratch --gpt2_layers 1 --gpt2_width 16 --gpt2_heads 1"
+    words = f"{ON_SAMPLE} --encoder clip --encoder_weights imagenet --clip_model {tmp_path}"
+    encoder = fic.build_encoder(parse_args(f"{words} {gpt2} {more}".split()), CPU)
+    images = pictures(32).byte()
+    pixels = (images / 255 - torch.tensor(PROCESSOR["image_mean"]).view(3, 1, 1)) / torch.tensor(
+        PROCESSOR["image_std"]
+    ).view(3, 1, 1)
+    tokens = model(pixels).last_hidden_state
+    expected = torch.cat([tokens[:, PREFIX[kind] :], tokens[:, : PREFIX[kind]]], dim=1)
+    assert (encoder.grid, encoder.num_cells) == ([4, 4], 16 + PREFIX[kind])
+    assert encoder.beside_cells == ("class",) * PREFIX[kind]
+    features = encoder.tail(encoder(images))
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+    stored = {"configuration": encoder.model.configuration}
+    options = parse_args(f"{ON_SAMPLE} --encoder clip --clip_model gone {gpt2} {more}".split())
+    (row,) = fic.encoder_rows(options, stored)
+    assert row.beside_cells == encoder.beside_cells
+    del stored["configuration"]["class_token"]  # as checkpoints of before have it
+    assert fic.encoder_rows(options, stored)[0].beside_cells == ()
+
+
+def test_attention_on_the_class_token_is_shown_beside_the_cells(tmp_path, shop):
+    save_folder(tmp_path / "clip")
+    gpt2 = "--decoder gpt2 --gpt2_model scratch --gpt2_layers 1 --gpt2_width 16 --gpt2_heads 1"
+    model = f"--encoder clip --encoder_weights imagenet --clip_model {tmp_path / 'clip'}"
+    folder = train(gpt2, model, "--cache_dir own_cache", tiny=ON_SAMPLE)
+    flags = "--save_attention_viz --attention_viz_samples 1 --algorithm greedy"
+    succeed("--mode test", flags, f"--model_path {folder / 'best.pt'}")
+    (raw,) = folder.glob("attention_maps_*.npz")
+    arrays = np.load(raw)
+    assert arrays["beside_names"].tolist() == ["class"]
+    assert arrays["maps"].shape[1:] == (4, 4) and 0 < arrays["beside"].min() < 1
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
