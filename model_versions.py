@@ -17,25 +17,24 @@ A registry is a folder: `models`, or what the environment variable MODEL_REGISTR
 
 The folders are the index. A version is made in a hidden folder and renamed into place, so that it
 is whole or not there. Who changes a registry holds its lock, which the system frees when a process
-dies; what a dead one left behind is removed by the next. Imports `checkpoints` alone; torch comes
-with the first checkpoint that is read.
+dies; what a dead one left behind is removed by the next. torch comes with the first checkpoint that
+is read.
 [1] Preston-Werner 2013, Semantic Versioning 2.0.0.
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import checkpoints
-from checkpoints import SEAL, BrokenSeal, is_sealed, replace_file, write_json, write_text
+import model_card
+from checkpoints import SEAL, BrokenSeal, is_sealed, replace_file, write_json
+from model_card import CARD, CONFIG, METADATA, is_number, printable, read_json
 
 DEFAULT_REGISTRY = "models"
 PREFIX = "registry:"
@@ -44,14 +43,9 @@ LATEST = "latest"
 _NUMBER, _WORDS = r"(0|[1-9][0-9]{0,8})", r"[0-9A-Za-z-]{1,30}(?:\.[0-9A-Za-z-]{1,30}){0,4}"
 VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}(?:-({_WORDS}))?")
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
-WEIGHTS, METADATA, CONFIG, CARD = "best.pt", "metadata.json", "config.json", "README.md"
+WEIGHTS = "best.pt"
 NEIGHBOURS = "neighbours.pt"  # which captions are reranked by, where the run has it
 VOCABULARY_FILES = ("wordtoix.json", "ixtoword.json")  # of --vocab_dir
-# Numbers among a run's scores that are none.
-NO_SCORES = {
-    "epoch", "learning_rate", "epoch_time_seconds", "train_loss", "images", "seed",
-    "wall_time_seconds",
-}  # fmt: skip
 
 
 def version_order(version):
@@ -171,7 +165,7 @@ class ModelVersionManager:
         """
         both = [self.get_version(version) for version in (version_1, version_2)]
         metrics = [version["metrics"] for version in both]
-        configs = [_read_json(Path(version["path"], CONFIG)) for version in both]
+        configs = [read_json(Path(version["path"], CONFIG)) for version in both]
         values = {name: [of.get(name) for of in metrics] for name in metrics[0] | metrics[1]}
         settings = {name: [of.get(name) for of in configs] for name in configs[0] | configs[1]}
         images = [version["images"] for version in both]
@@ -197,7 +191,7 @@ class ModelVersionManager:
         file = self.folder / "model_registry.json"
         if not file.exists():
             return {}
-        tags = (_read_json(file) or {}).get("tags")
+        tags = (read_json(file) or {}).get("tags")
         if not isinstance(tags, dict) or not all(
             TAG.fullmatch(tag) and isinstance(version, str) for tag, version in tags.items()
         ):
@@ -215,7 +209,7 @@ class ModelVersionManager:
         """What `get_version` returns, of a folder's metadata.json and its hashes."""
         file = folder / METADATA
         checkpoints.check_seal(file)
-        metadata, files = _read_json(file), checkpoints.sealed_files(folder)
+        metadata, files = read_json(file), checkpoints.sealed_files(folder)
         if not _is_metadata(metadata) or metadata["version"] != folder.name or WEIGHTS not in files:
             raise BrokenSeal(f"{file}: damaged: it is not of a version {folder.name}")
         tags = [tag for tag, version in self.tags().items() if version == folder.name]
@@ -256,8 +250,9 @@ class ModelVersionManager:
                 _copy(files, partial)
                 state = _load_copy(source, partial / WEIGHTS)
                 with checkpoints.checkpoint_errors(source):
-                    known = {"version": version, "description": description or "", "run_id": run_id}
-                    _write_documents(partial, source, state, known, metrics)
+                    known = {"version": version, "description": description, "run_id": run_id}
+                    metadata = model_card.describe(source, state, metrics=metrics, **known)
+                    model_card.write_documents(partial, source, state, metadata)
                 checkpoints.seal_folder(partial)
                 partial.rename(target)
             finally:
@@ -340,7 +335,7 @@ def _check_given(vocab_dir, metrics):
     if vocab_dir is not None and not Path(vocab_dir).is_dir():
         raise FileNotFoundError(f"vocab_dir {vocab_dir}: no such folder")
     for name, value in metrics.items():
-        if not _is_number(value):
+        if not is_number(value):
             raise ValueError(f"metrics: {name} is no finite number")
 
 
@@ -371,132 +366,14 @@ def _load_copy(source, copy):
     return state
 
 
-def _write_documents(folder, source, state, known, metrics):
-    """Write what explains the weights; `known` and `metrics` are what the caller says of them."""
-    validation, test = _validation_scores(state), _test_scores(source)
-    found = _named_numbers("val", validation) | _named_numbers("test", test)
-    metadata = _metadata(source, state, known) | {"metrics": found | metrics}
-    write_json(folder / CONFIG, state["config"])
-    write_json(folder / "vocabulary.json", state["vocabulary"])
-    write_json(folder / "scores.json", {"validation": validation, "test": test})
-    write_json(folder / METADATA, metadata)
-    write_text(folder / CARD, _model_card(metadata))
-
-
-def _metadata(source, state, known):
-    """What metadata.json holds beside the metrics."""
-    config, splits = state["config"], state["splits"]
-    names = {split: splits.get(split) for split in ("val", "test")}
-    return known | {
-        "run_id": known["run_id"] or _run_id(source),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "source": str(source.absolute()),
-        "epoch": state["epoch"],
-        **{name: config.get(name) for name in ("dataset_type", "encoder", "decoder")},
-        "words": len(state["vocabulary"].get("words", ())),
-        "images": {
-            split: hashlib.sha256(json.dumps(sorted(of)).encode()).hexdigest()
-            for split, of in names.items()
-            if isinstance(of, list)
-        },
-    }
-
-
-def _run_id(source):
-    """The run's name as its run_summary.json has it, else its folder's."""
-    metadata = (_read_json(source.with_name("run_summary.json")) or {}).get("metadata")
-    recorded = metadata.get("run_id") if isinstance(metadata, dict) else None
-    return recorded if isinstance(recorded, str) else source.absolute().parent.name
-
-
-def _validation_scores(state):
-    """The row of the checkpoint's epoch, {} without one."""
-    rows = [row for row in state["history"] if row["epoch"] == state["epoch"]]
-    return rows[-1] if rows else {}
-
-
-def _test_scores(source):
-    """The test_metrics.json beside a checkpoint, {} where it is not of this very file.
-
-    That is of another file's name, older than this one, of an ensemble, or of other data.
-    """
-    file = source.with_name("test_metrics.json")
-    scores = _read_json(file) or {}
-    is_its_own = (
-        Path(str(scores.get("checkpoint"))).name == source.name
-        and not scores.get("ensemble")
-        and not scores.get("foreign_dataset")
-        and file.stat().st_mtime >= source.stat().st_mtime
-    )
-    return scores if is_its_own else {}
-
-
-def _named_numbers(split, scores):
-    """Scores as {"val_CIDEr": number}; val_loss has its name already."""
-    return {
-        name if name.startswith(f"{split}_") else f"{split}_{name}": value
-        for name, value in scores.items()
-        if _is_number(value) and name not in NO_SCORES
-    }
-
-
-def _model_card(metadata):
-    """The text of README.md."""
-    labels = {
-        "created_at": "registered", "run_id": "run", "epoch": "epoch", "dataset_type": "trained on",
-        "encoder": "encoder", "decoder": "decoder",
-        "words": "words in the vocabulary",
-    }  # fmt: skip
-    facts = [f"| {label} | {_as_cell(metadata[key])} |" for key, label in labels.items()]
-    scores = [f"| {_as_cell(name)} | {value:.4g} |" for name, value in metadata["metrics"].items()]
-    return "\n".join([
-        f"# Image captioning model {metadata['version']}", "",
-        *([_as_cell(metadata["description"]), ""] if metadata["description"] else []),
-        "| | |", "|---|---|", *facts, "",
-        "## Scores", "",
-        "BLEU, METEOR and ROUGE-L out of 1, CIDEr out of 10; `val_`: of the images that chose the "
-        "epoch, `test_`: of the test split.", "",
-        *(["| score | value |", "|---|---|", *scores] if scores else ["None were recorded."]), "",
-        "## Use", "",
-        "    python flickr_image_caption.py --mode caption --images dog.jpg "
-        f"--model_path {PREFIX}{metadata['version']}", "",
-        f"It describes pictures like those it was trained on ({_as_cell(metadata['dataset_type'])}). "
-        "A caption may name what is not there: have a person read it where that matters.", "",
-    ])  # fmt: skip
-
-
-def _as_cell(value):
-    """Text of a Markdown table's cell, with no markup of its own."""
-    text = " ".join(_printable(str(value)).split())
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
-
-
-def _printable(text):
-    """One line without characters that move the cursor."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def _is_metadata(value):
     """Whether it is a dict with what this program reads of it."""
     kinds = {"version": str, "created_at": str, "description": str, "metrics": dict, "images": dict}
     return (
         isinstance(value, dict)
         and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
-        and all(map(_is_number, value["metrics"].values()))
+        and all(map(is_number, value["metrics"].values()))
     )
-
-
-def _is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _read_json(path):
-    """The dict in a JSON file; None where there is none."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -549,7 +426,7 @@ def register(manager, args):
     version = manager.register_version(
         args.version, args.run, run_id=args.run_id, description=args.description
     )
-    print(_printable(f"registered {version['path']}: {version['source']}"))
+    print(printable(f"registered {version['path']}: {version['source']}"))
     scores = {name: value for name, value in version["metrics"].items() if "CIDEr" in name}
     print(", ".join(f"{name} {value:.4f}" for name, value in scores.items()) or "no scores")
     if "test_CIDEr" not in scores:
@@ -564,7 +441,7 @@ def list_all(manager, args):
     if args.json:
         print(json.dumps(versions, indent=2))
     else:
-        print(*map(_printable, _table(whole)), sep="\n")
+        print(*map(printable, _table(whole)), sep="\n")
     return _report([version["damaged"] for version in versions if "damaged" in version])
 
 
@@ -588,7 +465,7 @@ def show(manager, args):
     """`show`: the model card of a version whose hashes are right."""
     version = manager.get_version(args.version)
     card = Path(version["path"], CARD).read_text("utf-8").splitlines()
-    lines = [json.dumps(version, indent=2)] if args.json else map(_printable, card)
+    lines = [json.dumps(version, indent=2)] if args.json else map(printable, card)
     print(*lines, sep="\n")
     return 0
 
@@ -607,9 +484,9 @@ def _differences(comparison):
     yield f"{'':24} {first:>12} {second:>12} {'difference':>12}"
     for name, row in comparison["metrics"].items():
         cells = map(_number, [*row["values"], row["difference"]])
-        yield _printable(f"{name:24} " + " ".join(f"{cell:>12}" for cell in cells))
+        yield printable(f"{name:24} " + " ".join(f"{cell:>12}" for cell in cells))
     for name, (one, other) in comparison["config"].items():
-        yield _printable(f"--{name}: {one} -> {other}")
+        yield printable(f"--{name}: {one} -> {other}")
     for split, same in comparison["same_images"].items():
         if not same:
             yield f"not the same {split} images: {split}_ scores do not compare the models"
@@ -654,7 +531,7 @@ def _report(faults):
     """Print what is wrong on stderr. Returns: the exit status, 1 if anything is."""
     status = 0
     for fault in faults:
-        print(_printable(f"model_versions.py: error: {fault}"), file=sys.stderr)
+        print(printable(f"model_versions.py: error: {fault}"), file=sys.stderr)
         status = 1
     return status
 

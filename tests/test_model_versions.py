@@ -118,6 +118,33 @@ def test_a_version_is_a_folder_with_all_that_explains_it(manager, run, tmp_path)
     assert "| val\\_CIDEr | 0.5 |" in card and "Initial \\<b\\>release\\</b\\>" in card
 
 
+def test_the_card_has_intervals_the_command_and_captions(manager, run):
+    scores = {"CIDEr": 0.6, "checkpoint": str(run / "best.pt"), "intervals": {"CIDEr": [0.5, 0.7]}}
+    rows = [{"file_name": f"{n}.jpg", "caption": f"a *dog* {n}"} for n in range(7)]
+    for name, value in {
+        "test_metrics.json": scores,
+        "test_captions.json": rows,
+        "run_config.json": {"command": "python flickr_image_caption.py --epochs 2"},
+    }.items():
+        (run / name).write_text(json.dumps(value))
+    version = manager.register_version("1.0.0", run)
+    assert version["intervals"] == {"test_CIDEr": [0.5, 0.7]}
+    card = (manager.folder / "1.0.0" / "README.md").read_text()
+    assert "| test\\_CIDEr | 0.6 [0.5, 0.7] |" in card
+    assert "\n    python flickr_image_caption.py --epochs 2\n" in card
+    assert "| 4.jpg | a \\*dog\\* 4 |" in card and "5.jpg" not in card
+    assert "## Licence" in card
+
+
+def test_the_card_of_a_model_that_was_not_tested_has_validation_captions(manager, run):
+    captions = [{"epoch": 1, "caption": "early"}, {"epoch": 2, "caption": "a dog"}]
+    entry = {"image": "v.jpg", "references": [], "captions": captions}
+    (run / "sample_captions.json").write_text(json.dumps([entry, {"image": 3}, "damaged"]))
+    manager.register_version("1.0.0", run)
+    card = (manager.folder / "1.0.0" / "README.md").read_text()
+    assert "| v.jpg | a dog |" in card and "early" not in card and "## Training" not in card
+
+
 def test_the_run_s_own_name_and_test_scores_are_kept(manager, run):
     """Scores of another checkpoint, of an ensemble, or from before this checkpoint are not its own."""
     (run / "run_summary.json").write_text('{"metadata": {"run_id": "20241201_143022_0a1b2c3d"}}')
