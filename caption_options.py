@@ -200,6 +200,15 @@ def encoder_name(text):
     return text
 
 
+def hub_name(text):
+    """A repository of the hub that can be pushed to."""
+    if len(text) > 96 or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"{text[:120]!r}: give USER/NAME, letters, digits and - _ ."
+        )
+    return text
+
+
 def hub_package(name):
     """The package that brings an encoder; None where it needs none, or there is no such encoder."""
     typed = re.sub(r"^timm/\w[\w.-]*$", "timm/NAME", name)
@@ -328,6 +337,12 @@ RUN = {
     "wandb": Option(bool, False,
         "losses, scores, captions and the best checkpoint go to Weights & Biases; offline without an API key",
         modes=(TRAIN,), stored=OWN, package="wandb"),
+    "push_to_hub": Option(hub_name, None,
+        "the best model goes there on the Hugging Face hub when training has ended, with a model card; the "
+        "token is HF_TOKEN, HUGGINGFACE_TOKEN or that of hf auth login", "USER/NAME", (TRAIN,), stored=OWN),
+    "hub_private": Option(bool, False,
+        "what --push_to_hub makes on the hub is private", modes=(TRAIN,),
+        needs={"push_to_hub": GIVEN}, stored=OWN),
 }  # fmt: skip
 DATA = {
     "dataset_type": Option(("flickr8k", "flickr30k", "coco", "sample", "custom"), "flickr30k",
@@ -899,6 +914,7 @@ def check_paths(typed):
         f"--encoder {name}": hub_package(name) for name in typed.get("encoder", "").split("+")
     }
     wanted |= {"--clip_score": "transformers"} if "clip_score" in typed else {}
+    wanted |= {"--push_to_hub": "huggingface_hub"} if typed.get("push_to_hub") else {}
     for asked, package in wanted.items():
         if package and importlib.util.find_spec(package) is None:
             raise ValueError(

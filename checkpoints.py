@@ -39,6 +39,7 @@ UNREADABLE = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
     RuntimeError, TypeError, ValueError, struct.error,
 )  # fmt: skip
+HUB_FILE = "captioner.json"  # of a folder for the hub, as hub_models writes it
 CHECKPOINT_NAME = re.compile(r"(?:best(?:_loss|_eval)?|last|model_epoch_(\d+))\.pt")
 RUN_NAME_END = re.compile(r"_(\d{8}_\d{6})(?:_(\d+))?$")  # _20241201_143022, _20241201_143022_2
 TIMESTAMP_FORMAT = "%Y%m%d_%H%M%S"
@@ -258,8 +259,7 @@ def load_checkpoint(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file: --mode train writes one")
     state = load_tensors(path)
-    _check_contents(path, state)
-    _check_parts(path, state)
+    check_state(path, state)
     return _from_version_4(path, state) if state["format_version"] == 4 else state
 
 
@@ -306,6 +306,12 @@ def _check_archive(path):
         raise unusable(path, "its archive is compressed, and torch's are not")
     if damaged is not None:
         raise unusable(path, f"its part {damaged[:60]!r} is damaged")
+
+
+def check_state(path, state):
+    """Raise ValueError unless `state` is what a checkpoint holds."""
+    _check_contents(path, state)
+    _check_parts(path, state)
 
 
 def _check_contents(path, state):
@@ -455,7 +461,8 @@ def resolve_checkpoint(path, prefer="best"):
     """The checkpoint file that `path` means; callers print it where it differs from `path`.
 
     - a file is itself;
-    - a folder is a run at or below it: with prefer="best" the newest run's best.pt, with
+    - a folder for the hub is its captioner.json;
+    - another folder is a run at or below it: with prefer="best" the newest run's best.pt, with
       prefer="newest" the newest run's last.pt or model_epoch_N.pt, whichever was written last
       (best.pt only where no run has another);
     - a file that is not there, such as saved_models/flickr8k/resnet_lstm/model_epoch_10.pt, is the
@@ -466,6 +473,8 @@ def resolve_checkpoint(path, prefer="best"):
     path = Path(path)
     if path.is_file():
         return path
+    if (path / HUB_FILE).is_file():
+        return path / HUB_FILE
     if path.is_dir():
         below = _checkpoints_below(path)
         best = [file for file in below if file.name == "best.pt"]

@@ -75,6 +75,7 @@ import decoding_tuning
 import experiment_utils
 import gradient_maps
 import hub_encoders
+import hub_models
 import image_loading
 import metrics_utils
 import model_selection
@@ -1145,6 +1146,11 @@ def load_captioner(path, device="auto", precision="auto"):
     return captioner, options
 
 
+def from_pretrained(name, device="auto", precision="auto"):
+    """As `load_captioner`, of a folder that hub_models saved, or a name on the hub."""
+    return load_captioner(hub_models.find_folder(name), device, precision)
+
+
 def open_captioner(options, hardware, checkpoint):
     """What test and caption mode write with: the checkpoint's decoder, or its --ensemble."""
     path = options.run.model_path
@@ -1230,7 +1236,7 @@ def open_member(options, flag, path, expected):
 
     Raises: ValueError when it has other words, pictures or splits (whose test images it may know).
     """
-    member = checkpoints.load_checkpoint(path)
+    member = load_model(path)
     options = options._replace(typed=frozenset({"mode"}))
     config = inherit(options, path, member["config"]).as_dict()
     actual = in_common(path, member)
@@ -1565,6 +1571,7 @@ def train(options, hardware, checkpoint):
                 break
     if process_group.rank() == 0:
         finish_run(run)
+        push_best(run)
     return 0
 
 
@@ -1687,6 +1694,8 @@ def start_run(options, hardware, checkpoint):
     checkpoints.check_writable_dir(options.run.model_save_dir, "--model_save_dir")
     check_cache_dir(options.features)
     check_selection(options.training.select_by)
+    if options.run.push_to_hub and not hub_models.hub_token():
+        warn(f"--push_to_hub {options.run.push_to_hub} will fail: {hub_models.NO_TOKEN}")
     run = set_up(options, hardware, checkpoint)
     loop, plan = run.state.loop, run.state.plan
     if process_group.rank() == 0:
@@ -1845,7 +1854,7 @@ def open_initial(options):
     path = options.training.init_from
     if path is None:
         return None
-    initial = checkpoints.load_checkpoint(path)
+    initial = load_model(path)
     restore_decoder(path, options.as_dict(), initial)  # of the same options, as `adopt` saw to
     splits = caption_splits.named_splits(path, caption_splits.stored_splits(path, initial))
     return initial | {"splits": splits}
@@ -1992,6 +2001,15 @@ def finish_run(run):
     )
 
 
+def push_best(run):
+    """Upload the best model where --push_to_hub says. Raises: OSError that says how to do it later."""
+    name, private = run.options.run.push_to_hub, run.options.run.hub_private
+    if name:
+        best = run.folder / model_selection.BEST
+        address, note = hub_models.push(best, name, private=private)
+        print(f"pushed: {address}" + (f" (not for transformers alone: {note})" if note else ""))
+
+
 def first_captions(run, number):
     """What the best epoch's model writes of the first validation images: a hypothesis each."""
     captioner, features, options = run.captioner, run.validation.features, run.options
@@ -2078,7 +2096,7 @@ def compare_seed(options, checkpoint, path):
 
     Raises: ValueError if it has another split.
     """
-    first, other = options.run.model_path, checkpoints.load_checkpoint(path)
+    first, other = options.run.model_path, load_model(path)
     expected, actual = in_common(first, checkpoint), in_common(path, other)
     if all(each["config"].get("fine_tune_encoder") for each in (checkpoint, other)):
         del expected["encoder"]  # each seed's has learnt something else
@@ -2366,11 +2384,15 @@ def open_checkpoint(options):
     """
     if options.training.init_from:
         path = resolve_model_path(options.training.init_from)
-        return adopt(options, path, checkpoints.load_checkpoint(path)["config"]), None
+        return adopt(options, path, load_model(path)["config"]), None
     if options.checkpoint is None:
         return options, None
     path = find_checkpoint(options, options.checkpoint)
-    checkpoint = checkpoints.load_checkpoint(path)
+    checkpoint = load_model(path)
+    if path.name == checkpoints.HUB_FILE and options.run.mode == "train":
+        raise ValueError(
+            f"{path}: holds nothing of a training to go on with: give it as --init_from"
+        )
     options = inherit(options, path, checkpoint["config"])
     if process_group.rank() == 0:
         for note in path_notes(options, checkpoint["config"]):
@@ -2382,6 +2404,12 @@ def open_checkpoint(options):
     seeds = tuple(str(find_checkpoint(options, seed)) for seed in options.output.seeds)
     options = options._replace(output=options.output._replace(ensemble=members, seeds=seeds))
     return options, checkpoint | {"splits": splits}
+
+
+def load_model(path):
+    """What a checkpoint holds, or a folder for the hub, whose captioner.json `path` is then."""
+    is_folder = Path(path).name == checkpoints.HUB_FILE
+    return hub_models.read_pretrained(path) if is_folder else checkpoints.load_checkpoint(path)
 
 
 def find_checkpoint(options, path):

@@ -14,7 +14,7 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from checkpoints import write_json, write_text
+from checkpoints import is_sealed, write_json, write_text
 
 METADATA, CONFIG, VOCABULARY, SCORES, CARD = (
     "metadata.json", "config.json", "vocabulary.json", "scores.json", "README.md",
@@ -48,6 +48,9 @@ def describe(source, state, *, version="", description="", run_id=None, metrics=
         source: the checkpoint's file, beside which its run's files lie; state: what it holds.
         metrics: {name: number} beside those of the run.
     """
+    if is_sealed(source.parent):  # a version, which was described when it was registered
+        known = read_json(source.with_name(METADATA)) or {}
+        return known | ({"description": description} if description else {})
     config, splits = state["config"], state["splits"]
     names = {split: splits.get(split) for split in ("val", "test")}
     test = test_scores(source)
@@ -70,7 +73,7 @@ def describe(source, state, *, version="", description="", run_id=None, metrics=
         "metrics": found | (metrics or {}),
         "intervals": _intervals(test),
         "command": _text((read_json(source.with_name("run_config.json")) or {}).get("command")),
-        "examples": _examples(source, test),
+        "examples": _examples(source, test, state["epoch"]),
     }
 
 
@@ -122,20 +125,22 @@ def _intervals(scores):
     }
 
 
-def _examples(source, test):
-    """[[picture, caption]] of the first test images, else of the last epoch's validation images."""
+def _examples(source, test, epoch):
+    """[[picture, caption]] of the first test images, else of validation images after this epoch."""
     if test:
         rows = _rows(source.with_name("test_captions.json"))
         pairs = [(row.get("file_name"), row.get("caption")) for row in rows]
     else:
         entries = _rows(source.with_name("sample_captions.json"))
-        pairs = [(each.get("image"), _last_caption(each.get("captions"))) for each in entries]
+        pairs = [
+            (each.get("image"), _caption_after(epoch, each.get("captions"))) for each in entries
+        ]
     return [[*map(str, pair)] for pair in pairs if None not in pair][:EXAMPLES]
 
 
-def _last_caption(captions):
-    last = captions[-1] if isinstance(captions, list) and captions else None
-    return last.get("caption") if isinstance(last, dict) else None
+def _caption_after(epoch, captions):
+    rows = [row for row in captions or () if isinstance(row, dict)]
+    return next((row.get("caption") for row in rows if row.get("epoch") == epoch), None)
 
 
 def _rows(path):
@@ -166,6 +171,8 @@ def write_documents(folder, source, state, metadata):
 
 def all_scores(source, state):
     """What scores.json holds: everything that validation and test found."""
+    if is_sealed(source.parent):
+        return read_json(source.with_name(SCORES)) or {}
     return {"validation": validation_scores(state), "test": test_scores(source)}
 
 

@@ -418,6 +418,13 @@ def build_parser():
     command("delete VERSION", "remove a version")
     command("tag VERSION TAG", "let a tag name a version")
     command("untag TAG", "remove a tag")
+    about = "write a version, a checkpoint or a run's best as a folder for the Hugging Face hub"
+    save = command("save MODEL FOLDER", about)
+    push = command("push MODEL NAME", "upload a version, a checkpoint or a run's best to the hub")
+    push.usage = "model_versions.py push MODEL USER/NAME [--hub_private] [--registry DIR]"
+    push.add_argument("--hub_private", action="store_true", help="what it makes there is private")
+    for each in (save, push):
+        each.add_argument("--description", default="", help="a line for the model card")
     return parser
 
 
@@ -521,9 +528,43 @@ def untag(manager, args):
     return 0
 
 
+def source_of(manager, name):
+    """The checkpoint of a version, whose files are checked, or of a file or a folder of runs."""
+    registered = VERSION.fullmatch(name) or name in (LATEST, *manager.tags())
+    if registered and not Path(name).exists():
+        return Path(manager.get_version(name)["path"], WEIGHTS)
+    return resolve_model_path(name)
+
+
+def save(manager, args):
+    """`save`: a folder for the hub."""
+    import hub_models  # and torch
+
+    source = source_of(manager, args.model)
+    note = hub_models.save_pretrained(source, args.folder, description=args.description)
+    print(_note(f"saved {args.folder}: {source}", note))
+    return 0
+
+
+def push(manager, args):
+    """`push`: upload a model. Status 1 where the hub does not take it."""
+    import hub_models  # and torch
+
+    source = source_of(manager, args.model)
+    how = {"private": args.hub_private, "description": args.description}
+    address, note = hub_models.push(source, args.name, **how)
+    print(_note(f"pushed {address}: {source}", note))
+    return 0
+
+
+def _note(line, note):
+    """The console's line, with why transformers alone cannot read the folder, if so."""
+    return printable(line + (f" (not for transformers alone: {note})" if note else ""))
+
+
 COMMANDS = {
     "register": register, "list": list_all, "show": show, "compare": compare, "verify": verify,
-    "delete": delete, "tag": tag, "untag": untag,
+    "delete": delete, "tag": tag, "untag": untag, "save": save, "push": push,
 }  # fmt: skip
 
 
