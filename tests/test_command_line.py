@@ -1081,6 +1081,25 @@ def backends_hear_of_the_run():
     assert sample.maps is None and sample.references
 
 
+def the_best_model_is_pushed():
+    """What arrives is tested with hub_models."""
+    pushed = []
+
+    def push(source, name, *, private):
+        pushed.append((name, private))
+        assert source.name == "best.pt" and source.is_file()
+        return f"https://hub/{name}", None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fic.hub_models, "push", push)
+        patch.setattr(fic.hub_models, "hub_token", lambda: "token")
+        patch.setattr(caption_options.importlib.util, "find_spec", lambda name: sys.__spec__)
+        assert "pushed: https://hub/ann/one" in succeed(TINY, "--push_to_hub ann/one")
+        succeed(TINY, "--push_to_hub ann/two --hub_private")
+        assert "pushed" not in succeed(TINY)
+    assert pushed == [("ann/one", False), ("ann/two", True)]
+
+
 def runs_are_compared():
     """Where --output_dir says; what is compared is tested with run_comparison."""
     for name in ("one", "other"):
@@ -1359,6 +1378,8 @@ FLAG_EFFECTS = {
     "--runs": runs_are_compared,
     "--tensorboard": backends_hear_of_the_run,
     "--wandb": backends_hear_of_the_run,
+    "--push_to_hub": the_best_model_is_pushed,
+    "--hub_private": the_best_model_is_pushed,
     "--json": images_are_captioned_and_json_is_json,
     "--output_dir": output_dir_holds_what_is_written,
     "--save_attention_viz": pictures_are_drawn_as_asked,
@@ -1592,6 +1613,7 @@ def test_flags_that_contradict_each_other(flags, named):
 
 
 IDLE = {  # flags of which the last does nothing -> what the refusal says
+    "--hub_private": "--hub_private needs --push_to_hub",
     "--patch_dropout 0.5": "--patch_dropout belongs to --decoder attention, not lstm",
     "--attention_dim 8": "--attention_dim belongs to --decoder attention, not lstm",
     "--attention adaptive": "--attention belongs to --decoder attention, not lstm",
@@ -1693,6 +1715,7 @@ def test_a_flag_of_another_mode_is_refused(flags, said, shop):
 def test_a_flag_is_refused_in_every_mode_but_its_own(name, capsys):
     kind, default = TABLE[name].kind, TABLE[name].default
     value = kind[0] if isinstance(kind, tuple) else "1" if default in (None, ()) else default
+    value = "ann/captions" if name == "push_to_hub" else value
     words = [f"--{name}"] if kind is bool else [f"--{name}", str(value)]
     for mode in set(caption_options.MODES) - set(TABLE[name].modes):
         with pytest.raises(SystemExit) as stopped:

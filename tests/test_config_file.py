@@ -622,3 +622,18 @@ def test_files_for_flickr8k_run_on_a_folder_laid_out_like_it(shop, tmp_path, mon
     assert f"splits: drawn by image with --split_seed 42 --split_ratios {ratios}" in out
     assert record["scheduler_type"] == "reduce_lr_on_plateau" and record["attention_heads"] == 4
     assert (path / "best.pt").is_file()
+
+
+def test_the_hubs_variables_name_where_to_push(monkeypatch, capsys):
+    monkeypatch.setenv("HF_REPO_NAME", "ann/captions")
+    monkeypatch.setenv("HF_PRIVATE", "true")
+    options = parse_args([])
+    assert (options.run.push_to_hub, options.run.hub_private) == ("ann/captions", True)
+    assert (
+        "--push_to_hub comes from the environment variable HF_REPO_NAME" in capsys.readouterr().err
+    )
+    assert parse_args(["--push_to_hub", "ben/other"]).run.push_to_hub == "ben/other"
+    monkeypatch.setenv("HF_REPO_NAME", "no user")
+    with pytest.raises(SystemExit):
+        parse_args([])
+    assert "HF_REPO_NAME: 'no user': give USER/NAME" in capsys.readouterr().err

@@ -28,7 +28,7 @@ OTHER_FLAGS = {
     "benchmark.py": "quick json chart images encoder encoder_weights number rounds num_workers scale scale_dir"
     " train_images",
     "kaggle_setup.py": "output root working flickr_dataset glove_dataset",
-    "model_versions.py": "version registry description run_id",
+    "model_versions.py": "version registry description run_id hub_private",
     "caption_service.py": "host port workers",
     "benchmark_service.py": "pictures clients seconds",
 }
@@ -107,7 +107,7 @@ NUMBER_OF_COMMANDS = {
     "README.md": 9,
     "DATA.md": 2,
     "EXPERIMENTS.md": 9,
-    "HUB.md": 4,
+    "HUB.md": 6,
     "PERFORMANCE.md": 1,
     "RESULTS.md": 23,
     "TRAINING.md": 20,
