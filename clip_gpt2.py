@@ -7,7 +7,7 @@
 The model is transformers' own GPT2LMHeadModel; this room gives it pictures, and the search the two
 parts of a state that it asks for. An optional extra: transformers is imported where it is needed.
 
-Shapes: N images, K captions of each, B = N * K, P grid cells, F feature channels, W width, T steps,
+Shapes: N images, K hypotheses of each, B = N * K, P grid cells, F feature channels, W width, T steps,
 V tokens, D = W / heads.
 [1] Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 [2] Vaswani et al. 2017, Attention Is All You Need.   [3] Mokady et al. 2021, ClipCap.
@@ -116,32 +116,37 @@ def read_vocabulary(name):
 # ----------------------------------------------------------------------------------------- attention
 
 
-def attend_by_image(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """transformers' attention function, where captions of one image share its keys and values.
+def attend_by_image(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+    """transformers' attention function, where hypotheses of an image share its keys and values.
 
-    query (B, heads, T, D), key and value (N, heads, P, D), or of the captions themselves (B, ...) ->
+    query (B, heads, T, D), key and value of words (B, heads, t, D), of pictures (N, heads, P, D) ->
     output (B, T, heads, D), and in decoding the weights (B, heads, T, P) of what looks at the picture.
     """
-    shape = query.shape
-    if module.is_cross_attention:  # hypotheses of an image are as many rows of one query
-        query = query.unflatten(0, (len(key), -1)).transpose(1, 2).flatten(2, 3)
-    watched = module.is_cross_attention and shape[2] == 1 and not module.training
-    if watched:
-        weights = ((query @ key.transpose(-1, -2)).float() * scaling).softmax(dim=-1)
-        output = weights.type_as(value) @ value
-    else:
-        causal = not module.is_cross_attention and shape[2] > 1 and attention_mask is None
-        output, weights = (
-            F.scaled_dot_product_attention(
-                query, key, value, attention_mask, dropout, is_causal=causal, scale=scaling
-            ),
-            None,
-        )
     if module.is_cross_attention:
-        output = output.unflatten(2, (-1, shape[2])).transpose(1, 2).flatten(0, 1)
-    if watched:
-        weights = weights.unflatten(2, (-1, 1)).transpose(1, 2).flatten(0, 1)
+        watched = query.size(2) == 1 and not module.training
+        output, weights = look_at_pictures(query, key, value, scaling, dropout, watched)
+    else:
+        causal = query.size(2) > 1 and attention_mask is None
+        how = {"dropout_p": dropout, "is_causal": causal, "scale": scaling}
+        output = F.scaled_dot_product_attention(query, key, value, attention_mask, **how)
+        weights = None
     return output.transpose(1, 2), weights
+
+
+def look_at_pictures(query, key, value, scaling, dropout, watched):
+    """query (B, heads, T, D), key and value (N, heads, P, D) -> output, and weights if they are `watched`."""
+    steps = query.size(2)
+    # an image's hypotheses are as many rows of one query
+    query = query.unflatten(0, (len(key), -1)).transpose(1, 2).flatten(2, 3)  # (N, heads, K T, D)
+
+    def by_hypothesis(rows):
+        return rows.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1)
+
+    if not watched:
+        how = {"dropout_p": dropout, "scale": scaling}
+        return by_hypothesis(F.scaled_dot_product_attention(query, key, value, **how)), None
+    weights = ((query @ key.transpose(-1, -2)).float() * scaling).softmax(dim=-1)
+    return by_hypothesis(weights.type_as(value) @ value), by_hypothesis(weights)
 
 
 def by_length(batch):
