@@ -113,6 +113,7 @@ def load_dataset(
     image_dir: str | Path | None = None,
     captions_file: str | Path | None = None,
     *,
+    data_dir: str | Path | None = None,
     split_seed: int = 42,
     splits: dict | None = None,
     typed: bool = False,
@@ -126,7 +127,7 @@ def load_dataset(
     """Read, check and split a dataset.
 
     Args:
-        dataset_type: names the default folder only, see `find_dataset`.
+        dataset_type, data_dir: name the default folder only, see `find_dataset`.
         split_seed, splits, typed, scored, split_ratios: as in `choose_splits`.
         max_bad_fraction: 0..1, how many rows, and how many images, may be bad before this is an
             error.
@@ -136,7 +137,9 @@ def load_dataset(
             from a checkpoint or a configuration file.
     Raises: ValueError or FileNotFoundError, one line each, naming the file or flag.
     """
-    image_dir, captions_file = find_dataset(dataset_type, image_dir, captions_file, remote_shards)
+    image_dir, captions_file = find_dataset(
+        dataset_type, image_dir, captions_file, remote_shards, data_dir
+    )
     captions, recorded, bad_images, notes = _read_by_image(captions_file, max_bad_fraction)
     split_of, split_note, foreign = choose_splits(
         recorded, image_dir, captions_file, split_seed, splits, typed, scored, split_ratios
@@ -169,23 +172,27 @@ def find_dataset(
     image_dir: str | Path | None = None,
     captions_file: str | Path | None = None,
     remote_shards: bool = True,
+    data_dir: str | Path | None = None,
 ) -> tuple[Path | Shards, Path]:
-    """(image folder or shards, captions file): those given, else those of ./data/<dataset_type>.
+    """(image folder or shards, captions file): those given, else those of `data_dir`.
 
-    `custom` has no folder of its own. `remote_shards`: as in `load_dataset`.
+    That is ./data/<dataset_type> where it is not given; `custom` has no such folder.
+    `remote_shards`: as in `load_dataset`.
     Raises: FileNotFoundError saying which command gets the dataset, ValueError when `custom` lacks
     a path or `image_dir` is refused.
     """
-    if dataset_type == "custom" and not (image_dir and captions_file):
+    if dataset_type == "custom" and not (data_dir or (image_dir and captions_file)):
         raise ValueError("--dataset_type custom needs both --image_dir and --captions_file")
     if image_dir and not remote_shards:
         image_loading.refuse_remote(str(image_dir))
-    root = Path("data") / dataset_type
+    root = Path(data_dir or Path("data") / dataset_type)
     if not image_dir and dataset_type == "coco" and root.is_dir():
         image_dir = root  # its pictures lie in two folders, train2014 and val2014
-    image_dir = image_dir or _first_of(root, IMAGE_FOLDERS, "image folder")
+    image_dir = image_dir or _first_of(root, dataset_type, IMAGE_FOLDERS, "image folder")
     image_dir = image_loading.find_shards(image_dir, PICTURE_NAME) or Path(image_dir)
-    captions_file = Path(captions_file or _first_of(root, CAPTIONS_FILES, "captions file"))
+    captions_file = Path(
+        captions_file or _first_of(root, dataset_type, CAPTIONS_FILES, "captions file")
+    )
     if isinstance(image_dir, Path) and not image_dir.is_dir():
         raise FileNotFoundError(
             f"--image_dir {image_dir}: no such folder; expected the folder that holds the images"
@@ -197,14 +204,14 @@ def find_dataset(
     return image_dir, captions_file
 
 
-def _first_of(root: Path, names: Sequence[str], what: str) -> Path:
-    candidates = [root / name.format(root.name) for name in names]
+def _first_of(root: Path, dataset_type: str, names: Sequence[str], what: str) -> Path:
+    candidates = [root / name.format(dataset_type) for name in names]
     for path in candidates:
         if path.exists():
             return path
     raise FileNotFoundError(
         f"{root}: no {what} (looked for {', '.join(path.name for path in candidates)}); "
-        f"get the dataset with: python download_datasets.py --dataset {root.name}"
+        f"get the dataset with: python download_datasets.py --dataset {dataset_type}"
     )
 
 

@@ -347,6 +347,9 @@ RUN = {
 DATA = {
     "dataset_type": Option(("flickr8k", "flickr30k", "coco", "sample", "custom"), "flickr30k",
         "default folder ./data/<dataset_type>, and the run folder's name", modes=WITH_DATA),
+    "data_dir": Option(str, None,
+        "the dataset's folder, with images and captions in it, instead of ./data/<dataset_type>", "FOLDER",
+        WITH_DATA),
     "image_dir": Option(str, None,
         "folder of images, or WebDataset shards (*.tar), instead of the default folder",
         "FOLDER", WITH_DATA),
@@ -971,6 +974,8 @@ def checkpoint_choice(mode):
 def named_paths(options):
     """Yield (flag, path) for what was typed and must be there; shards may be patterns or URLs."""
     data = options.data
+    if "data_dir" in options.typed:
+        yield "data_dir", Path(data.data_dir)
     if "image_dir" in options.typed and not re.search(r":|\.(tar|tgz)", data.image_dir):
         yield "image_dir", Path(data.image_dir)
     if "captions_file" in options.typed:
@@ -1013,9 +1018,9 @@ def encoder_parts(features):
 def check_dataset_folder(data):
     """Raises: ValueError, FileNotFoundError that say how to get the dataset."""
     name, both = data.dataset_type, data.image_dir and data.captions_file
-    if name == "custom" and not both:
+    if name == "custom" and not (both or data.data_dir):
         raise ValueError("--dataset_type custom needs both --image_dir and --captions_file")
-    folder = Path("data") / name
+    folder = Path(data.data_dir or Path("data") / name)
     if not both and not folder.is_dir():
         raise FileNotFoundError(
             f"--dataset_type {name}: no folder {folder}; "
@@ -1383,7 +1388,7 @@ def path_notes(options, config):
         if mode not in (CAPTION, DEBUG) and name in options.typed and origins[name].source != FLAG
         if is_inherited(TABLE[name], mode) and config.get(name, values[name]) != values[name]
     ]
-    read = ("image_dir", "captions_file") if mode in WITH_DATA else ()
+    read = ("data_dir", "image_dir", "captions_file") if mode in WITH_DATA else ()
     notes = [
         f"{name.replace('_', ' ')} (from the checkpoint): {getattr(options.data, name)}"
         for name in read

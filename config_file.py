@@ -22,7 +22,7 @@ PREFIX = "CAPTION_"  # of environment variables
 # Another trainer's variables for the same things; CAPTION_ and the flag comes before them.
 PLAIN_VARIABLES = {
     "DEVICE": "device", "BATCH_SIZE": "batch_size", "NUM_EPOCHS": "epochs",
-    "HF_REPO_NAME": "push_to_hub", "HF_PRIVATE": "hub_private",
+    "DATA_DIR": "data_dir", "HF_REPO_NAME": "push_to_hub", "HF_PRIVATE": "hub_private",
 }  # fmt: skip
 OF_THE_SERVICE = {"model"}  # CAPTION_MODEL is read by caption_service
 MOST_BYTES = 2**16  # of a file

@@ -1420,6 +1420,7 @@ def open_dataset(options, checkpoint=None):
             data.dataset_type,
             data.image_dir,
             data.captions_file,
+            data_dir=data.data_dir,
             split_seed=data.split_seed,
             splits=checkpoint["splits"] if checkpoint else None,
             typed=bool({"dataset_type", "captions_file"} & options.typed),

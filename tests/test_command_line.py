@@ -282,6 +282,21 @@ def image_dir_and_captions_file_replace_the_default():
     )
 
 
+def data_dir_replaces_the_default_folder():
+    own_copy()
+    for name in ("sample", "custom"):
+        dataset = fic.open_dataset(chosen(f"--dataset_type {name} --data_dir data_copy"))
+        assert dataset.image_dir == Path("data_copy/Images")
+        assert dataset.captions_file == Path("data_copy/captions.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA_DIR", "data_copy")
+        assert fic.open_dataset(chosen()).image_dir == Path("data_copy/Images")
+    typed = fic.open_dataset(chosen("--data_dir data_copy --image_dir data/sample/Images"))
+    assert typed.image_dir == Path("data/sample/Images")
+    assert typed.captions_file == Path("data_copy/captions.txt")
+    refused(TINY, "--data_dir nowhere", naming=["nowhere: no image folder (looked for Images"])
+
+
 def split_seed_draws_the_split():
     flags = own_copy()
     for path in Path("data_copy").glob("sample.*.txt"):
@@ -1283,6 +1298,7 @@ FLAG_EFFECTS = {
     "--threads": threads_compute,
     "--num_workers": num_workers_decode,
     "--dataset_type": dataset_type_names_the_folder,
+    "--data_dir": data_dir_replaces_the_default_folder,
     "--image_dir": image_dir_and_captions_file_replace_the_default,
     "--captions_file": image_dir_and_captions_file_replace_the_default,
     "--split_seed": split_seed_draws_the_split,
