@@ -52,7 +52,12 @@ def other_value(name):
         return next(value for value in option.kind if value != option.default)
     if option.kind is bool:
         return not option.default
-    own = {"device": "cpu", "encoder": "resnet18+vgg11", "split_ratios": (0.5, 0.25, 0.25)}
+    own = {
+        "push_to_hub": "user/model",
+        "device": "cpu",
+        "encoder": "resnet18+vgg11",
+        "split_ratios": (0.5, 0.25, 0.25),
+    }
     if name in own:
         return own[name]
     if option.kind is str:
