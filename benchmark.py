@@ -61,6 +61,10 @@ KINDS = ("lstm", "attention")  # decoders of --scale and --epochs: one reads mea
 SCALE_CHANNELS = 1280  # MobileNetV2's
 ENCODING_BATCHES = (8, 16, 32, 64, 128)
 GPT2 = {"gpt2_width": 384, "gpt2_layers": 6, "gpt2_heads": 6}
+OTHER_WAYS = {  # beside the plain way
+    "tutorial": "the structure that tutorials have",
+    "in_batches": "generate with all images together",
+}
 BEAM = {"beam_size": 5, "min_length": 9, "max_length": 25}  # as long as Flickr8k's captions are
 
 
@@ -839,23 +843,15 @@ def print_stage(name, figures):
 def other_figures(figures):
     """Lines for what only some stages measure."""
     lines, precision = [], figures.get("precision")
-    if "tutorial" in figures:
-        tutorial = figures["tutorial"]
-        low, high = tutorial["spread"]
-        lines.append(
-            f"{tutorial['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  against "
-            f"{tutorial['tutorial']:,.1f} of the structure that tutorials have"
-        )
-    if "in_batches" in figures:
-        batches = figures["in_batches"]
-        low, high = batches["spread"]
-        lines.append(
-            f"{batches['ratio']:6.1f}x [{low:.1f}, {high:.1f}]  against "
-            f"{batches['in_batches']:,.1f} of generate with all images together"
-        )
-    if None not in figures.get("peaks", {}).values():
-        each = (f"{name} {mib:,.0f}" for name, mib in figures.get("peaks", {}).items())
-        lines += [f"peak memory, MiB: {', '.join(each)}"] if "peaks" in figures else []
+    for name, what in OTHER_WAYS.items():
+        if name in figures:
+            way = figures[name]
+            low, high = way["spread"]
+            ratio = f"{way['ratio']:6.1f}x [{low:.1f}, {high:.1f}]"
+            lines.append(f"{ratio}  against {way[name]:,.1f} of {what}")
+    if any(figures.get("peaks", {}).values()):  # else the system does not tell them
+        each = (f"{name} {mib:,.0f}" for name, mib in figures["peaks"].items())
+        lines.append(f"peak memory, MiB: {', '.join(each)}")
     if "share_of_peak" in figures:
         lines.append(
             f"{figures['share_of_peak']:6.0%} of the peak in {precision}, "

@@ -89,6 +89,10 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
+    def size_text(self) -> str:
+        """How many words there are, for the console."""
+        return f"vocabulary: {len(self) - len(self.SPECIALS)} {self.unit}"
+
     @staticmethod
     def origin(freq_threshold: int, num_captions: int) -> str:
         """Where the words of a new one come from, for the console."""
@@ -162,6 +166,8 @@ class SubwordVocabulary:
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
+
+    size_text = Vocabulary.size_text
 
     @staticmethod
     def origin(*_) -> str:

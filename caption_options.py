@@ -348,8 +348,8 @@ DATA = {
     "dataset_type": Option(("flickr8k", "flickr30k", "coco", "sample", "custom"), "flickr30k",
         "default folder ./data/<dataset_type>, and the run folder's name", modes=WITH_DATA),
     "data_dir": Option(str, None,
-        "the dataset's folder, with images and captions in it, instead of ./data/<dataset_type>", "FOLDER",
-        WITH_DATA),
+        "the dataset's own folder, with images and captions in it, instead of ./data/<dataset_type>; what "
+        "download_datasets.py calls --data_dir lies above it", "FOLDER", WITH_DATA),
     "image_dir": Option(str, None,
         "folder of images, or WebDataset shards (*.tar), instead of the default folder",
         "FOLDER", WITH_DATA),

@@ -185,7 +185,9 @@ class Model:
                 if self.current is None:
                     share_threads(self.settings)
                 served = load_served(self.settings)
-            except Exception as error:
+            except (
+                Exception
+            ) as error:  # a model that cannot be loaded must not end the one that serves
                 is_expected = isinstance(error, (OSError, ValueError, RuntimeError, MemoryError))
                 line = printable(" ".join(str(error).split()))
                 stays = "; the one before goes on" if self.current else ""

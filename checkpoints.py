@@ -113,6 +113,19 @@ def write_json(path, value):
     write_text(path, text + "\n")
 
 
+def read_json_object(path, most_bytes):
+    """The object in a JSON file. Raises: ValueError that names the file."""
+    try:
+        if path.stat().st_size > most_bytes:
+            raise ValueError(f"more than {most_bytes} bytes")
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(value).__name__}")
+    return value
+
+
 def plain_values(value):
     """`value` as JSON can hold it: paths become strings, tensors numbers, NaN and inf None."""
     if isinstance(value, dict):

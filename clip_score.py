@@ -88,6 +88,12 @@ class ClipJudge:
             rows.append(self.model.visual_projection(pooled).float())
         return F.normalize(torch.cat(rows), dim=1).cpu()
 
+    def add_scores(self, scores, rows, paths, references):
+        """A test's scores and its rows, one of each picture with its `caption`, with what `score` gives."""
+        captions = [row["caption"] for row in rows]
+        means, by_picture = self.score(paths, captions, references)
+        return scores | means, [row | own for row, own in zip(rows, by_picture, strict=True)]
+
     def score(self, paths, captions, references):
         """Means over all pictures, and each one's own.
 

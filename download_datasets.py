@@ -936,6 +936,14 @@ def parse_args(argv=None):
         "DATA_DIR/flickr30k/boxes.json, with which --mode test compares attention",
     )
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    if args.dataset == "coco":
+        args.dataset = f"coco{args.coco_year or coco_files.YEARS[0]}"
+    return args
+
+
+def check_args(parser, args):
+    """End with status 2 and one line where options do not fit each other."""
     if args.entities and args.dataset not in ("both", "flickr30k"):
         parser.error(f"--entities has boxes of flickr30k, not of --dataset {args.dataset}")
     for flag in ("coco_year", "max_images"):
@@ -945,11 +953,8 @@ def parse_args(argv=None):
         parser.error("--max_images is of a download: --verify_only counts what is there")
     if args.max_images is not None and args.max_images < 3:
         parser.error(f"--max_images {args.max_images}: expected at least 3: train, val and test")
-    if args.dataset == "coco":
-        args.dataset = f"coco{args.coco_year or coco_files.YEARS[0]}"
     if args.data_dir.exists() and not args.data_dir.is_dir():
         parser.error(f"--data_dir {args.data_dir}: is a file, expected a folder")
-    return args
 
 
 def main(argv=None):

@@ -85,7 +85,7 @@ import run_folder
 import run_records
 import score_details
 import warm_start
-from caption_batches import CaptionBatches, Vocabulary, vocabulary_from_plain
+from caption_batches import CaptionBatches, SubwordVocabulary, Vocabulary, vocabulary_from_plain
 from caption_decoding import ALGORITHMS, Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
@@ -1735,27 +1735,18 @@ def set_up(options, hardware, checkpoint=None):
         warn_of_seen_images(initial, dataset, options)
     encoder = open_encoder(options, hardware, checkpoint, initial)
     open_split = functools.partial(open_features, options, hardware, encoder, dataset)
-    fine_tuning = options.training
-    cropped = fine_tuning.random_crop and not fine_tuning.fine_tune_after  # in every epoch
-    flip = fine_tuning.horizontal_flip and not cropped
+    wanted = options.training
+    cropped = wanted.random_crop and not wanted.fine_tune_after  # in every epoch
+    flip = wanted.horizontal_flip and not cropped
     table, features = open_split("train", decoder_type.reads_grid, mirrored=flip)
     val_table, val_features = open_split("val", needs_grid(decoder_type, options))
     texts = list(itertools.chain.from_iterable(table.captions))
     experiment_utils.set_global_seed(options.run.seed)
     if checkpoint:
         decoder, vocabulary = restore_decoder(options.run.model_path, values, checkpoint)
-        origin = f"those of {options.run.model_path}"
+        print(f"{vocabulary.size_text()}, those of {options.run.model_path}")
     else:
-        vocabulary = new_vocabulary(values, texts, initial)
-        decoder = new_decoder(values, encoder, vocabulary, features)
-        if not initial:
-            decoder.begin(values)
-        origin = vocabulary.origin(values["freq_threshold"], len(texts))
-    print(f"vocabulary: {len(vocabulary) - len(vocabulary.SPECIALS)} {vocabulary.unit}, {origin}")
-    if initial:
-        build = functools.partial(build_decoder, values)
-        note = warm_start.take_over(initial, build, decoder, vocabulary.words, encoder.key())
-        print(f"decoder: begins as {printable(options.training.init_from)}, {note}")
+        decoder, vocabulary = begin_decoder(options, values, encoder, texts, features, initial)
     decoder.to(hardware.device)
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
@@ -1830,13 +1821,24 @@ def ask_teacher(teacher, captioner, training):
     return soft_targets(teacher, bar, len(batches.tokens), captioner.hardware)
 
 
-def new_vocabulary(values, captions, initial=None):
-    """The vocabulary of a new run's training captions, or --init_from's if that is a tokenizer's."""
-    if initial and not isinstance(
-        known := vocabulary_from_plain(initial["vocabulary"]), Vocabulary
-    ):
-        return known
-    return decoder_class(values).new_vocabulary(values, captions)
+def begin_decoder(options, values, encoder, texts, features, initial):
+    """(decoder, vocabulary) of a new run: --init_from's, if it has one, or what its options name.
+
+    texts, features: of the training images; initial: the checkpoint of --init_from, or None.
+    """
+    vocabulary = vocabulary_from_plain(initial["vocabulary"]) if initial else None
+    if not isinstance(vocabulary, SubwordVocabulary):  # words are those of the new captions
+        vocabulary = decoder_class(values).new_vocabulary(values, texts)
+    decoder = new_decoder(values, encoder, vocabulary, features)
+    origin = vocabulary.origin(values["freq_threshold"], len(texts))
+    print(f"{vocabulary.size_text()}, {origin}")
+    if not initial:
+        decoder.begin(values)
+        return decoder, vocabulary
+    build = functools.partial(build_decoder, values)
+    note = warm_start.take_over(initial, build, decoder, vocabulary.words, encoder.key())
+    print(f"decoder: begins as {printable(options.training.init_from)}, {note}")
+    return decoder, vocabulary
 
 
 def new_decoder(values, encoder, vocabulary, features):
@@ -2134,16 +2136,10 @@ def test_checkpoint(options, hardware, checkpoint):
     hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
     hypotheses = list(Progress(hypotheses, "testing", len(table), "images"))
     best, method = [image[0] for image in hypotheses], options.pictures.viz_method
-    number = max(attention_measures.MEASURED_IMAGES, options.pictures.attention_viz_samples)
-    number = len(best) if boxes else min(number, len(best))  # of images whose maps are looked at
-    chunks = first_features(features, number, "mapping by gradients")
-    best = [*captioner.with_maps(method, chunks, best[:number]), *best[number:]]
+    best = map_first(captioner, features, best, options.pictures, all_of_them=bool(boxes))
     scores, rows = score_split(captioner, dataset, table, best, boxes)
     if judge:
-        texts = [row["caption"] for row in rows]
-        by_clip, each = judge.score(features.paths, texts, table.captions.tolist())
-        scores |= by_clip
-        rows = [row | own for row, own in zip(rows, each, strict=True)]
+        scores, rows = judge.add_scores(scores, rows, features.paths, table.captions.tolist())
     if best[0].attention is not None:
         measured = measure_attention(captioner, features, best, options.run.seed)
         scores["attention"] = {"method": method} | scores.get("attention", {}) | measured
@@ -2178,6 +2174,14 @@ def test_checkpoint(options, hardware, checkpoint):
         source = split, table, features.paths
         caption_report.report(folder, captioner, *source, shown, method, chosen)
     return scores
+
+
+def map_first(captioner, features, best, pictures, all_of_them):
+    """The best hypotheses with --viz_method's maps, of those images whose maps are looked at."""
+    number = max(attention_measures.MEASURED_IMAGES, pictures.attention_viz_samples)
+    number = len(best) if all_of_them else min(number, len(best))
+    chunks = first_features(features, number, "mapping by gradients")
+    return [*captioner.with_maps(pictures.viz_method, chunks, best[:number]), *best[number:]]
 
 
 def print_scores(folder, captioner, scores, options):

@@ -18,7 +18,6 @@ import difflib
 import functools
 import importlib.util
 import itertools
-import json
 import math
 import re
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 
 import encoder_models
+from checkpoints import UNREADABLE, read_json_object
 from encoder_models import EncoderModel
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
@@ -211,16 +211,8 @@ def stored_picture(where, stored):
 
 
 def read_json(path):
-    """A small JSON object. Raises: ValueError that names the file."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(value).__name__}")
-    return value
+    """A model's configuration. Raises: ValueError that names the file."""
+    return read_json_object(path, MAX_JSON_BYTES)
 
 
 # --------------------------------------------------------------------------------------- transformers
@@ -429,8 +421,6 @@ def read_pretrained(model_class, folder, flag, needed=NEEDED, **how):
 
     import transformers
     from safetensors import SafetensorError
-
-    from checkpoints import UNREADABLE
 
     if not has_weights(folder):
         raise ValueError(f"{flag} {folder}: no weights: the folder needs {needed}")

@@ -16,7 +16,6 @@ Shapes: N images, P cells, F channels of the encoder, W width of GPT-2.
 """
 
 import hashlib
-import json
 import os
 import shlex
 import tempfile
@@ -175,15 +174,7 @@ def read_object(path):
     """The object in a JSON file. Raises: FileNotFoundError, ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: give a folder that save_pretrained wrote")
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(value).__name__}")
-    return value
+    return checkpoints.read_json_object(path, MAX_JSON_BYTES)
 
 
 def read_file(path):

@@ -103,7 +103,7 @@ class Observed:
             await self.app(scope, receive, send_with_headers)
         except ClientDisconnect:
             pass
-        except Exception:
+        except Exception:  # of the application's own code: a request that fails ends nothing else
             logger.exception("request %s failed", request_id)
             if status == CLIENT_GONE:  # nothing was sent
                 failed = error_answer(500, "it failed: the log says why", request_id)
