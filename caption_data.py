@@ -209,9 +209,11 @@ def _first_of(root: Path, dataset_type: str, names: Sequence[str], what: str) ->
     for path in candidates:
         if path.exists():
             return path
+    remedy = f"get the dataset with: python download_datasets.py --dataset {dataset_type}"
+    if dataset_type == "custom":
+        remedy = "give --image_dir and --captions_file"
     raise FileNotFoundError(
-        f"{root}: no {what} (looked for {', '.join(path.name for path in candidates)}); "
-        f"get the dataset with: python download_datasets.py --dataset {dataset_type}"
+        f"{root}: no {what} (looked for {', '.join(path.name for path in candidates)}); {remedy}"
     )
 
 

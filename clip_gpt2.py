@@ -99,11 +99,17 @@ def make_config(vocab_size, width, layers, heads, drop_prob, cross_attention):
     )
 
 
+def has_tokenizer(folder):
+    """Whether a folder has a tokenizer that transformers reads."""
+    return any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+
+
 def read_vocabulary(name):
     """The SubwordVocabulary of a model's tokenizer, by hub name or folder. Raises: ValueError."""
     transformers = import_transformers()
-    folder = open_folder(name, "--gpt2_tokenizer", "tokenizer.json")
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+    how = {"files": (["tokenizer*.json", "vocab.json", "merges.txt"],), "is_whole": has_tokenizer}
+    folder = open_folder(name, "--gpt2_tokenizer", "tokenizer.json", **how)
+    if not has_tokenizer(folder):
         raise ValueError(f"--gpt2_tokenizer {name}: has no tokenizer.json, nor a vocab.json")
     try:
         tokenizer = transformers.GPT2TokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -73,8 +73,7 @@ class ClipJudge:
                 max_length=longest,
                 return_tensors="pt",
             ).to(self.device)
-            pooled = self.model.text_model(**tokens).pooler_output
-            rows.append(self.model.text_projection(pooled).float())
+            rows.append(self.model.get_text_features(**tokens).pooler_output.float())
         rows = F.normalize(torch.cat(rows), dim=1).cpu()
         return rows[[places[text] for text in texts]]
 
@@ -84,8 +83,8 @@ class ClipJudge:
         rows, batches = [], batches_of(image_loading.open_images(paths))
         for batch in Progress(batches, "CLIPScore", -(-len(paths) // BATCH), "images", BATCH):
             pixels = self.processor(batch, return_tensors="pt")["pixel_values"]
-            pooled = self.model.vision_model(pixels.to(self.device)).pooler_output
-            rows.append(self.model.visual_projection(pooled).float())
+            pixels = pixels.to(self.device)
+            rows.append(self.model.get_image_features(pixels).pooler_output.float())
         return F.normalize(torch.cat(rows), dim=1).cpu()
 
     def add_scores(self, scores, rows, paths, references):

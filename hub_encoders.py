@@ -33,6 +33,8 @@ from encoder_models import EncoderModel
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 NEEDED = "config.json, preprocessor_config.json and model.safetensors"
 MAX_JSON_BYTES = 2**20
+# safetensors where there are any, else a pickle, which is read with weights_only
+WEIGHT_FILES = (["*.json", "*.txt", "*.safetensors"], ["*.json", "pytorch_model*.bin"])
 HUB_SECONDS = 5  # that the hub may take to say what it has
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -637,10 +639,17 @@ def has_weights(folder):
     return any([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
 
 
-def open_folder(source, flag="--clip_model", needed=NEEDED):
+def open_folder(
+    source, flag="--clip_model", needed=NEEDED, files=WEIGHT_FILES, is_whole=has_weights
+):
     """The folder of a model: `source` itself, or what the hub has under this name.
 
     The copy that an earlier download left is taken without asking the hub.
+
+    Args:
+        needed: what a folder needs, in words.
+        files: lists of patterns, of which the first that gives a whole folder is downloaded.
+        is_whole: whether a folder has what is needed.
     Raises: FileNotFoundError or ValueError that name both, and how to give a folder.
     """
     folder = Path(source).expanduser()
@@ -653,18 +662,20 @@ def open_folder(source, flag="--clip_model", needed=NEEDED):
     import huggingface_hub
 
     found = None
-    for patterns in (["*.json", "*.txt", "*.safetensors"], ["*.json", "pytorch_model*.bin"]):
+    for patterns in files:
         wanted = (source, patterns, f"give a folder with {needed}")
-        found = from_hub(huggingface_hub.snapshot_download, f"{flag} {source}", *wanted)
-        if has_weights(found):  # safetensors if there are any
+        download = huggingface_hub.snapshot_download
+        found = from_hub(download, f"{flag} {source}", *wanted, is_whole=is_whole)
+        if is_whole(found):
             break
     return found
 
 
-def from_hub(download, what, *arguments):
+def from_hub(download, what, *arguments, is_whole=has_weights):
     """The Path of what a download of huggingface_hub gives: its cache's, else the hub's.
 
     arguments: the repository, the file's name or patterns, and what else the user can give.
+    is_whole: whether a folder of the cache has what is needed; a download may have stopped halfway.
     Raises: FileNotFoundError of one line, after seconds, where neither has it.
     """
     import huggingface_hub
@@ -675,7 +686,7 @@ def from_hub(download, what, *arguments):
     fetch = functools.partial(download, repository, etag_timeout=HUB_SECONDS, **how)
     try:
         cached = Path(fetch(local_files_only=True))
-        if cached.is_file() or has_weights(cached):
+        if cached.is_file() or is_whole(cached):
             return cached
     except OSError:  # it is not there
         pass

@@ -74,7 +74,10 @@ def save_pretrained(source, folder, *, name="USER/NAME", description=""):
         )
     checkpoints.check_writable_dir(folder, "the folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("*.safetensors"), *folder.glob(HUB_FILE)):
+    old_files = [*folder.glob("*.safetensors"), *folder.glob(HUB_FILE)]
+    if old_files and not (folder / HUB_FILE).is_file():
+        raise ValueError(f"{folder}: has another model's {old_files[0].name}: give another folder")
+    for old in old_files:
         old.unlink()
     reason = not_plain(state)
     if reason is None:
@@ -199,7 +202,14 @@ def find_folder(name):
     import huggingface_hub
 
     wanted = (str(name), ["*.json", "*.safetensors"], "give a folder that save_pretrained wrote")
-    return hub_encoders.from_hub(huggingface_hub.snapshot_download, f"model {name}", *wanted)
+    download = huggingface_hub.snapshot_download
+    return hub_encoders.from_hub(download, f"model {name}", *wanted, is_whole=is_whole)
+
+
+def is_whole(folder):
+    """Whether a folder has a model's description, its vocabulary and weights."""
+    named = all((folder / file).is_file() for file in (HUB_FILE, VOCABULARY))
+    return named and any(folder.glob("*.safetensors"))
 
 
 # --------------------------------------------------------------------------- for transformers alone
@@ -387,8 +397,10 @@ def push(source, name, *, private=False, description=""):
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload the model")
         except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            again = shlex.join(["python", "model_versions.py", "push", str(source), name])
-            again += " --hub_private" * private
+            command = ["python", "model_versions.py", "push", str(source), name]
+            command += ["--hub_private"] * private
+            command += ["--description", description] if description else []
+            again = shlex.join(command)
             raise OSError(f"{name} was not pushed ({reason}); to push again: {again}") from error
     return str(url), note
 

@@ -1,7 +1,7 @@
 """What explains a trained model to others: configuration, vocabulary, scores, and a card to read.
 
     metadata = describe(Path("run/best.pt"), checkpoint, version="1.2.0")
-    write_documents(folder, checkpoint, metadata)   # config.json, vocabulary.json, ... README.md
+    write_documents(folder, Path("run/best.pt"), checkpoint, metadata)   # config.json, ... README.md
 
 Everything comes from the checkpoint and from the files that its run left beside it. What these say
 may come from anyone, so it is text in the card, never markup.
@@ -26,7 +26,7 @@ NO_SCORES = {
     "wall_time_seconds",
 }  # fmt: skip
 LABELS = {
-    "created_at": "registered", "run_id": "run", "epoch": "epoch", "dataset_type": "trained on",
+    "created_at": "described", "run_id": "run", "epoch": "epoch", "dataset_type": "trained on",
     "encoder": "encoder", "encoder_weights": "encoder weights", "decoder": "decoder",
     "words": "words in the vocabulary",
 }  # fmt: skip
@@ -64,7 +64,7 @@ def describe(source, state, *, version="", description="", run_id=None, metrics=
         "source": str(source.absolute()),
         "epoch": state["epoch"],
         **{name: config.get(name) for name in of_config},
-        "words": len(state["vocabulary"].get("words", ())),
+        "words": len(words) if (words := state["vocabulary"].get("words")) else None,
         "images": {
             split: hashlib.sha256(json.dumps(sorted(of)).encode()).hexdigest()
             for split, of in names.items()

@@ -190,7 +190,7 @@ def make_plan(options, batches, checkpoint=None):
 def change_course(state, options, checkpoint):
     """On resume: say what rule or schedule is new, or go on at another --learning_rate."""
     schedule, old, training = state.plan["schedule"], checkpoint["config"], options.training
-    if training.select_by != old.get("select_by", "cider"):
+    if training.select_by != model_selection.rule_of(old):
         epoch = state.best.epoch if state.best else "none, for they lack its scores"
         print(
             f"--select_by {training.select_by} is new to this run: its best epoch so far is {epoch}"

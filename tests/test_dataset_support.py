@@ -1109,3 +1109,9 @@ def test_a_caption_s_ordinal_is_a_number(tmp_path):
 
 if __name__ == "__main__":
     raise SystemExit(pytest.main([__file__, "-q"]))
+
+
+def test_a_folder_of_ones_own_that_lacks_captions_is_not_sent_to_the_downloader(tmp_path):
+    (tmp_path / "Images").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no captions file .*; give --image_dir"):
+        load_dataset("custom", data_dir=tmp_path)

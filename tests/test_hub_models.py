@@ -458,3 +458,47 @@ def test_a_version_is_pushed_as_it_was_registered(hub, shop, tmp_path, monkeypat
     assert model_versions.main(["save", "1.2.0", "saved"]) == 0
     before, again = fic.load_captioner("run")[0], fic.from_pretrained("saved")[0]
     assert all(map(same, captions(before), captions(again)))
+
+
+def test_what_was_downloaded_is_taken_without_asking_the_hub_and_half_of_it_is_not(
+    shop, tmp_path, monkeypatch
+):
+    """A model that transformers cannot read has no model.safetensors; what is for it alone is no model of ours."""
+    import huggingface_hub
+
+    hub_models.save_pretrained(shop / "attention/best.pt", tmp_path / "saved")
+    asked = []
+
+    class Hub:
+        def model_info(self, name, timeout):
+            asked.append(name)
+            raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tmp_path / "saved")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert hub_models.find_folder("user/name") == tmp_path / "saved" and asked == []
+    (tmp_path / "saved/vocabulary.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no network"):
+        hub_models.find_folder("user/name")
+    assert asked == ["user/name"]
+
+
+def test_another_models_folder_is_left_as_it_is(shop, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match=r"another model's model\.safetensors: give another"):
+        hub_models.save_pretrained(shop / "lstm/best.pt", tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"theirs"
+    hub_models.save_pretrained(shop / "lstm/best.pt", tmp_path / "own")
+    hub_models.save_pretrained(
+        shop / "attention/best.pt", tmp_path / "own"
+    )  # its own may be replaced
+    assert exact(tmp_path / "own").decoder.reads_grid
+
+
+def test_the_command_that_pushes_again_has_the_description(shop, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr(hub_models, "save_pretrained", lambda *_, **__: None)
+    with pytest.raises(
+        OSError, match=r"push .*best\.pt user/name --hub_private --description 'a b'"
+    ):
+        hub_models.push(shop / "lstm/best.pt", "user/name", private=True, description="a b")
