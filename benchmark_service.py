@@ -137,8 +137,10 @@ def load(port, process, bodies, clients, seconds):
         thread.join()
     counted = [each for each in answered if each.began >= counted_from]
     served = [each.seconds for each in counted if each.status == 200]
+    if not served:
+        raise RuntimeError("no request was answered with a caption")
     elapsed = max(each.began + each.seconds for each in counted) - counted_from
-    quantiles = 1000 * np.quantile(served, (0.5, 0.95, 0.99)) if served else [float("nan")] * 3
+    quantiles = 1000 * np.quantile(served, (0.5, 0.95, 0.99))
     errors = len(counted) - len(served)
     return Load(len(served) / elapsed, *quantiles, errors, before, megabytes(process))
 
@@ -149,6 +151,8 @@ def one_alone(port, bodies):
     with contextlib.closing(connection):
         requests = itertools.islice(itertools.cycle(bodies), ALONE_REQUESTS + 3)
         answered = [ask(connection, *body) for body in requests][3:]
+    if any(each.status != 200 for each in answered):
+        raise ValueError("a picture was not captioned: python -m caption_service client says which")
     parts = {part: float(np.median([each.parts[part] for each in answered])) for part in PARTS}
     return {"whole": 1000 * float(np.median([each.seconds for each in answered]))} | parts
 
@@ -187,11 +191,9 @@ def program_alone(model_path, paths, seconds):
 
 def measure(arguments):
     """All numbers, as JSON holds them."""
-    suffixes = {".jpg", ".jpeg", ".png", ".webp"}
-    files = sorted(Path(arguments.images).iterdir())
-    paths = [path for path in files if path.suffix.lower() in suffixes][: arguments.pictures]
-    if not paths:
-        raise ValueError(f"--images {arguments.images}: no pictures in this folder")
+    from image_loading import pictures_in
+
+    paths = pictures_in(Path(arguments.images))[: arguments.pictures]
     bodies = [as_form({}, [path.read_bytes()], "file") for path in paths]
     found = {"pictures": len(paths), "clients": arguments.clients, "seconds": arguments.seconds}
     for name, settings in {"batching": {}, "each alone": {"max_batch": 1}}.items():

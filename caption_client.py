@@ -77,11 +77,14 @@ def ask(url, paths, fields):
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         status, headers, answer = post(url, content, kind)
-        if status == 200:
+        if status == 200 and "results" in answer:
             return answer["results"]
+        if status == 413 and len(paths) == 1:  # the others may still be captioned
+            return [{"error": answer.get("error", "too large for the service")}]
         if status != 503 or time.monotonic() > deadline:
             raise ValueError(f"{url}: {answer.get('error', 'no reason given')} (status {status})")
-        time.sleep(float(headers.get("Retry-After", 1)))
+        after = headers.get("Retry-After", "")  # a proxy may give a date
+        time.sleep(min(int(after), PATIENCE_SECONDS) if after.isdecimal() else 1)
 
 
 def as_form(fields, files, file_field="files"):

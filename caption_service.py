@@ -176,27 +176,23 @@ class Model:
         self.settings = settings
         self.current = None  # Served, once a first one has captioned a picture
         self.fault = None  # why the latest attempt to load failed
-        self._loading = threading.Lock()
 
     def load(self):
         """Load what the settings name, now; the model that answers stays if that fails. Returns: success."""
-        with self._loading:
-            try:
-                if self.current is None:
-                    share_threads(self.settings)
-                served = load_served(self.settings)
-            except (
-                Exception
-            ) as error:  # a model that cannot be loaded must not end the one that serves
-                is_expected = isinstance(error, (OSError, ValueError, RuntimeError, MemoryError))
-                line = printable(" ".join(str(error).split()))
-                stays = "; the one before goes on" if self.current else ""
-                logger.error("no model: %s%s", line, stays, exc_info=not is_expected)
-                self.fault = without_paths(line) if is_expected else "unexpected, see the log"
-                return False
-            self.current, self.fault = served, None
-            logger.info("model", extra={"fields": served.info})
-            return True
+        try:
+            if self.current is None:
+                share_threads(self.settings)
+            served = load_served(self.settings)
+        except Exception as error:  # a model that cannot be loaded must not end the one that serves
+            is_expected = isinstance(error, (OSError, ValueError, RuntimeError, MemoryError))
+            line = printable(" ".join(str(error).split()))
+            stays = "; the one before goes on" if self.current else ""
+            logger.error("no model: %s%s", line, stays, exc_info=not is_expected)
+            self.fault = without_paths(line) if is_expected else "unexpected, see the log"
+            return False
+        self.current, self.fault = served, None
+        logger.info("model", extra={"fields": served.info})
+        return True
 
 
 def load_served(settings):
@@ -265,10 +261,11 @@ class Service:
             settings.queue_size,
             settings.max_batch,
             settings.max_wait_ms / 1000,
-            self.metrics.batch_size.observe,
+            self.note_batch,
         )
-        self.decoders = ThreadPoolExecutor(available_cpus(), "decoding")
-        self.loader = ThreadPoolExecutor(1, "loading")
+        decoders = max(1, available_cpus() // settings.workers)
+        self.decoders = ThreadPoolExecutor(decoders, "decoding")
+        self.loader = ThreadPoolExecutor(1, "loading")  # one: loads follow each other
 
     def load(self):
         """Load the model in the background. Returns: a concurrent Future of whether that succeeded."""
@@ -305,10 +302,17 @@ class Service:
         """Futures of the pictures' Captioned. Raises: HTTPException 503 when there is no room."""
         pixels = [picture.pixels for picture in pictures]
         try:
-            return self.queue.submit(served.captioner, pixels, decoding)
+            futures = self.queue.submit(served.captioner, pixels, decoding)
         except Busy as busy:
             after = str(max(1, math.ceil(busy.args[0])))
             raise HTTPException(503, TOO_BUSY, {"Retry-After": after}) from busy
+        self.metrics.queue_length.set(len(self.queue))
+        return futures
+
+    def note_batch(self, size):
+        """A batch was computed: where it is counted, because another worker may be asked for the numbers."""
+        self.metrics.batch_size.observe(size)
+        self.metrics.queue_length.set(len(self.queue))
 
     def update_gauges(self):
         """Bring up to date what is a state and not a count."""
@@ -427,7 +431,8 @@ async def predict(request: Request):
 
 async def predict_batch(request: Request):
     """Caption several pictures, each a file in the field `files`; those that are none have an `error`."""
-    results, common = await answer(request, service_of(request).settings.max_files)
+    settings = service_of(request).settings
+    results, common = await answer(request, min(settings.max_files, settings.queue_size))
     return JSONResponse({"results": results} | common)
 
 
@@ -560,9 +565,10 @@ async def admin_server(service):
     """While inside, POST /admin/reload is answered at the admin port of 127.0.0.1."""
     port = service.settings.admin_port
     try:
-        listener = admin_socket(port) if port else None
+        shared = bool(multiprocessing.parent_process())  # any worker passes a request on to all
+        listener = socket.create_server(("127.0.0.1", port), reuse_port=shared) if port else None
     except OSError as error:
-        logger.warning("no /admin/reload: port %d of 127.0.0.1: %s", port, error.strerror)
+        logger.warning("no /admin/reload: %s", error.strerror)
         listener = None
     if listener is None:
         yield
@@ -570,23 +576,14 @@ async def admin_server(service):
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_api_route("/admin/reload", reload_model, methods=["POST"])
-    server = QuietServer(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    how = {"log_config": None, "access_log": False, "lifespan": "off"}
+    server = QuietServer(uvicorn.Config(app, timeout_graceful_shutdown=1, **how))
     task = asyncio.create_task(server.serve([listener]))
     try:
         yield
     finally:
         server.should_exit = True
         await task
-
-
-def admin_socket(port):
-    """Workers listen at the same port: any of them passes a request on to all."""
-    listener = socket.socket()
-    if multiprocessing.parent_process():
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
-    return listener
 
 
 async def reload_model(request: Request):

@@ -21,7 +21,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 
 logger = logging.getLogger("caption_service")
-CLIENT_GONE = 499  # a status of the log alone
+CLIENT_GONE = 499  # of the log and the numbers: nobody receives it
 REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 POLICY = "default-src 'none'; frame-ancestors 'none'"  # of answers that are no page
 

@@ -12,6 +12,7 @@ the service's settings allow. A refusal is a starlette HTTPException whose text 
 
 import asyncio
 import contextlib
+import math
 import time
 from typing import NamedTuple
 
@@ -174,12 +175,12 @@ def as_caption(captioner, hypothesis, with_maps):
 
 def as_maps(captioner, hypothesis):
     """Where each word looked: its map, in reading order, and its shares that no cell got."""
-    maps = captioner.attention_grid(hypothesis)  # (T, h, w)
+    maps = captioner.attention_grid(hypothesis).astype(float)  # (T, h, w)
     beside = captioner.attention_beside(hypothesis)
     return {
         "grid": list(captioner.encoder.grid),
-        "maps": [[round(weight, 6) for weight in map_.flatten().tolist()] for map_ in maps],
-        "beside": {name: [round(s, 6) for s in shares.tolist()] for name, shares in beside.items()},
+        "maps": maps.reshape(len(maps), math.prod(captioner.encoder.grid)).round(6).tolist(),
+        "beside": {name: x.astype(float).round(6).tolist() for name, x in beside.items()},
     }
 
 

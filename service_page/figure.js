@@ -1,6 +1,6 @@
 // The figure that can be kept: the photograph, its caption, and what each word looked at.
 
-import { paintVeil, SIDE } from "./maps.js";
+import { ofPicture, paintVeil, SIDE } from "./maps.js";
 
 const WIDTH = 1600;
 const MARGIN = 64;
@@ -89,9 +89,8 @@ function panel(pen, { small, columns, step, top }, { words, attention }, place, 
   pen.clip(); // a long word stays in its own column
   write(pen, words[place], x, y + small.height + 32, 26, 600);
   pen.restore();
-  const beside = Object.values(attention.beside);
-  if (!beside.length) return;
-  const share = 1 - beside.reduce((sum, shares) => sum + shares[place], 0);
+  if (!Object.keys(attention.beside).length) return;
+  const share = ofPicture(attention, place);
   pen.fillStyle = LINE;
   pen.fillRect(x, y + small.height + 46, small.width, 5);
   pen.fillStyle = ACCENT;

@@ -28,10 +28,15 @@ export function lightOfWords(attention) {
   });
 }
 
+/** The share of a word that comes from the picture. */
+export function ofPicture({ beside }, place) {
+  return 1 - Object.values(beside).reduce((sum, shares) => sum + shares[place], 0);
+}
+
 /** A word's map with what was left for the picture. */
-function weightsOf({ maps, beside }, place) {
-  const left = 1 - Object.values(beside).reduce((sum, shares) => sum + shares[place], 0);
-  return maps[place].map((weight) => weight * left);
+function weightsOf(attention, place) {
+  const left = ofPicture(attention, place);
+  return attention.maps[place].map((weight) => weight * left);
 }
 
 /** 0 up to the weight `uniform`, then linearly to 1 at `full`. */

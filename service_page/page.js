@@ -2,7 +2,7 @@
 // A word that is hovered, focused or chosen shows its map over the photograph.
 
 import { captionFigure } from "./figure.js";
-import { lightOfWords, paintVeil, placeOfLight, SIDE } from "./maps.js";
+import { lightOfWords, ofPicture, paintVeil, placeOfLight, SIDE } from "./maps.js";
 
 const find = (id) => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -40,11 +40,13 @@ async function ask(path, options) {
     const reason = options?.body ? ", or it broke off: the file may be too large" : "";
     throw problem(`The service cannot be reached${reason}.`, true);
   }
-  const answer = await response.json().catch(() => ({}));
-  if (response.ok) return answer;
-  const said = sentence(answer.error || `the service answered ${response.status}, and not why`);
+  const answer = await response.json().catch(() => null); // it may break off in the body
+  options?.signal?.throwIfAborted();
+  if (response.ok && answer) return answer;
+  const said = sentence(answer?.error || `the service answered ${response.status}, and not why`);
   const seconds = response.headers.get("Retry-After");
-  throw problem(seconds ? `${said} Wait ${seconds} s.` : said, response.status >= 500);
+  const again = response.ok || response.status >= 500;
+  throw problem(seconds ? `${said} Wait ${seconds} s.` : said, again);
 }
 
 const problem = (message, again) => Object.assign(new Error(message), { again });
@@ -286,11 +288,6 @@ function clearWord() {
 }
 
 // ------------------------------------------------------------------------------- what a word looked at
-
-/** The share of a word's attention that went to the picture. */
-function ofPicture({ beside }, place) {
-  return 1 - Object.values(beside).reduce((sum, shares) => sum + shares[place], 0);
-}
 
 const percent = (share) => `${Math.round(100 * share)}%`;
 

@@ -1025,3 +1025,24 @@ def test_the_benchmark_counts_what_was_served(server, pictures, monkeypatch, cap
     missing = ["--model_path", "best.pt", "--images", "nowhere"]
     assert benchmark_service.main(missing) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_client_names_a_picture_that_is_too_large_and_bears_strange_answers(
+    tmp_path, monkeypatch
+):
+    """A proxy may answer with a date, or for hours; what is no answer of the service is a refusal."""
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes(b"x")
+    slept, answers = [], iter([
+        (503, {"Retry-After": "Fri, 27 Nov 2026 13:00:00 GMT"}, {}),
+        (503, {"Retry-After": "3600"}, {}),
+        (413, {}, {"error": "the body is larger than 20 MB"}),
+        (200, {}, {}),
+    ])  # fmt: skip
+    monkeypatch.setattr(caption_client, "post", lambda *_: next(answers))
+    monkeypatch.setattr(caption_client.time, "sleep", slept.append)
+    found = caption_client.ask("http://x", [picture], {})
+    assert found == [{"error": "the body is larger than 20 MB"}]
+    assert slept == [1, caption_client.PATIENCE_SECONDS]
+    with pytest.raises(ValueError, match=r"no reason given \(status 200\)"):
+        caption_client.ask("http://x", [picture], {})
