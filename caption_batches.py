@@ -235,14 +235,15 @@ class Batch(NamedTuple):
         moved = ("image_index", "caption_index", "inputs", "targets", "image_tokens", "token_place")
         return self._replace(**{name: to_device(getattr(self, name), device) for name in moved})
 
-    def parts(self, number: int) -> "Iterator[tuple[Batch, torch.Tensor]]":
-        """The batch in at most `number` parts of like size: (Batch, which of its N images are in it).
+    def parts(self, number: int, features: torch.Tensor) -> "Iterator[tuple[Batch, torch.Tensor]]":
+        """A batch on the CPU in at most `number` parts of like size, each with its images' features.
 
         Losses of the parts add up to the whole one's, because each is divided by all tokens' number.
+        features: (N, ...), on any device.
         """
         number = min(number, len(self.image_index))
         if number == 1:
-            yield self, torch.arange(len(self.image_rows))
+            yield self, features
             return
         steps = torch.arange(len(self.batch_sizes)).repeat_interleave(self.batch_sizes)
         for part in range(number):
@@ -250,7 +251,6 @@ class Batch(NamedTuple):
             images, image_index = self.image_index[part::number].unique(return_inverse=True)
             caption_index = self.caption_index[taken] // number
             image_tokens, token_place = by_image(image_index[caption_index])
-            images = images.cpu()
             yield (
                 self._replace(
                     image_rows=self.image_rows[images],
@@ -260,10 +260,10 @@ class Batch(NamedTuple):
                     targets=self.targets[taken],
                     image_tokens=image_tokens,
                     token_place=token_place,
-                    batch_sizes=steps[taken.cpu()].bincount(),
-                    places=None if self.places is None else self.places[taken.cpu()],
+                    batch_sizes=steps[taken].bincount(),
+                    places=None if self.places is None else self.places[taken],
                 ),
-                images,
+                features[to_device(images, features.device)],
             )
 
 

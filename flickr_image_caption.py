@@ -1520,12 +1520,13 @@ def train_step(run, features, batch):
     """One update from one batch. Returns () float on the device: nats, or reward, summed over its tokens."""
     state, captioner, nats = run.state, run.captioner, 0.0
     state.optimizer.zero_grad(set_to_none=True)
-    for part, images in batch.parts(run.options.training.gradient_accumulation_steps):
+    number = run.options.training.gradient_accumulation_steps
+    for part, of_part in batch.parts(number, features):
         part = part.to(captioner.hardware.device)
         with captioner.hardware.autocast():
-            loss, of_part = run.objective(run.model, run.grids(features[images]), part)
+            loss, nats_of_part = run.objective(run.model, run.grids(of_part), part)
         state.scaler.scale(batch.weight * loss).backward()
-        nats = nats + of_part.detach()
+        nats = nats + nats_of_part.detach()
     state.scaler.unscale_(state.optimizer)
     if run.options.training.grad_clip:
         nn.utils.clip_grad_norm_(run.parameters, run.options.training.grad_clip)

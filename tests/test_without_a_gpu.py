@@ -190,6 +190,26 @@ def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeyp
     assert [id(tensor) for tensor in sends[for_features:]] == [id(tensor) for tensor in in_batch]
 
 
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_step_in_parts_is_the_cpus_and_waits_for_nothing(kind, device):
+    captions = [[[5, 6, 7], [4]], [[8, 9]], [[5, 4]], [[6]]]
+    (batch,) = caption_batches.CaptionBatches(captions, 5, 9, seed=0).epoch(0)
+    features = torch.randn(4, 1 if kind == "lstm" else CELLS, CHANNELS)
+    losses = []
+    for place, flags in ((torch.device("cpu"), ()), (AWAY, ("--gradient_accumulation_steps", "2"))):
+        nothing_dropped = () if kind == "lstm" else ("--patch_dropout", "0")
+        settled = options(kind, "--drop_prob", "0", *nothing_dropped, *flags)
+        torch.manual_seed(0)
+        decoder = program.build_decoder(settled.as_dict(), CHANNELS, WORDS)
+        with device if place == AWAY else contextlib.nullcontext():
+            grids = Away(features) if place == AWAY else features
+            decoder = moved(decoder) if place == AWAY else decoder
+            run = make_run(decoder, settled, Pretended(place, "float32"), num_batches=5)
+            losses.append(program.train_step(run, grids, batch))
+    assert float(losses[1].held) == pytest.approx(float(losses[0]), rel=1e-5)
+    assert device.fetched == []
+
+
 def noted_sends(patch):
     """The tensors of the CPU that `to_device` sends from here on."""
     sends = []
