@@ -158,9 +158,7 @@ class CaptionQueue:
             pixels = [job.pixels for job in batch]
             with TRACING:  # of a model that is loaded meanwhile
                 hypotheses, encode, search = caption_batch(captioner, pixels, decoding)
-        except (
-            Exception
-        ) as error:  # whatever it is, it belongs to a picture's request, not to the thread
+        except Exception as error:  # it belongs to a picture's request, not to the thread
             if len(batch) > 1:
                 for job in batch:
                     self._compute([job])
