@@ -82,6 +82,25 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+def anchors(page):
+    """What links may name after `#`: headings as GitHub spells them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_an_anchor_is_spelt_as_github_spells_it(tmp_path):
+    (tmp_path / "page.md").write_text("# 300 `--x`, and one's own\n```\n# no heading\n```\n")
+    assert anchors(tmp_path / "page.md") == {"300---x-and-ones-own"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, LOG], ids=lambda page: page.name)
+def test_links_lead_to_headings_that_are_there(page):
+    links = re.findall(r"\]\(([^)#]*\.md)?#([^)]+)\)", page.read_text())
+    targets = [(page.parent / name if name else page, anchor) for name, anchor in links]
+    assert [(path.name, name) for path, name in targets if name not in anchors(path)] == []
+
+
 @every_page
 def test_files_that_are_named_exist(page):
     named = OUR_FILE.findall(page.read_text())
