@@ -1,18 +1,20 @@
-"""Pictures that arrive together are encoded and searched together: one thread computes, others wait.
+"""Pictures that arrive together are encoded and searched together: two threads compute, others wait.
 
-    queue = CaptionQueue(capacity=128, max_batch=32, max_wait_seconds=0.01)
+    queue = CaptionQueue(capacity=128, max_batch=16, max_wait_seconds=0.01)
     with queue.expecting():                          # a picture is on its way
         pixels = ...                                 # (3, S, S) uint8
         (future,) = queue.submit(captioner, [pixels], decoding)
     captioned = future.result()
     queue.close()                                    # what was accepted is computed
 
-A batch is made of pictures for the same captioner and the same search. It is computed as soon as the
-thread is free, unless others are expected: then it waits for them, `max_wait_seconds` at most.
+One thread encodes a batch while the other searches the one before. A batch is made of pictures for the
+same captioner and the same search. It begins as soon as the encoding thread is free, unless others are
+expected: then it waits for them, `max_wait_seconds` at most.
 """
 
 import contextlib
 import logging
+import queue
 import random
 import threading
 import time
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 
 from caption_decoding import Hypothesis
-from runtime import TRACING
+from runtime import ENCODING, SEARCHING
 
 logger = logging.getLogger("caption_service")
 FIRST_GUESS_SECONDS = 0.1  # of a picture's computation, before one was measured
@@ -39,7 +41,7 @@ class Captioned(NamedTuple):
 
     hypotheses: list[Hypothesis]  # best first
     batch_size: int  # pictures computed together
-    wait_seconds: float  # from submit until the batch began
+    wait_seconds: float  # from submit until now, less what was computed
     encode_seconds: float  # on CUDA until the work was handed over, not until it was done
     search_seconds: float
 
@@ -59,21 +61,43 @@ class Job(NamedTuple):
         return id(self.captioner), self.decoding
 
 
-def caption_batch(captioner, pixels, decoding):
-    """Caption N pictures: arrays (3, S, S) uint8. Returns: hypotheses of each, encode and search seconds.
+class Encoded(NamedTuple):
+    """A batch between the two threads."""
 
-    Samples differ from call to call.
-    """
+    jobs: list[Job]
+    features: object  # what the encoder's stem gave
+    seconds: float  # that encoding took
+
+
+def encode(jobs):
+    """Encode the pictures of jobs that can be computed together."""
     started = time.perf_counter()
-    features = captioner.encode(torch.from_numpy(np.stack(pixels)))
-    encoded = time.perf_counter()
+    pixels = torch.from_numpy(np.stack([job.pixels for job in jobs]))
+    features = jobs[0].captioner.encode(pixels)
+    return Encoded(jobs, features, time.perf_counter() - started)
+
+
+def search(encoded):
+    """Returns: a Captioned of each picture. Samples differ from call to call."""
+    started, (captioner, _, decoding, *_) = time.perf_counter(), encoded.jobs[0]
     seed = random.getrandbits(32)
-    hypotheses = list(captioner.caption_features([features], decoding, seed))
-    return hypotheses, encoded - started, time.perf_counter() - encoded
+    hypotheses = list(captioner.caption_features([encoded.features], decoding, seed))
+    seconds = time.perf_counter() - started
+    now = time.monotonic()
+    return [
+        Captioned(
+            found,
+            len(encoded.jobs),
+            max(0.0, now - job.submitted - encoded.seconds - seconds),
+            encoded.seconds,
+            seconds,
+        )
+        for job, found in zip(encoded.jobs, hypotheses, strict=True)
+    ]
 
 
 class CaptionQueue:
-    """Pictures that wait, and the thread that computes them."""
+    """Pictures that wait, and the threads that compute them."""
 
     def __init__(self, capacity, max_batch, max_wait_seconds, on_batch=None):
         """
@@ -87,8 +111,13 @@ class CaptionQueue:
         self._jobs, self._changed = deque(), threading.Condition()
         self._expected, self._closed = 0, False
         self._seconds_each = FIRST_GUESS_SECONDS
-        self._thread = threading.Thread(target=self._run, name="captioning", daemon=True)
-        self._thread.start()
+        self._encoded = queue.Queue(maxsize=1)  # what the encoding thread hands to the other
+        works = {"encoding": self._encode_all, "searching": self._search_all}
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True) for name, work in works.items()
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __len__(self):
         return len(self._jobs)
@@ -122,16 +151,55 @@ class CaptionQueue:
         return [job.future for job in jobs]
 
     def close(self):
-        """Compute what was accepted, then end the thread."""
+        """Compute what was accepted, then end the threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self):
-        while (batch := self._next_batch()) is not None:
-            if batch:  # else whoever asked for them has gone
-                self._compute(batch)
+    def _encode_all(self):
+        while (jobs := self._next_batch()) is not None:
+            if not jobs:  # whoever asked for them has gone
+                continue
+            try:
+                with ENCODING:
+                    encoded = encode(jobs)
+            except Exception:  # whatever it is, it is a picture's
+                self._compute_alone(jobs)
+            else:
+                self._encoded.put(encoded)
+        self._encoded.put(None)
+
+    def _search_all(self):
+        while (encoded := self._encoded.get()) is not None:
+            try:
+                with SEARCHING:
+                    captioned = search(encoded)
+            except Exception:
+                self._compute_alone(encoded.jobs)
+            else:
+                self._answer(encoded.jobs, captioned)
+
+    def _compute_alone(self, jobs):
+        """Compute the pictures of a batch that failed one by one: one of them may be the reason."""
+        for job in jobs:
+            try:
+                with ENCODING, SEARCHING:
+                    captioned = search(encode([job]))
+            except Exception as error:  # it belongs to a picture's request, not to the thread
+                logger.exception("a picture could not be captioned")
+                job.future.set_exception(error)
+            else:
+                self._answer([job], captioned)
+
+    def _answer(self, jobs, captioned):
+        """Fill the futures of a batch."""
+        first = captioned[0]
+        self._seconds_each = (first.encode_seconds + first.search_seconds) / len(jobs)
+        self.on_batch(len(jobs))
+        for job, result in zip(jobs, captioned, strict=True):
+            job.future.set_result(result)
 
     def _next_batch(self):
         """The jobs to compute next, those of the longest waiting one's kind; None once closed and empty."""
@@ -149,25 +217,3 @@ class CaptionQueue:
 
     def _is_complete(self):
         return self._closed or not self._expected or len(self._jobs) >= self.max_batch
-
-    def _compute(self, batch):
-        """Fill the futures; where a batch fails, each of its pictures is tried alone."""
-        captioner, _, decoding, *_ = batch[0]
-        began = time.monotonic()
-        try:
-            pixels = [job.pixels for job in batch]
-            with TRACING:  # of a model that is loaded meanwhile
-                hypotheses, encode, search = caption_batch(captioner, pixels, decoding)
-        except Exception as error:  # it belongs to a picture's request, not to the thread
-            if len(batch) > 1:
-                for job in batch:
-                    self._compute([job])
-            else:
-                logger.exception("a picture could not be captioned")
-                batch[0].future.set_exception(error)
-            return
-        self._seconds_each = (time.monotonic() - began) / len(batch)
-        self.on_batch(len(batch))
-        for job, found in zip(batch, hypotheses, strict=True):
-            waited = began - job.submitted
-            job.future.set_result(Captioned(found, len(batch), waited, encode, search))

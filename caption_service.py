@@ -103,11 +103,12 @@ except ImportError as error:
     )
     sys.exit(2)
 
+import torch
 from PIL import Image
 
 import caption_options
 import config_file
-from caption_queue import Busy, CaptionQueue, caption_batch
+from caption_queue import Busy, CaptionQueue
 from runtime import available_cpus, printable, resolve_device, set_threads
 from service_records import Metrics, Observed, error_answer, write_json_lines
 from service_requests import (
@@ -151,7 +152,7 @@ class Settings(BaseSettings):
     max_body_mb: float = Field(20.0, gt=0, description="largest body of a request")
     body_seconds: float = Field(20.0, gt=0, description="in which a body must have arrived")
     queue_size: int = Field(128, ge=1, description="most requests held, and most pictures waiting")
-    max_batch: int = Field(32, ge=1, le=1024, description="most pictures computed together")
+    max_batch: int = Field(16, ge=1, le=1024, description="most pictures computed together")
     max_wait_ms: float = Field(10.0, ge=0, description="a batch waits for pictures on their way")
     max_files: int = Field(32, ge=1, description="most pictures of /predict/batch")
     max_beam: int = Field(32, ge=1, description="largest beam_size and num_captions")
@@ -205,7 +206,7 @@ def load_served(settings):
     started = time.perf_counter()
     captioner, options = load_captioner(settings.model, settings.device, settings.precision)
     size = captioner.encoder.image_size
-    (((best, *_),), *_) = caption_batch(captioner, [grey_picture(size)], options.decoding)
+    ((best, *_),) = captioner.caption(grey_picture(size), options.decoding)
     path = Path(options.run.model_path)
     info = {
         "model": without_paths(settings.model),
@@ -228,11 +229,11 @@ def load_served(settings):
 
 
 def grey_picture(size):
-    """Pixels of a JPEG file, read as those of requests are."""
+    """(1, 3, S, S) uint8 of a JPEG file, read as those of requests are."""
     file = BytesIO()
     Image.new("L", (size, size), 128).save(file, "JPEG")
     file.seek(0)
-    return read_picture(file, size).pixels
+    return torch.from_numpy(read_picture(file, size).pixels[None])
 
 
 def share_threads(settings):

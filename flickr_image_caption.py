@@ -97,7 +97,8 @@ from model_versions import resolve_model_path, results_folder
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
-    TRACING,
+    ENCODING,
+    SEARCHING,
     Stopped,
     arithmetic,
     counted,
@@ -251,7 +252,7 @@ class Encoder(nn.Module):
 def fold(modules, precision, folds=True):
     """A copy for inference; BatchNorm is folded into the convolutions if it `folds`. modules: nn.Sequential."""
     if folds:
-        with TRACING:
+        with ENCODING, SEARCHING:  # torch.fx traces
             folded = torch.fx.experimental.optimization.fuse(modules)
     else:
         folded = copy.deepcopy(modules)

@@ -28,8 +28,9 @@ import process_group
 # codes of C0 and C1, marks that turn the direction of text, line ends, halves of characters
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 PROBE_ROUNDS, PROBE_STEPS = 5, 12  # about 0.3 s in all
-# torch.fx replaces nn.Module.__call__ in all threads while it traces: no other may compute then
-TRACING = threading.Lock()
+# torch.fx replaces nn.Module.__call__ in all threads while it traces: no other may compute then.
+# A thread that encodes or searches meanwhile holds its lock, one that traces holds both
+ENCODING, SEARCHING = threading.Lock(), threading.Lock()
 ALL_ARE_SLOWER = 1.3  # times, before one thread is taken: a quiet machine decides alike each time
 
 

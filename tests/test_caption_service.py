@@ -35,6 +35,7 @@ import caption_options
 import caption_service
 import config_file
 import flickr_image_caption as fic
+import runtime
 from caption_queue import Busy, CaptionQueue
 from model_versions import ModelVersionManager
 
@@ -756,7 +757,9 @@ class Stub:
 
     def __init__(self):
         self.may_go, self.batches, self.fails_on = threading.Event(), [], None
+        self.may_search = threading.Event()
         self.may_go.set()
+        self.may_search.set()
 
     def encode(self, images):
         self.batches.append(images[:, 0, 0, 0].tolist())
@@ -766,6 +769,7 @@ class Stub:
         return images
 
     def caption_features(self, chunks, decoding, seed):
+        assert self.may_search.wait(10)
         for images in chunks:
             yield from images[:, 0, 0, 0].tolist()
 
@@ -829,6 +833,28 @@ def test_a_batch_waits_for_pictures_that_are_expected_and_not_otherwise(queue, s
     with queue.expecting():
         (future,) = queue.submit(stub, [pixels_of(4)], "plain")
         assert future.result(10).wait_seconds >= 0.3  # but not for ever
+
+
+def test_a_batch_is_encoded_while_the_one_before_is_searched(queue, stub):
+    stub.may_search.clear()
+    (first,) = queue.submit(stub, [pixels_of(1)], "plain")
+    wait_until(lambda: stub.batches == [[1]])
+    (second,) = queue.submit(stub, [pixels_of(2)], "plain")
+    wait_until(lambda: stub.batches == [[1], [2]])
+    assert not first.done()
+    stub.may_search.set()
+    assert (first.result(10).hypotheses, second.result(10).hypotheses) == (1, 2)
+    assert first.result().search_seconds > second.result().search_seconds  # it waited for leave
+
+
+@pytest.mark.parametrize("stage", [runtime.ENCODING, runtime.SEARCHING])
+def test_nothing_is_computed_while_a_model_is_traced(queue, stub, stage):
+    with stage:  # as who traces holds both
+        (future,) = queue.submit(stub, [pixels_of(1)], "plain")
+        time.sleep(0.1)
+        assert not future.done()
+        assert stub.batches == ([] if stage is runtime.ENCODING else [[1]])
+    assert future.result(10).hypotheses == 1
 
 
 def test_what_nobody_waits_for_is_not_computed(queue, stub):
