@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL_BYTES = 1.7e9  # of the largest process that docs/SERVICE.md tells of
 sys.path.insert(0, str(ROOT))
 MANIFESTS = ("model", "deployment", "service", "autoscaler")
 
@@ -164,6 +165,15 @@ def test_compose_lets_the_service_finish(settings):
         assert grace > settings["CAPTION_GRACE_SECONDS"]
 
 
+def test_compose_has_memory_for_all_bodies_and_the_model(settings):
+    """/tmp is memory there, and a body beyond 1 MB lies in it."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    for service in services.values():
+        held = int(service["environment"]["CAPTION_QUEUE_SIZE"])
+        limit = 1e9 * float(service["deploy"]["resources"]["limits"]["memory"].removesuffix("g"))
+        assert held * settings["CAPTION_MAX_BODY_MB"] * 1e6 <= limit - MODEL_BYTES
+
+
 # ---------------------------------------------------------------------------------------------- kubernetes
 
 
@@ -234,6 +244,13 @@ def test_the_pod_has_limits_and_the_settings_are_the_service_s(container, settin
     named = {entry["name"]: entry["value"] for entry in container["env"]}
     assert named.keys() <= settings.keys()
     assert named["CAPTION_MODEL"] == environment()["CAPTION_MODEL"]
+
+
+def test_the_pod_s_volume_holds_all_bodies(pod, container, settings):
+    named = settings | {entry["name"]: entry["value"] for entry in container["env"]}
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == "tmp"]
+    size = 2**30 * int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+    assert int(named["CAPTION_QUEUE_SIZE"]) * float(named["CAPTION_MAX_BODY_MB"]) * 1e6 <= size
 
 
 def test_the_pod_is_given_the_time_to_finish(pod, container):

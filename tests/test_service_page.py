@@ -436,6 +436,22 @@ def test_a_service_that_is_gone_is_said_to_be(opened, photograph):
     forget(page.complaints, "ERR_FAILED")
 
 
+@pytest.mark.parametrize("body", ['{"captions": [{"capt', ""])
+def test_an_answer_that_breaks_off_is_said_to_be_none(opened, photograph, body):
+    """Not shown, and the caption of the picture before is not shown either."""
+    page = opened()
+    upload(page, photograph)
+    page.route("**/predict", lambda route: route.fulfill(status=200, body=body))
+    page.set_input_files("#choose", photograph)
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert "answered 200, and not why" in alert.inner_text()
+    assert page.locator("#result").is_hidden()
+    page.unroute("**/predict")
+    page.get_by_role("button", name="Try again").click()
+    page.locator("#result").wait_for()
+
+
 def test_a_picture_waits_for_the_model(opened, photograph):
     loading = [{"ready": False, "fault": None}, {"ready": False, "fault": "no such version"}]
 
