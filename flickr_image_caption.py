@@ -43,7 +43,6 @@ if __name__ == "__main__":  # before torch: --help and mistakes answer at once
         raise SystemExit(run_comparison.main(OPTIONS.output))
 
 import contextlib
-import copy
 import functools
 import hashlib
 import itertools
@@ -58,7 +57,6 @@ from types import MappingProxyType
 
 import pandas
 import torch
-import torch.fx.experimental.optimization
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
@@ -91,14 +89,13 @@ from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
 from encoder_models import empty_trunk, fill_buffers, find_model, grid_shape
+from encoder_trunks import fold, load_trunk, sha256_of, split_blocks, split_weights
 from feature_cache import FeatureSource, open_source
 from feature_scale import StandardisedFeatures
 from model_versions import resolve_model_path, results_folder
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
 from runtime import (
-    ENCODING,
-    SEARCHING,
     Stopped,
     arithmetic,
     counted,
@@ -249,24 +246,6 @@ class Encoder(nn.Module):
         }
 
 
-def fold(modules, precision, folds=True):
-    """A copy for inference; BatchNorm is folded into the convolutions if it `folds`. modules: nn.Sequential."""
-    if folds:
-        with ENCODING, SEARCHING:  # torch.fx traces
-            folded = torch.fx.experimental.optimization.fuse(modules)
-    else:
-        folded = copy.deepcopy(modules)
-    return folded.to(getattr(torch, precision), memory_format=torch.channels_last)
-
-
-def sha256_of(module):
-    """Over names and tensors of its state."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def side_by_side(grids):
     """Grids (N, F, h, w) of looks at the same images, the finest first -> (N, P, all F)."""
     finest, *coarser = grids
@@ -355,35 +334,6 @@ class Stem:
         return self.encoder.key() | own | {"grid": self.grid}
 
 
-def split_blocks(trunk, trained, name):
-    """The trunk's modules in their order: the frozen ones, and those to be trained.
-
-    trained: how many blocks, such as a ResNet's bottlenecks; what has no matrix of weights, such as a
-    normalisation between two of them, belongs to the one before. Raises: ValueError unless one is left.
-    """
-    modules = modules_of(trunk)
-    blocks = [place for place, module in enumerate(modules) if has_matrix(module)]
-    if trained >= len(blocks):
-        raise ValueError(
-            f"--fine_tune_encoder {trained}: {name} has {len(blocks)} blocks, "
-            "of which the first stays frozen: give fewer"
-        )
-    first = blocks[-trained]
-    return modules[:first], modules[first:]
-
-
-def modules_of(module):
-    """A module's parts in their order; a plain nn.Sequential is as many as it holds."""
-    if type(module) is not nn.Sequential:
-        return [module]
-    return [part for child in module for part in modules_of(child)]
-
-
-def has_matrix(module):
-    """Whether it has weights of more than one axis."""
-    return any(parameter.ndim > 1 for parameter in module.parameters())
-
-
 class SideBySideEncoder(nn.Module):
     """Several encoders that see the same picture: each cell has the channels of all.
 
@@ -437,24 +387,6 @@ def stretch(features, grid, size):
         return features
     maps = features.transpose(1, 2).unflatten(2, tuple(grid))  # (N, F, h, w)
     return F.interpolate(maps, size=tuple(size), mode="bilinear").flatten(2).transpose(1, 2)
-
-
-def load_trunk(trunk, state, model_state, source, name):
-    """Load a state dict that may hold a classifier, or lack BatchNorm's counters, into the trunk."""
-    expected = trunk.state_dict()
-    counters = [key for key in expected if key.endswith("num_batches_tracked")]
-    state = {key: torch.zeros_like(expected[key]) for key in counters} | state
-    missing = sorted(expected.keys() - state.keys()) or sorted(state.keys() - model_state.keys())
-    reshaped = sorted(
-        key
-        for key in expected.keys() & state.keys()
-        if expected[key].shape != getattr(state[key], "shape", None)
-    )
-    if missing or reshaped:
-        fault = f"they differ in {missing[0]}" if missing else f"another shape of {reshaped[0]}"
-        raise ValueError(f"{source}: not weights of --encoder {name} ({fault}): give both alike")
-    state = {key: state[key].to(value.dtype) for key, value in expected.items()}
-    trunk.load_state_dict(state, assign=True)
 
 
 def open_encoder(options, hardware, checkpoint=None, initial=None):
@@ -528,19 +460,6 @@ def build_encoder(options, hardware, stored=None, path=None, record=MappingProxy
     parts = zip(names, states, sources, models, strict=True)
     encoders = [kind(*part, *settings, model=model) for *part, model in parts]
     return SideBySideEncoder(encoders) if len(encoders) > 1 else encoders[0]
-
-
-def split_weights(weights, name):
-    """A checkpoint's encoder weights -> the state dict of each encoder that `name` joins."""
-    count = name.count("+") + 1
-    if count == 1:
-        return [weights]
-    parts = [{} for _ in range(count)]
-    for key, tensor in weights.items():
-        number, _, rest = key.partition(".")
-        if number.isdecimal() and int(number) < count:
-            parts[int(number)][rest] = tensor
-    return parts
 
 
 # ----------------------------------------------------------------------------------------- attention

@@ -23,6 +23,7 @@ from caption_decoding import Hypothesis, generate
 from caption_options import parse_args
 from download_datasets import load_encoder_weights
 from encoder_models import find_model
+from encoder_trunks import split_weights
 from flickr_image_caption import (
     ENCODERS,
     Encoder,
@@ -1024,14 +1025,14 @@ def test_encoders_side_by_side_have_a_key_of_their_own(side_by_side):
 
 def test_weights_in_a_checkpoint_find_their_encoder_again(side_by_side):
     stored = side_by_side.trunk.state_dict()
-    states = program.split_weights(stored, side_by_side.name)
+    states = split_weights(stored, side_by_side.name)
     for part, state in zip(side_by_side.parts, states, strict=True):
         again = Encoder(part.name, state, "best.pt", image_size=100)
         assert again.weights_sha256 == part.weights_sha256
     alone = side_by_side.parts[0].trunk.state_dict()
-    assert program.split_weights(alone, "mobilenet_v3_small") == [alone]
+    assert split_weights(alone, "mobilenet_v3_small") == [alone]
     foreign = {"7.conv": torch.ones(1), "conv": torch.ones(1)}
-    assert program.split_weights(foreign, side_by_side.name) == [{}, {}]
+    assert split_weights(foreign, side_by_side.name) == [{}, {}]
 
 
 def test_an_encoder_outside_the_table_is_refused_by_name(capsys):
