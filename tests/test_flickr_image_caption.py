@@ -31,6 +31,7 @@ from flickr_image_caption import (
     cross_entropy,
     doubly_stochastic_penalty,
 )
+from joined_grids import SideBySideEncoder
 from repeated_linear import RepeatedLinear
 
 VOCAB_SIZE, CHANNELS, CELLS = 13, 6, 9
@@ -995,7 +996,7 @@ def side_by_side():
         for name in ("mobilenet_v3_small", "squeezenet1_1")
     ]
     assert [part.grid for part in parts] == [[4, 4], [6, 6]]
-    return program.SideBySideEncoder(parts)
+    return SideBySideEncoder(parts)
 
 
 def test_encoders_side_by_side_give_each_cell_the_channels_of_all(side_by_side):
@@ -1018,7 +1019,7 @@ def test_encoders_side_by_side_have_a_key_of_their_own(side_by_side):
     key, parts = side_by_side.key(), [part.key() for part in side_by_side.parts]
     assert key["name"] == "mobilenet_v3_small+squeezenet1_1" and key["parts"] == parts
     assert key["channels"] == sum(part["channels"] for part in parts) and key["grid"] == [6, 6]
-    swapped = program.SideBySideEncoder(list(side_by_side.parts)[::-1])
+    swapped = SideBySideEncoder(list(side_by_side.parts)[::-1])
     hashes = {k["weights_sha256"] for k in (key, swapped.key(), *parts)}
     assert len(hashes) == 4
 
