@@ -55,7 +55,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import pandas
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,7 +62,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import lr_scheduler
 
 import attention_measures
-import caption_data
 import caption_report
 import caption_splits
 import checkpoints
@@ -83,14 +81,13 @@ import run_folder
 import run_records
 import score_details
 import warm_start
-from caption_batches import CaptionBatches, SubwordVocabulary, Vocabulary, vocabulary_from_plain
+from caption_batches import SubwordVocabulary, Vocabulary, vocabulary_from_plain
 from caption_decoding import ALGORITHMS, Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
 from encoder_models import empty_trunk, fill_buffers, find_model, grid_shape
 from encoder_trunks import fold, load_trunk, sha256_of, split_blocks, split_weights
-from feature_cache import FeatureSource, open_source
 from feature_scale import StandardisedFeatures
 from joined_grids import SideBySideEncoder, side_by_side
 from model_versions import resolve_model_path, results_folder
@@ -110,13 +107,22 @@ from runtime import (
     until_stopped,
 )
 from self_critical import self_critical
+from split_data import (
+    DECODE_CHUNK,
+    Split,
+    check_cache_dir,
+    decode_chunks,
+    make_batches,
+    needs_grid,
+    open_dataset,
+    open_features,
+)
 from train_state import TrainState, change_course, last_on_captions, make_plan
 from word_embedding import begin_with_vectors, partly_frozen
 
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
 ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # measured, but for mps: docs/PERFORMANCE.md
 READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
-DECODE_CHUNK = 100  # images decoded together
 ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other heights are slower
 
 # --------------------------------------------------------------------------------------- the encoder
@@ -1063,8 +1069,8 @@ def build_index(captioner, table, features):
 
 def mean_features(captioner, features):
     """The mean over the grid of each image of a FeatureSource: (M, F) on the CPU."""
-    chunks = features.stream(torch.arange(len(features.paths)).split(DECODE_CHUNK))
-    return torch.cat([captioner.grids(chunk).mean(1).cpu() for chunk in chunks])
+    chunks = map(captioner.grids, decode_chunks(features))
+    return torch.cat([chunk.mean(1).cpu() for chunk in chunks])
 
 
 def restore_decoder(path, values, checkpoint):
@@ -1242,93 +1248,6 @@ def new_state(captioner, options, plan, order):
     scales = hardware.precision == "float16"
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
     return TrainState(optimizer, scheduler, scaler, plan, order, options.training.select_by)
-
-
-# ----------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Split:
-    """The training or validation images: their table, their features, their captions in batches."""
-
-    table: pandas.DataFrame  # as caption_data.Dataset.table
-    features: FeatureSource
-    batches: CaptionBatches
-
-    @functools.cached_property
-    def order(self):
-        """SHA-256 of what decides the order of an epoch's captions: images, captions each, seed."""
-        decisive = [self.batches.seed, self.table.image.tolist(), self.batches.counts.tolist()]
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
-
-    def epoch(self, epoch, start=0, shuffle=True, mirror=False, crop=False):
-        """Yield (batch, features (N, P, F)) of an epoch from caption number `start` on."""
-        batches, ahead = itertools.tee(self.batches.epoch(epoch, start, shuffle))
-        mirrored = self.batches.mirrored(epoch) if mirror else None
-        crops = {"crops": self.batches.crops(epoch)} if crop else {}
-        rows = (batch.image_rows for batch in ahead)
-        features = self.features.stream(rows, mirrored, **crops)
-        return zip(batches, features, strict=True)
-
-
-def open_dataset(options, checkpoint=None):
-    """The dataset, split as the checkpoint's was; in test mode a foreign one is scored whole."""
-    data = options.data
-    try:
-        return caption_data.load_dataset(
-            data.dataset_type,
-            data.image_dir,
-            data.captions_file,
-            data_dir=data.data_dir,
-            split_seed=data.split_seed,
-            splits=checkpoint["splits"] if checkpoint else None,
-            typed=bool({"dataset_type", "captions_file"} & options.typed),
-            scored={"test": options.output.split, "tune": "val"}.get(options.run.mode),
-            max_bad_fraction=data.max_bad_fraction,
-            max_train_images=data.max_train_images,
-            max_val_images=data.max_val_images,
-            remote_shards="image_dir" in options.by_hand,
-            split_ratios=data.split_ratios,
-        )
-    except ValueError as error:
-        inherited = data.captions_file and "captions_file" not in options.typed
-        if not (inherited and str(error).startswith(str(Path(data.captions_file)))):
-            raise
-        raise ValueError(  # whose message may quote a file that the checkpoint chose
-            f"--captions_file {data.captions_file}, from the checkpoint, cannot be used: "
-            "type it to see why"
-        ) from error
-
-
-def check_cache_dir(cache):
-    """Raises: ValueError when features are to be stored where they cannot be."""
-    if not cache.no_feature_cache:
-        checkpoints.check_writable_dir(cache.cache_dir, "--cache_dir")
-
-
-def open_features(options, hardware, encoder, dataset, split, reads_grid, mirrored=False):
-    """(table of the images in `split`, their features); unreadable images leave the dataset."""
-    cache = options.features
-    table = dataset.table[dataset.table.split == split].reset_index(drop=True)
-    paths = image_loading.ImagePaths(dataset.image_dir, table.image.tolist())
-    features = open_source(
-        encoder.stem,
-        paths,
-        pooled=not (reads_grid or options.training.fine_tune_encoder),
-        mirrored=mirrored,
-        cache_dir=None if cache.no_feature_cache else cache.cache_dir,
-        dtype=getattr(torch, cache.cache_dtype),
-        num_workers=options.run.num_workers,
-        device=hardware.device,
-        what=f"{split} images",
-    )
-    if not features.unreadable:
-        return table, features
-    names = zip(table.image, paths, strict=True)
-    unreadable = features.unreadable
-    reasons = {name: unreadable[path] for name, path in names if path in unreadable}
-    print(printable(dataset.drop_unreadable(reasons)))
-    return table[~table.image.isin(list(reasons))].reset_index(drop=True), features
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -1514,7 +1433,7 @@ def validation_scores(run, received):
     """Scores of the validation captions, decoded without reference tokens as in test mode."""
     captioner, table, options = run.captioner, run.validation.table, run.options
     share = torch.arange(len(table))[process_group.shard(len(table))]
-    chunks = run.validation.features.stream(share.split(DECODE_CHUNK) if len(share) else [])
+    chunks = decode_chunks(run.validation.features, share)
     beam = options.training.val_beam_size
     decoding = options.decoding._replace(algorithm="beam", beam_size=beam, num_captions=1)
     hypotheses = captioner.caption_features(chunks, decoding, options.run.seed)
@@ -1706,9 +1625,9 @@ def new_decoder(values, encoder, vocabulary, features):
     decoder = build_decoder(values, encoder.channels, len(vocabulary))
     num_images = len(features.paths)
     sample = torch.linspace(0, num_images - 1, min(num_images, CALIBRATION_IMAGES)).long()
-    chunks = features.stream(sample.split(DECODE_CHUNK))
     with torch.no_grad():
-        decoder.to(features.device).calibrate(map(encoder.tail, chunks))
+        chunks = map(encoder.tail, decode_chunks(features, sample))
+        decoder.to(features.device).calibrate(chunks)
     return decoder
 
 
@@ -1731,14 +1650,6 @@ def warn_of_seen_images(initial, dataset, options):
             f"{len(seen)} of {counted(len(scored), 'validation and test image')} are among those that "
             f"{options.training.init_from} was trained on: scores on them tell nothing of new pictures"
         )
-
-
-def make_batches(table, vocabulary, options):
-    """A table's captions as batches of word ids."""
-    ids = ([vocabulary.encode(text) for text in captions] for captions in table.captions)
-    batch_size, max_length = options.training.batch_size, options.decoding.max_length
-    ends = vocabulary.sos, vocabulary.eos
-    return CaptionBatches(ids, batch_size, max_length, options.run.seed, *ends)
 
 
 def make_state(captioner, options, training, checkpoint):
@@ -1915,14 +1826,6 @@ def pictures_note(folder, options):
     return printable(f"{method} pictures: {folder / files}")
 
 
-def needs_grid(decoder, options):
-    """Whether the decoder or its maps are made of grids; says so if it is the maps alone."""
-    maps_alone = options.pictures.viz_method == "gradient" and not decoder.reads_grid
-    if maps_alone:
-        print("--viz_method gradient reads grids, of which the decoder needs the means only")
-    return maps_alone or decoder.reads_grid
-
-
 def first_features(features, number, title):
     """Yield features of a split's first images in chunks (n, P, F), behind a progress bar."""
     each = attention_measures.CHUNK
@@ -1992,7 +1895,7 @@ def test_checkpoint(options, hardware, checkpoint):
     split, reads_grid = options.output.split, needs_grid(captioner.decoder, options)
     table, features = open_split(split, reads_grid)
     boxes = open_boxes(dataset, table) if reads_grid else None
-    chunks = features.stream(torch.arange(len(table)).split(DECODE_CHUNK))
+    chunks = decode_chunks(features)
     hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
     hypotheses = list(Progress(hypotheses, "testing", len(table), "images"))
     best, method = [image[0] for image in hypotheses], options.pictures.viz_method
@@ -2148,8 +2051,7 @@ def tune(options, hardware, checkpoint):
 def whole_beams(captioner, features, decoding, search):
     """Every caption that each image's beam holds. search: decoding_tuning.Search."""
     decoding = decoding._replace(num_captions=search.beam_size, **search._asdict())
-    chunks = features.stream(torch.arange(len(features.paths)).split(DECODE_CHUNK))
-    beams = captioner.caption_features(chunks, decoding)
+    beams = captioner.caption_features(decode_chunks(features), decoding)
     return list(Progress(beams, f"beam {search.beam_size}", len(features.paths), "images"))
 
 

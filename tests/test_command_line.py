@@ -70,6 +70,7 @@ import runtime
 import self_critical
 import tracking_backends
 from self_critical import Reward
+from split_data import open_dataset
 
 PROGRAM = Path(fic.__file__)
 CPU = runtime.Hardware(torch.device("cpu"), "float32")
@@ -268,7 +269,7 @@ def num_workers_decode():
 
 
 def dataset_type_names_the_folder():
-    assert fic.open_dataset(chosen()).image_dir == Path("data/sample/Images")
+    assert open_dataset(chosen()).image_dir == Path("data/sample/Images")
     refused(
         "--dataset_type flickr8k",
         naming=["flickr8k", "python download_datasets.py --dataset flickr8k"],
@@ -276,7 +277,7 @@ def dataset_type_names_the_folder():
 
 
 def image_dir_and_captions_file_replace_the_default():
-    dataset = fic.open_dataset(chosen(own_copy()))
+    dataset = open_dataset(chosen(own_copy()))
     assert dataset.image_dir == Path("data_copy/Images") and dataset.captions_file == Path(
         "data_copy/captions.txt"
     )
@@ -285,13 +286,13 @@ def image_dir_and_captions_file_replace_the_default():
 def data_dir_replaces_the_default_folder():
     own_copy()
     for name in ("sample", "custom"):
-        dataset = fic.open_dataset(chosen(f"--dataset_type {name} --data_dir data_copy"))
+        dataset = open_dataset(chosen(f"--dataset_type {name} --data_dir data_copy"))
         assert dataset.image_dir == Path("data_copy/Images")
         assert dataset.captions_file == Path("data_copy/captions.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", "data_copy")
-        assert fic.open_dataset(chosen()).image_dir == Path("data_copy/Images")
-    typed = fic.open_dataset(chosen("--data_dir data_copy --image_dir data/sample/Images"))
+        assert open_dataset(chosen()).image_dir == Path("data_copy/Images")
+    typed = open_dataset(chosen("--data_dir data_copy --image_dir data/sample/Images"))
     assert typed.image_dir == Path("data/sample/Images")
     assert typed.captions_file == Path("data_copy/captions.txt")
     refused(TINY, "--data_dir nowhere", naming=["nowhere: no image folder (looked for Images"])
@@ -302,7 +303,7 @@ def split_seed_draws_the_split():
     for path in Path("data_copy").glob("sample.*.txt"):
         path.unlink()
     one, same, other = (
-        fic.open_dataset(chosen(flags, f"--split_seed {n}")).split_names() for n in (1, 1, 2)
+        open_dataset(chosen(flags, f"--split_seed {n}")).split_names() for n in (1, 1, 2)
     )
     assert one == same != other
 
@@ -311,7 +312,7 @@ def split_ratios_share_the_images_out():
     flags = own_copy()
     for path in Path("data_copy").glob("sample.*.txt"):
         path.unlink()
-    names = fic.open_dataset(chosen(flags, "--split_ratios 0.5 0.25 0.25")).split_names()
+    names = open_dataset(chosen(flags, "--split_ratios 0.5 0.25 0.25")).split_names()
     assert [len(names[split]) for split in ("train", "val", "test")] == [20, 10, 10]
 
 
@@ -334,18 +335,18 @@ def freq_threshold_leaves_rare_words_out():
 def max_bad_fraction_bounds_what_is_skipped():
     flags = own_copy()
     Path("data_copy/Images", listed("train")[0]).unlink()
-    assert len(fic.open_dataset(chosen(flags, "--max_bad_fraction 0.025")).table) == 39
+    assert len(open_dataset(chosen(flags, "--max_bad_fraction 0.025")).table) == 39
     with pytest.raises(ValueError, match=r"--max_bad_fraction 0\.024"):
-        fic.open_dataset(chosen(flags, "--max_bad_fraction 0.024"))
+        open_dataset(chosen(flags, "--max_bad_fraction 0.024"))
 
 
 def max_train_images_leaves_the_rest_out():
-    counts = fic.open_dataset(chosen("--max_train_images 7")).table.split.value_counts()
+    counts = open_dataset(chosen("--max_train_images 7")).table.split.value_counts()
     assert counts.to_dict() == {"train": 7, "val": 4, "test": 4}
 
 
 def max_val_images_leaves_the_rest_out():
-    counts = fic.open_dataset(chosen("--max_val_images 3")).table.split.value_counts()
+    counts = open_dataset(chosen("--max_val_images 3")).table.split.value_counts()
     assert counts.to_dict() == {"train": 32, "val": 3, "test": 4}
     run = ready("--max_val_images 3")
     assert len(run.validation.table) == len(run.splits["val"]) == 3

@@ -21,6 +21,7 @@ import config_file
 import decoding_tuning
 import flickr_image_caption as program
 from caption_options import DEFAULTS, ENCODERS, TABLE, inherit, parse_args, path_notes
+from split_data import open_dataset
 
 ROOT = Path(caption_options.__file__).parent
 DOCUMENTED = """\
@@ -558,7 +559,7 @@ def test_shards_that_a_command_fetches_are_not_opened_on_a_file_s_word(monkeypat
     with pytest.raises(
         ValueError, match=f"^--image_dir {source}: shards that a command fetches are not"
     ):
-        program.open_dataset(options)
+        open_dataset(options)
     assert not Path("hacked").exists()
     monkeypatch.setenv("CAPTION_IMAGE_DIR", source)  # which is the user's own
     assert "image_dir" in options_of("image_dir: pictures\n").by_hand
