@@ -225,6 +225,12 @@ def printable(text):
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
+def warn(text):
+    """Say on stderr, once for all processes, what a user may not expect."""
+    if process_group.rank() == 0:
+        print(f"warning: {printable(text)}", file=sys.stderr)
+
+
 def resolve_precision(name, device):
     """--precision -> float32, bfloat16 or float16; auto takes the fastest with hardware support.
 

@@ -71,6 +71,7 @@ import self_critical
 import tracking_backends
 from self_critical import Reward
 from split_data import open_dataset
+from trained_models import open_checkpoint
 
 PROGRAM = Path(fic.__file__)
 CPU = runtime.Hardware(torch.device("cpu"), "float32")
@@ -1198,7 +1199,7 @@ def ready_from(path, *flags):
     words = f"--dataset_type sample --freq_threshold 1 --num_workers 0 --init_from {path}"
     options = fic.parse_args([*words.split(), *" ".join(flags).split()])
     with contextlib.redirect_stdout(io.StringIO()):
-        options, _ = fic.open_checkpoint(options)
+        options, _ = open_checkpoint(options)
         return fic.set_up(options, runtime.resolve_hardware("cpu", "float32"))
 
 

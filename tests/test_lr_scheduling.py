@@ -22,6 +22,7 @@ import flickr_image_caption as program
 import train_state
 from caption_options import inherit, parse_args
 from runtime import Hardware
+from trained_models import open_checkpoint
 
 RATE, BATCHES = 0.01, 4  # --learning_rate, batches per epoch
 SCHEDULES = {
@@ -292,7 +293,7 @@ def test_a_schedule_that_surprises_is_announced(capsys, name, given, epochs, sai
 def resume(folder, run, *typed, batches=BATCHES):
     """A new run that goes on from where `run` stands; what is not typed comes from its checkpoint."""
     SAVE(run, "last.pt")
-    settled, checkpoint = program.open_checkpoint(
+    settled, checkpoint = open_checkpoint(
         parse_args(["--model_path", str(folder / "last.pt"), *typed])
     )
     return start(settled, folder, checkpoint, batches)
