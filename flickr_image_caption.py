@@ -37,7 +37,6 @@ if __name__ == "__main__":  # before torch: --help and mistakes answer at once
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -86,6 +85,7 @@ from joined_grids import SideBySideEncoder, side_by_side
 from model_versions import resolve_model_path, results_folder
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
+from reranking import build_index, index_owner, make_reranker, mean_features, open_reranker
 from runtime import (
     Stopped,
     arithmetic,
@@ -1030,50 +1030,6 @@ def open_captioner(options, hardware, checkpoint):
     ]
     decoder = Ensemble([decoder, *others]) if others else decoder
     return Captioner(encoder, decoder.to(hardware.device), vocabulary, hardware)
-
-
-def open_reranker(options, checkpoint, build=None):
-    """The consensus.Reranker that --rerank asks for, or None; `build` as of `consensus.open_index`.
-
-    A checkpoint that is alone still captions, with a warning. Raises: ValueError if it was typed.
-    """
-    if options.rerank.rerank == "none" or options.decoding.algorithm != "beam":
-        return None
-    path = options.run.model_path
-    index = consensus.open_index(path, index_owner(path, checkpoint), build)
-    if index:
-        return make_reranker(options, index)
-    lacks = (
-        f"no {consensus.FILE_NAME} of it beside {path}: --mode test on its training data makes it"
-    )
-    if "rerank" in options.typed:
-        raise ValueError(f"--rerank consensus: {lacks}")
-    warn(f"captions are not reranked, as the checkpoint has it: {lacks}")
-    return None
-
-
-def make_reranker(options, index):
-    """The consensus.Reranker of this run's options."""
-    return consensus.Reranker(index, options.rerank.neighbours, options.rerank.rerank_weight)
-
-
-def index_owner(path, checkpoint):
-    """What an index of neighbours must have in common with a checkpoint, as a hash."""
-    common = json.dumps(in_common(path, checkpoint))
-    return hashlib.sha256(common.encode()).hexdigest()
-
-
-def build_index(captioner, table, features):
-    """The consensus.ConsensusIndex of the training images: their table and FeatureSource."""
-    encode = captioner.vocabulary.encode
-    captions = [[*map(encode, texts)] for texts in table.captions]
-    return consensus.build_index(mean_features(captioner, features), captions)
-
-
-def mean_features(captioner, features):
-    """The mean over the grid of each image of a FeatureSource: (M, F) on the CPU."""
-    chunks = map(captioner.grids, decode_chunks(features))
-    return torch.cat([chunk.mean(1).cpu() for chunk in chunks])
 
 
 def restore_decoder(path, values, checkpoint):

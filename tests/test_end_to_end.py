@@ -50,6 +50,7 @@ import metrics_utils
 import progress
 import score_details
 from caption_decoding import Hypothesis
+from reranking import index_owner
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),  # a user would see it on stderr
@@ -1955,7 +1956,7 @@ def test_a_beams_captions_are_reranked_by_those_of_similar_training_images(shop)
     decoding = options.decoding._replace(beam_size=8, num_captions=8)
     features = captioner.encode([Path(image) for image in images])
     beams = list(captioner.caption_features([features], decoding))
-    owner = fic.index_owner("run/best.pt", checkpoints.load_checkpoint("run/best.pt"))
+    owner = index_owner("run/best.pt", checkpoints.load_checkpoint("run/best.pt"))
     index = consensus.load_index("run/neighbours.pt", owner)
     agreement = index.agreement(index.nearest(features.mean(1), 5), beams)
     pairs = zip(beams, agreement, strict=True)
