@@ -54,6 +54,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import lr_scheduler
 
 import attention_measures
+import caption_pictures
 import caption_report
 import caption_splits
 import checkpoints
@@ -74,7 +75,7 @@ import run_records
 import score_details
 import warm_start
 from caption_batches import SubwordVocabulary, Vocabulary, vocabulary_from_plain
-from caption_decoding import ALGORITHMS, Ensemble, generate, map_tensors, select
+from caption_decoding import Ensemble, generate, map_tensors, select
 from caption_objectives import Distillation, kept_in, soft_targets, targets_file
 from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
@@ -1670,8 +1671,8 @@ def finish_run(run):
     paths, pictures = run.validation.features.paths, options.pictures
     if pictures.save_attention_viz:
         hypotheses = first_captions(run, pictures.attention_viz_samples)
-        draw_attention(run.folder, run.captioner, paths, hypotheses, options)
-        print(pictures_note(run.folder, options))
+        caption_pictures.draw_attention(run.folder, run.captioner, paths, hypotheses, options)
+        print(caption_pictures.pictures_note(run.folder, options))
     with caption_report.only_warns():
         shown = first_captions(run, caption_report.EACH)
         source = "val", run.validation.table, paths
@@ -1715,37 +1716,16 @@ def first_captions(run, number):
 # ------------------------------------------------------------------------ test and caption new images
 
 
-def draw_attention(folder, captioner, paths, hypotheses, options, names=None):
-    """A picture for the hypothesis of each path: its map per word. Numbered without names."""
-    import attention_visualization  # matplotlib takes a second, and few runs draw
-
-    pictures = image_loading.open_images(paths)
-    for name, picture, hypothesis in zip(names or itertools.count(1), pictures, hypotheses):  # noqa: B905
-        attention_visualization.save_attention_viz(
-            folder,
-            name,
-            picture,
-            captioner.words(hypothesis),
-            captioner.attention_grid(hypothesis),
-            advanced=options.pictures.advanced_attention_viz,
-            log_prob=hypothesis.log_prob,
-            beside=captioner.attention_beside(hypothesis),
-            scale=options.pictures.viz_scale,
-            form=options.pictures.viz_format,
-        )
-
-
-def pictures_note(folder, options):
-    """Where the pictures are and what drew their maps, for the console."""
-    method, files = options.pictures.viz_method, f"*attention_viz_*.{options.pictures.viz_format}"
-    return printable(f"{method} pictures: {folder / files}")
-
-
 def first_features(features, number, title):
     """Yield features of a split's first images in chunks (n, P, F), behind a progress bar."""
     each = attention_measures.CHUNK
     rows = torch.arange(number).split(each)
     yield from Progress(features.stream(rows), title, len(rows), "images", each)
+
+
+def given_pictures(options):
+    """Paths of --images, whose folders stand for the pictures in them."""
+    return [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
 
 
 def output_folder(options):
@@ -1802,8 +1782,8 @@ def test_checkpoint(options, hardware, checkpoint):
     folder.mkdir(parents=True, exist_ok=True)
     if options.pictures.save_attention_viz:
         paths = features.paths[: options.pictures.attention_viz_samples]
-        draw_attention(folder, captioner, paths, best, options)
-        print(pictures_note(folder, options))
+        caption_pictures.draw_attention(folder, captioner, paths, best, options)
+        print(caption_pictures.pictures_note(folder, options))
     scores |= {
         "dataset_type": options.data.dataset_type,
         "split": split,
@@ -1950,8 +1930,7 @@ def whole_beams(captioner, features, decoding, search):
 
 def caption(options, hardware, checkpoint):
     """Print captions of pictures, past files that are none. Returns the status, 1 if there were."""
-    paths = [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
-    folder, names = None, ()
+    paths, folder, names = given_pictures(options), None, ()
     if options.pictures.save_attention_viz:
         from attention_visualization import picture_names
 
@@ -1984,10 +1963,10 @@ def caption(options, hardware, checkpoint):
             best = [image[0] for image in hypotheses]
             best = captioner.with_maps(options.pictures.viz_method, features, best)
             chosen = [names[position] for position in positions]
-            draw_attention(folder, captioner, readable, best, options, chosen)
+            caption_pictures.draw_attention(folder, captioner, readable, best, options, chosen)
             drawn += len(chosen)
-    if drawn:
-        print(pictures_note(folder, options), file=sys.stderr)  # stdout has captions alone
+    if drawn:  # stdout has captions alone
+        print(caption_pictures.pictures_note(folder, options), file=sys.stderr)
     return status
 
 
@@ -2004,32 +1983,11 @@ def print_captions(captioner, path, hypotheses, as_json):
 
 def debug(options, hardware, checkpoint):
     """Print how each algorithm searches for a picture's caption, and draw the beam's tree. Returns the status."""
-    import search_tree  # and matplotlib, which takes a second
-    from attention_visualization import picture_names
-
-    paths = [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
-    folder, names, status = output_folder(options), picture_names(paths), 0
+    paths, folder = given_pictures(options), output_folder(options)
     captioner = open_captioner(options, hardware, checkpoint)
     if options.rerank.rerank != "none":
         print("of a beam's captions caption mode takes another one, by --rerank consensus")
-    for path, name in zip(paths, names, strict=True):
-        try:
-            features = captioner.encode([path])
-        except ValueError as error:
-            print(f"flickr_image_caption.py: {printable(str(error))}", file=sys.stderr)
-            status = 1
-            continue
-        print(printable(path))
-        trees = {each: search_tree.trace(captioner, features, each, options) for each in ALGORITHMS}
-        folder.mkdir(parents=True, exist_ok=True)
-        (photograph,) = image_loading.open_images([path])
-        file = folder / f"{name}_search_tree.{options.pictures.viz_format}"
-        vocabulary = captioner.vocabulary
-        search_tree.save_search_tree(
-            file, photograph, trees["beam"], vocabulary.words, vocabulary.eos
-        )
-        print(f"  search tree: {printable(file)}")
-    return status
+    return caption_pictures.draw_searches(folder, captioner, paths, options)
 
 
 # --------------------------------------------------------------------------------------------- main

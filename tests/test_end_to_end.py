@@ -37,6 +37,7 @@ import attention_measures
 import attention_visualization
 import caption_batches
 import caption_options
+import caption_pictures
 import caption_splits
 import checkpoints
 import consensus
@@ -2425,7 +2426,7 @@ def test_the_specified_training_commands_run(monkeypatch):
     Path("own/flickr30k").symlink_to("flickr8k")
     Path("data").unlink()
     Path("own").rename("data")
-    monkeypatch.setattr(fic, "draw_attention", lambda *_: None)
+    monkeypatch.setattr(caption_pictures, "draw_attention", lambda *_: None)
     small = " ".join(TINY.split()[2:])
     for command in TRAINING_COMMANDS:
         name, decoder = re.search(r"--dataset_type (\w+) --decoder (\w+)", command).groups()
