@@ -58,9 +58,9 @@ import caption_pictures
 import caption_report
 import caption_splits
 import checkpoints
-import clip_score
 import consensus
 import decoding_tuning
+import evaluation
 import experiment_utils
 import gradient_maps
 import hub_encoders
@@ -71,7 +71,6 @@ import model_selection
 import packed_lstm
 import process_group
 import run_folder
-import run_records
 import score_details
 import warm_start
 from caption_batches import SubwordVocabulary, Vocabulary, vocabulary_from_plain
@@ -81,6 +80,7 @@ from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
 from encoder_models import empty_trunk, fill_buffers, find_model, grid_shape
 from encoder_trunks import fold, load_trunk, sha256_of, split_blocks, split_weights
+from evaluation import CaptionedSplit, make_scorer, score_captions
 from feature_scale import StandardisedFeatures
 from joined_grids import SideBySideEncoder, side_by_side
 from model_versions import resolve_model_path, results_folder
@@ -1380,26 +1380,11 @@ def validation_scores(run, received):
     return process_group.broadcast(scores)
 
 
-def make_scorer(table, training_texts):
-    """What scores captions of the images in a table; training texts tell which are copied."""
-    references = dict(zip(table.image, table.captions, strict=True))
-    return metrics_utils.CaptionScorer(references, training_texts)
-
-
-def score_captions(captioner, scorer, names, best, **how):
-    """{name: text} of each image's best hypothesis, their scores, and the scores by image."""
-    texts = (captioner.vocabulary.decode(hypothesis.tokens) for hypothesis in best)
-    captions = dict(zip(names, texts, strict=True))
-    scores, per_image = scorer.score(captions, **how)
-    scores["share_cut"] = sum(not hypothesis.finished for hypothesis in best) / len(best)
-    return captions, scores, per_image
-
-
 def start_run(options, hardware, checkpoint):
     """A run before its next step, its folder made: new, or as the checkpoint left it."""
     checkpoints.check_writable_dir(options.run.model_save_dir, "--model_save_dir")
     check_cache_dir(options.features)
-    check_selection(options.training.select_by)
+    evaluation.check_selection(options.training.select_by)
     if options.run.push_to_hub and not hub_models.hub_token():
         warn(f"--push_to_hub {options.run.push_to_hub} will fail: {hub_models.NO_TOKEN}")
     run = set_up(options, hardware, checkpoint)
@@ -1416,15 +1401,6 @@ def start_run(options, hardware, checkpoint):
             f"{counted(plan['epochs'] - loop['epoch'], 'epoch')} to go"
         )
     return run
-
-
-def check_selection(select_by):
-    """Raises: ValueError where the rule that chooses the best epoch needs what is not installed."""
-    if model_selection.needs_meteor(select_by) and metrics_utils.find_tables() is None:
-        raise ValueError(
-            f"--select_by {select_by} needs METEOR's tables: pip install -r requirements.txt, which "
-            "has pycocoevalcap, or give another rule"
-        )
 
 
 def set_up(options, hardware, checkpoint=None):
@@ -1716,13 +1692,6 @@ def first_captions(run, number):
 # ------------------------------------------------------------------------ test and caption new images
 
 
-def first_features(features, number, title):
-    """Yield features of a split's first images in chunks (n, P, F), behind a progress bar."""
-    each = attention_measures.CHUNK
-    rows = torch.arange(number).split(each)
-    yield from Progress(features.stream(rows), title, len(rows), "images", each)
-
-
 def given_pictures(options):
     """Paths of --images, whose folders stand for the pictures in them."""
     return [p for given in options.output.images for p in image_loading.pictures_in(Path(given))]
@@ -1756,7 +1725,7 @@ def test_checkpoint(options, hardware, checkpoint):
     """Caption a whole split without reference tokens and score it. Returns the scores as written."""
     started, folder = time.perf_counter(), output_folder(options)
     check_cache_dir(options.features)
-    judge = open_judge(options, hardware)
+    judge = evaluation.open_judge(options, hardware)
     dataset = open_dataset(options, checkpoint)
     captioner = open_captioner(options, hardware, checkpoint)
     print(*map(printable, dataset.notes), sep="\n")
@@ -1765,121 +1734,17 @@ def test_checkpoint(options, hardware, checkpoint):
     open_split = functools.partial(open_features, options, hardware, captioner.encoder, dataset)
     build = None if dataset.foreign else lambda: build_index(captioner, *open_split("train", False))
     captioner.reranker = open_reranker(options, checkpoint, build)
-    split, reads_grid = options.output.split, needs_grid(captioner.decoder, options)
-    table, features = open_split(split, reads_grid)
-    boxes = open_boxes(dataset, table) if reads_grid else None
+    reads_grid = needs_grid(captioner.decoder, options)
+    table, features = open_split(options.output.split, reads_grid)
+    boxes = evaluation.open_boxes(dataset, table) if reads_grid else None
     chunks = decode_chunks(features)
     hypotheses = captioner.caption_features(chunks, options.decoding, options.run.seed)
     hypotheses = list(Progress(hypotheses, "testing", len(table), "images"))
-    best, method = [image[0] for image in hypotheses], options.pictures.viz_method
-    best = map_first(captioner, features, best, options.pictures, all_of_them=bool(boxes))
-    scores, rows = score_split(captioner, dataset, table, best, boxes)
-    if judge:
-        scores, rows = judge.add_scores(scores, rows, features.paths, table.captions.tolist())
-    if best[0].attention is not None:
-        measured = measure_attention(captioner, features, best, options.run.seed)
-        scores["attention"] = {"method": method} | scores.get("attention", {}) | measured
-    folder.mkdir(parents=True, exist_ok=True)
-    if options.pictures.save_attention_viz:
-        paths = features.paths[: options.pictures.attention_viz_samples]
-        caption_pictures.draw_attention(folder, captioner, paths, best, options)
-        print(caption_pictures.pictures_note(folder, options))
-    scores |= {
-        "dataset_type": options.data.dataset_type,
-        "split": split,
-        "images": len(table),
-        "foreign_dataset": dataset.foreign and dataset.foreign._asdict(),
-        "decoding": options.decoding._asdict(),
-        "rerank": captioner.reranker and options.rerank._asdict(),
-        "seed": options.run.seed,
-        "checkpoint": options.run.model_path,
-        "clip_score": options.output.clip_score,
-        "ensemble": options.output.ensemble,
-        "wall_time_seconds": time.perf_counter() - started,
-    }
-    scores["duller"] = score_details.duller_than_before(folder / f"{split}_metrics.json", scores)
-    checkpoints.write_json(folder / f"{split}_captions.json", rows)
-    checkpoints.write_json(folder / f"{split}_metrics.json", scores)
-    print_scores(folder, captioner, scores, options)
-    if not (options.output.ensemble or dataset.foreign):  # else they are not the run's own
-        run_records.add_scores(folder, split, scores)
-    with caption_report.only_warns():
-        chosen = caption_report.choose(rows)
-        chunks = features.stream([torch.tensor(chosen)])
-        shown = captioner.with_maps(method, chunks, [best[row] for row in chosen])
-        source = split, table, features.paths
-        caption_report.report(folder, captioner, *source, shown, method, chosen)
-    return scores
-
-
-def map_first(captioner, features, best, pictures, all_of_them):
-    """The best hypotheses with --viz_method's maps, of those images whose maps are looked at."""
-    number = max(attention_measures.MEASURED_IMAGES, pictures.attention_viz_samples)
-    number = len(best) if all_of_them else min(number, len(best))
-    chunks = first_features(features, number, "mapping by gradients")
-    return [*captioner.with_maps(pictures.viz_method, chunks, best[:number]), *best[number:]]
-
-
-def print_scores(folder, captioner, scores, options):
-    """The console's tables of a test, and where its files are."""
-    algorithm, split = options.decoding.algorithm, scores["split"]
-    search = f"beam {options.decoding.beam_size}" if algorithm == "beam" else algorithm
-    search += f", consensus of {options.rerank.neighbours} neighbours" * bool(captioner.reranker)
-    print(f"{options.data.dataset_type} {split}: {scores['images']} images, {search}")
-    print(metrics_utils.scores_table(scores))
-    print(score_details.details_table(scores["details"]))
-    if scores["duller"]:
-        print(f"since the last test here: {scores['duller']}")
-    print(f"written: {folder / f'{split}_metrics.json'} and {split}_captions.json")
-
-
-def open_judge(options, hardware):
-    """The clip_score.ClipJudge that --clip_score names, or None."""
-    source = options.output.clip_score
-    return clip_score.ClipJudge(source, hardware.device) if source else None
-
-
-def open_boxes(dataset, table):
-    """The object boxes beside the captions; None without, or where they are of no use."""
-    path = dataset.captions_file.with_name("boxes.json")
-    try:
-        return metrics_utils.read_boxes(path, table.image) if path.is_file() else None
-    except ValueError as error:
-        warn(f"{error}: attention is not compared with boxes")
-        return None
-
-
-def score_split(captioner, dataset, table, best, boxes=None):
-    """Scores of each image's best hypothesis, and a row per image for the captions file."""
-    training = dataset.table.captions[dataset.table.split == "train"]
-    texts = None if dataset.foreign else list(itertools.chain.from_iterable(training))
-    scorer = make_scorer(table, texts or None)  # None where they are not at hand
-    how = {"meteor": True, "bootstrap": 1000, "group_of": score_details.length_band}
-    captions, scores, per_image = score_captions(captioner, scorer, table.image, best, **how)
-    scores["details"] = score_details.describe(scorer, captions, scores.pop("groups"))
-    if best[0].attention is not None and boxes:
-        records = [
-            (captioner.words(hypothesis), captioner.attention_grid(hypothesis), boxes.get(name, []))
-            for name, hypothesis in zip(table.image, best, strict=True)
-        ]
-        scores["attention"] = metrics_utils.peak_in_box(records)
-    rows = [
-        {"image_id": number, "file_name": name, "caption": text, "log_prob": hypothesis.log_prob}
-        | per_image[name]
-        for number, ((name, text), hypothesis) in enumerate(
-            zip(captions.items(), best, strict=True)
-        )
-    ]
-    return scores, rows
-
-
-def measure_attention(captioner, features, best, seed):
-    """What `attention_measures.measure` finds in the best hypotheses of a split's first images."""
-    best = best[: attention_measures.MEASURED_IMAGES]
-    chunks = first_features(features, len(best), "measuring attention")
-    chunks = map(captioner.grids, chunks)
-    decoder, words, hardware = captioner.decoder, captioner.vocabulary, captioner.hardware
-    return attention_measures.measure(decoder, chunks, best, words, hardware, seed)
+    best = [image[0] for image in hypotheses]
+    best = evaluation.map_first(captioner, features, best, options.pictures, boxes)
+    split = CaptionedSplit(options, captioner, dataset, table, features, best, boxes)
+    scores, rows = evaluation.score(split, judge)
+    return evaluation.write(split, scores, rows, folder, started)
 
 
 def tune(options, hardware, checkpoint):
