@@ -1,8 +1,7 @@
 """Choose how captions are searched for by the scores of validation captions.
 
-    candidates = {search: (beams, agreement) for search in searches(grid)}  # whole beams, N images
-    table = try_all(grid, candidates, score)
-    best = choose(table)                                          # {"beam_size": 5, ...}
+    table = try_searches(captioner, features, index, options, score)
+    keep_best(table, options, folder)                         # as the checkpoint's defaults
 
 A beam is searched once for each size and n-gram block: which captions it holds depends on these
 alone, because finished ones keep their places. Length penalty and rerank weight only order them.
@@ -13,8 +12,12 @@ from typing import NamedTuple
 
 import pandas
 
+import checkpoints
 from caption_decoding import rescored
 from consensus import ordered
+from progress import Progress
+from reranking import mean_features
+from split_data import decode_chunks
 
 GRID = {  # what is tried of each setting that is not typed
     "beam_size": (3, 5, 10),
@@ -50,6 +53,32 @@ def searches(grid):
     return itertools.starmap(Search, itertools.product(*(grid[name] for name in Search._fields)))
 
 
+def try_searches(captioner, features, index, options, score):
+    """One row per combination that is tried, as `try_all` gives it.
+
+    Args:
+        captioner: a flickr_image_caption.Captioner.
+        features: FeatureSource of the N images.
+        index: consensus.ConsensusIndex of the training images.
+        options: what was typed is not varied.
+        score: as of `try_all`.
+    """
+    grid = make_grid(options)
+    nearest = index.nearest(mean_features(captioner, features), options.rerank.neighbours)
+    candidates = {}
+    for search in searches(grid):
+        beams = whole_beams(captioner, features, options.decoding, search)
+        candidates[search] = beams, index.agreement(nearest, beams)
+    return try_all(grid, candidates, score)
+
+
+def whole_beams(captioner, features, decoding, search):
+    """Every caption that each image's beam holds, whatever its rank."""
+    decoding = decoding._replace(num_captions=search.beam_size, **search._asdict())
+    beams = captioner.caption_features(decode_chunks(features), decoding)
+    return list(Progress(beams, f"beam {search.beam_size}", len(features.paths), "images"))
+
+
 def try_all(grid, candidates, score):
     """One row per combination, as a pandas.DataFrame: the settings and the scores.
 
@@ -82,3 +111,13 @@ def as_text(table, chosen):
     settings = ", ".join(f"--{name} {value:g}" for name, value in chosen.items())
     lines = ["validation CIDEr", wide.to_string(float_format="{:.4f}".format)]
     return "\n".join([*lines, f"best: {table.CIDEr.max():.4f} with {settings}"])
+
+
+def keep_best(table, options, folder):
+    """Make the best settings the checkpoint's defaults; write all scores, and print them."""
+    path, chosen = options.run.model_path, choose(table)
+    checkpoints.update_config(path, as_options(chosen, options))
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_json(folder / "val_tuning.json", table.to_dict("records"))
+    print(as_text(table, chosen))
+    print(f"{path}: these are its defaults now; all scores: {folder / 'val_tuning.json'}")

@@ -218,3 +218,11 @@ def print_scores(folder, captioner, scores, options):
     if scores["duller"]:
         print(f"since the last test here: {scores['duller']}")
     print(f"written: {folder / f'{split}_metrics.json'} and {split}_captions.json")
+
+
+def write_seeds(folder, split, tests):
+    """Write and print the mean over several seeds. tests: the scores of each, as `write` returned them."""
+    path, summary = folder / f"{split}_seeds.json", score_details.over_seeds(tests)
+    checkpoints.write_json(path, summary)
+    print(score_details.seeds_table(summary))
+    print(f"written: {path}")

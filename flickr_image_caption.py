@@ -71,7 +71,6 @@ import model_selection
 import packed_lstm
 import process_group
 import run_folder
-import score_details
 import warm_start
 from caption_batches import SubwordVocabulary, Vocabulary, vocabulary_from_plain
 from caption_decoding import Ensemble, generate, map_tensors, select
@@ -86,7 +85,7 @@ from joined_grids import SideBySideEncoder, side_by_side
 from model_versions import resolve_model_path, results_folder
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
-from reranking import build_index, index_owner, make_reranker, mean_features, open_reranker
+from reranking import build_index, index_owner, make_reranker, open_index, open_reranker
 from runtime import (
     Stopped,
     arithmetic,
@@ -1714,10 +1713,7 @@ def test(options, hardware, checkpoint):
     for own_options, own_checkpoint in map(open_checkpoint, others):
         tests.append(test_checkpoint(own_options, hardware, own_checkpoint))
     if others:
-        path, summary = folder / f"{first.output.split}_seeds.json", score_details.over_seeds(tests)
-        checkpoints.write_json(path, summary)
-        print(score_details.seeds_table(summary))
-        print(f"written: {path}")
+        evaluation.write_seeds(folder, first.output.split, tests)
     return 0
 
 
@@ -1761,36 +1757,18 @@ def tune(options, hardware, checkpoint):
     print(*map(printable, dataset.notes), sep="\n")
     open_split = functools.partial(open_features, options, hardware, captioner.encoder, dataset)
     build = functools.partial(build_index, captioner)
-    index = consensus.open_index(
-        path, index_owner(path, checkpoint), lambda: build(*open_split("train", False))
-    )
+    index = open_index(path, checkpoint, lambda: build(*open_split("train", False)))
     table, features = open_split("val", captioner.decoder.reads_grid)
-    grid, scorer = decoding_tuning.make_grid(options), make_scorer(table, None)
-    nearest = index.nearest(mean_features(captioner, features), options.rerank.neighbours)
-    beams = {
-        search: whole_beams(captioner, features, options.decoding, search)
-        for search in decoding_tuning.searches(grid)
-    }
-    candidates = {
-        search: (found, index.agreement(nearest, found)) for search, found in beams.items()
-    }
-    tried = decoding_tuning.try_all(
-        grid, candidates, lambda best: score_captions(captioner, scorer, table.image, best)[1]
+    scorer = make_scorer(table, None)
+    tried = decoding_tuning.try_searches(
+        captioner,
+        features,
+        index,
+        options,
+        lambda best: score_captions(captioner, scorer, table.image, best)[1],
     )
-    chosen = decoding_tuning.choose(tried)
-    checkpoints.update_config(path, decoding_tuning.as_options(chosen, options))
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(folder / "val_tuning.json", tried.to_dict("records"))
-    print(decoding_tuning.as_text(tried, chosen))
-    print(f"{path}: these are its defaults now; all scores: {folder / 'val_tuning.json'}")
+    decoding_tuning.keep_best(tried, options, folder)
     return 0
-
-
-def whole_beams(captioner, features, decoding, search):
-    """Every caption that each image's beam holds. search: decoding_tuning.Search."""
-    decoding = decoding._replace(num_captions=search.beam_size, **search._asdict())
-    beams = captioner.caption_features(decode_chunks(features), decoding)
-    return list(Progress(beams, f"beam {search.beam_size}", len(features.paths), "images"))
 
 
 def caption(options, hardware, checkpoint):

@@ -19,14 +19,14 @@ from trained_models import in_common
 
 
 def open_reranker(options, checkpoint, build=None):
-    """The consensus.Reranker that --rerank asks for, or None; `build` as of `consensus.open_index`.
+    """The consensus.Reranker that --rerank asks for, or None; `build` as of `open_index`.
 
     A checkpoint that is alone still captions, with a warning. Raises: ValueError if it was typed.
     """
     if options.rerank.rerank == "none" or options.decoding.algorithm != "beam":
         return None
     path = options.run.model_path
-    index = consensus.open_index(path, index_owner(path, checkpoint), build)
+    index = open_index(path, checkpoint, build)
     if index:
         return make_reranker(options, index)
     lacks = (
@@ -36,6 +36,11 @@ def open_reranker(options, checkpoint, build=None):
         raise ValueError(f"--rerank consensus: {lacks}")
     warn(f"captions are not reranked, as the checkpoint has it: {lacks}")
     return None
+
+
+def open_index(path, checkpoint, build=None):
+    """The consensus.ConsensusIndex beside a checkpoint at `path`; `build` as of `consensus.open_index`."""
+    return consensus.open_index(path, index_owner(path, checkpoint), build)
 
 
 def make_reranker(options, index):
