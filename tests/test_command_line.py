@@ -66,6 +66,7 @@ import feature_cache
 import flickr_image_caption as fic
 import image_loading
 import run_comparison
+import run_output
 import runtime
 import self_critical
 import tracking_backends
@@ -884,7 +885,7 @@ def scheduler_type_chooses():
     for kind, name in names.items():
         run = ready(f"--use_scheduler --scheduler_type {kind}")
         assert type(run.state.scheduler).__name__ == name
-        assert fic.describe_scheduler(run.options, run.state.plan).startswith(name)
+        assert run_output.describe_scheduler(run.options, run.state.plan).startswith(name)
 
 
 def plateau_options_count():
@@ -2219,7 +2220,7 @@ def file_size_limit(size):
 
 
 def test_a_disk_that_fills_up_in_training_leaves_the_previous_checkpoint_whole(monkeypatch):
-    saves, original = itertools.count(1), fic.save
+    saves, original = itertools.count(1), run_output.save
 
     def save(run, name, is_best):
         if next(saves) == 2:
@@ -2228,7 +2229,7 @@ def test_a_disk_that_fills_up_in_training_leaves_the_previous_checkpoint_whole(m
         original(run, name, is_best)
 
     replace_cider(monkeypatch, itertools.count(1.0))
-    monkeypatch.setattr(fic, "save", save)
+    monkeypatch.setattr(run_output, "save", save)
     folder = run_dir(failed(TINY, "--epochs 3", naming=["File too large"]))
     assert {path.name for path in folder.glob("*.pt*")} == {"model_epoch_1.pt", *BEST_FILES}
     for path in folder.glob("*.pt"):

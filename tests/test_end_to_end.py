@@ -49,6 +49,7 @@ import flickr_image_caption as fic
 import image_loading
 import metrics_utils
 import progress
+import run_output
 import score_details
 from caption_decoding import Hypothesis
 from reranking import index_owner
@@ -1173,14 +1174,14 @@ def test_commands_that_are_printed_can_be_pasted(monkeypatch):
     """Wherever the script lies, and with spaces in names."""
     models, cache = Path("my models"), Path("a cache")
     program_at = "../my code/flickr_image_caption.py"
-    original = fic.finish_run
+    original = run_output.finish_run
 
     def finish_run(run):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [program_at])
             original(run)
 
-    monkeypatch.setattr(fic, "finish_run", finish_run)
+    monkeypatch.setattr(run_output, "finish_run", finish_run)
     out = succeed(TINY, "--model_save_dir", models, "--cache_dir", cache)
     words = shlex.split(re.search("^test it: (.+)$", out, re.MULTILINE)[1])
     best = str(run_dir(out) / "best.pt")

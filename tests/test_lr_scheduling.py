@@ -18,7 +18,9 @@ import pytest
 import torch
 from small_runs import make_batch, make_run, one_caption_each
 
+import checkpoints
 import flickr_image_caption as program
+import run_output
 import train_state
 from caption_options import inherit, parse_args
 from runtime import Hardware
@@ -38,15 +40,15 @@ LOSSES = [5.0, 4.0, 4.1, 4.2, 4.3, 3.9, 3.95, 3.96, 3.97, 3.98]  # validation, e
 BATCH = make_batch(torch.tensor([[1, 5, 6, 2]]), torch.tensor([3]), torch.tensor([0]))
 FEATURES = torch.ones(1, 2, 3)
 EPOCH = one_caption_each(BATCHES)
-SAVE = program.save
+SAVE = run_output.save
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def _no_checkpoint_per_epoch(monkeypatch):
-    monkeypatch.setattr(program, "save", lambda run, name, is_best=False: None)
-    monkeypatch.setattr(program.checkpoints, "link_file", lambda source, path: None)
+    monkeypatch.setattr(run_output, "save", lambda run, name, is_best=False: None)
+    monkeypatch.setattr(checkpoints, "link_file", lambda source, path: None)
 
 
 def options(name, *more, epochs=8):
@@ -96,7 +98,7 @@ def rates(run, stop=None):
         row |= {"val_loss": LOSSES[loop["epoch"]], "learning_rate": found[-1]}
         row |= {"CIDEr": 1 / (1 + loop["epoch"]), "BLEU-4": 0.0}
         row |= {"share_unique": 1.0, "share_cut": 0.0, "epoch_time_seconds": 6.0}
-        program.record_epoch(run, row, run.state.epoch_finished(row))
+        run_output.record_epoch(run, row, run.state.epoch_finished(row))
     return found
 
 
@@ -582,7 +584,7 @@ def test_a_plan_that_is_done_asks_for_epochs():
 def print_rates():
     """A line for each schedule: the rate that each epoch begins at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "save", lambda run, name: None)
+        patch.setattr(run_output, "save", lambda run, name: None)
         for name in SCHEDULES:
             with contextlib.redirect_stdout(io.StringIO()):
                 found, _ = straight_through(name)
