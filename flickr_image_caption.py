@@ -1424,8 +1424,8 @@ def set_up(options, hardware, checkpoint=None):
         scorer=make_scorer(val_table, texts),
         objectives=objectives,
         state=state,
-        model=distributed(decoder, options.run.seed + state.loop["step"]),
-        tail=distributed(encoder.tail, options.run.seed + state.loop["step"]),
+        model=process_group.data_parallel(decoder, options.run.seed + state.loop["step"]),
+        tail=process_group.data_parallel(encoder.tail, options.run.seed + state.loop["step"]),
         config=values | resolved,
     )
 
@@ -1534,17 +1534,6 @@ def make_state(captioner, options, training, checkpoint):
     ):
         warn(f"one_cycle was planned for {plan['steps']} steps: past them the rate stays as it is")
     return state
-
-
-def distributed(module, seed):
-    """A module as several processes train it together; each draws dropout of its own."""
-    if process_group.rank():
-        torch.manual_seed(seed + 1_000_003 * process_group.rank())
-    if process_group.world_size() == 1 or not [*module.parameters()]:
-        return module
-    return nn.parallel.DistributedDataParallel(
-        module, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
 
 
 # ------------------------------------------------------------------------ test and caption new images

@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 LOST = (
     "another process of this run ended: its own message says why; "
@@ -132,3 +132,14 @@ def receive(sender):
 def shard(count):
     """This rank's slice of `count` items; the ranks' slices cover all and differ by one at most."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def data_parallel(module, seed):
+    """A module as several processes train it together; each draws dropout of its own."""
+    if rank():
+        torch.manual_seed(seed + 1_000_003 * rank())
+    if world_size() == 1 or not [*module.parameters()]:
+        return module
+    return nn.parallel.DistributedDataParallel(
+        module, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
