@@ -1,6 +1,6 @@
 """What a training step minimises beside cross entropy: to write as a teacher does.
 
-    targets = soft_targets(teacher, batches_and_features, num_tokens, hardware)    # once
+    targets = kept_in(file, lambda: ask_teacher(teacher, training, hardware))      # once
     objective = Distillation(CrossEntropyObjective(options.training), targets, weight=0.5)
 
 An ensemble spreads its probability over every word that would do; the reference names one of them. A
@@ -20,6 +20,7 @@ import torch
 
 import checkpoints
 import process_group
+from progress import Progress
 from runtime import to_device
 
 LIKELIEST = 32  # words of which a teacher's probabilities are kept
@@ -55,6 +56,20 @@ def soft_cross_entropy(logits, words, probabilities):
     logits = logits.float()
     log_probs = logits.gather(1, words.long()) - logits.logsumexp(1, keepdim=True)
     return -(probabilities.float() * log_probs).sum()
+
+
+def ask_teacher(teacher, training, hardware):
+    """A decoder's SoftTargets for all captions of a split_data.Split, of images that are not mirrored."""
+    batches = training.batches
+    bar = Progress(
+        training.epoch(0, shuffle=False),
+        "asking the teachers",
+        batches.num_batches,
+        "captions",
+        batches.batch_size,
+        disable=process_group.rank() > 0,
+    )
+    return soft_targets(teacher.to(hardware.device), bar, len(batches.tokens), hardware)
 
 
 def soft_targets(teacher, batches, num_tokens, hardware):

@@ -72,7 +72,7 @@ import run_output
 import warm_start
 from caption_batches import SubwordVocabulary, Vocabulary, vocabulary_from_plain
 from caption_decoding import Ensemble, generate, map_tensors, select
-from caption_objectives import Distillation, kept_in, soft_targets, targets_file
+from caption_objectives import Distillation, ask_teacher, kept_in, targets_file
 from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
 from encoder_models import empty_trunk, fill_buffers, find_model, grid_shape
@@ -1450,23 +1450,9 @@ def on_captions(options, captioner, training, splits):
         print(printable(f"teachers: {', '.join(map(str, paths))}"))
     cache = None if options.features.no_feature_cache else Path(options.features.cache_dir)
     file = targets_file(cache, paths, training.batches.tokens, own["encoder"])
-    teacher = Ensemble(teachers).to(captioner.hardware.device)
-    targets = kept_in(file, lambda: ask_teacher(teacher, captioner, training))
+    teacher, hardware = Ensemble(teachers), captioner.hardware
+    targets = kept_in(file, lambda: ask_teacher(teacher, training, hardware))
     return Distillation(references, targets, wanted.distill_weight)
-
-
-def ask_teacher(teacher, captioner, training):
-    """A decoder's SoftTargets for all captions of the training Split, of images that are not mirrored."""
-    batches = training.batches
-    bar = Progress(
-        training.epoch(0, shuffle=False),
-        "asking the teachers",
-        batches.num_batches,
-        "captions",
-        batches.batch_size,
-        disable=process_group.rank() > 0,
-    )
-    return soft_targets(teacher, bar, len(batches.tokens), captioner.hardware)
 
 
 def begin_decoder(options, values, encoder, texts, features, initial):

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import attention_measures
 import attention_visualization
 import caption_batches
+import caption_objectives
 import caption_options
 import caption_pictures
 import caption_splits
@@ -1253,7 +1254,7 @@ def test_a_student_learns_from_teachers_and_goes_on_learning_from_them(shop, mon
     config = load(straight / "best.pt")["config"]
     assert len(config["distill_from"]) == 2 and config["distill_weight"] == 0.9
 
-    monkeypatch.setattr(fic, "soft_targets", None)  # they are not asked again
+    monkeypatch.setattr(caption_objectives, "soft_targets", None)  # they are not asked again
     halted = stopped(TINY, flags, teachers, "--distill_weight 0.9", at_step=STEPS + 2)
     assert halted.status == 130
     resumed = run_dir(succeed("--cache_dir own_cache --resume", run_dir(halted) / "last.pt"))
