@@ -22,7 +22,6 @@ import caption_report
 import checkpoints
 import clip_score
 import metrics_utils
-import model_selection
 import run_records
 import score_details
 from caption_data import Dataset
@@ -45,15 +44,6 @@ def score_captions(captioner, scorer, names, best, **how):
     scores, per_image = scorer.score(captions, **how)
     scores["share_cut"] = sum(not hypothesis.finished for hypothesis in best) / len(best)
     return captions, scores, per_image
-
-
-def check_selection(select_by):
-    """Raises: ValueError where the rule that chooses the best epoch needs what is not installed."""
-    if model_selection.needs_meteor(select_by) and metrics_utils.find_tables() is None:
-        raise ValueError(
-            f"--select_by {select_by} needs METEOR's tables: pip install -r requirements.txt, which "
-            "has pycocoevalcap, or give another rule"
-        )
 
 
 # ------------------------------------------------------------------------------------- test mode

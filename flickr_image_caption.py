@@ -1146,23 +1146,6 @@ def warn_about_schedule(schedule, plan):
         )
 
 
-# ------------------------------------------------------------------------------------ training state
-
-
-def new_state(captioner, options, plan, order):
-    """The TrainState before the first step; plan and order as there."""
-    groups = captioner.decoder.param_groups(options.training.weight_decay)
-    if tuned := list(captioner.encoder.tail.parameters()):
-        rate = options.training.encoder_learning_rate
-        groups.append({"params": tuned, "lr": rate, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=options.training.learning_rate, fused=True)
-    scheduler = build_scheduler(optimizer, options, plan)
-    hardware = captioner.hardware
-    scales = hardware.precision == "float16"
-    scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
-    return TrainState(optimizer, scheduler, scaler, plan, order, options.training.select_by)
-
-
 # ------------------------------------------------------------------------------------------- training
 
 
@@ -1347,13 +1330,12 @@ def validation_scores(run, received):
     return process_group.broadcast(scores)
 
 
+# ------------------------------------------------------------------------------- how a run begins
+
+
 def start_run(options, hardware, checkpoint):
     """A run before its next step, its folder made: new, or as the checkpoint left it."""
-    checkpoints.check_writable_dir(options.run.model_save_dir, "--model_save_dir")
-    check_cache_dir(options.features)
-    evaluation.check_selection(options.training.select_by)
-    if options.run.push_to_hub and not hub_models.hub_token():
-        warn(f"--push_to_hub {options.run.push_to_hub} will fail: {hub_models.NO_TOKEN}")
+    run_folder.check_needs(options)
     run = set_up(options, hardware, checkpoint)
     loop, plan = run.state.loop, run.state.plan
     if process_group.rank() == 0:
@@ -1520,6 +1502,20 @@ def make_state(captioner, options, training, checkpoint):
     ):
         warn(f"one_cycle was planned for {plan['steps']} steps: past them the rate stays as it is")
     return state
+
+
+def new_state(captioner, options, plan, order):
+    """The TrainState before the first step; plan and order as there."""
+    groups = captioner.decoder.param_groups(options.training.weight_decay)
+    if tuned := list(captioner.encoder.tail.parameters()):
+        rate = options.training.encoder_learning_rate
+        groups.append({"params": tuned, "lr": rate, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=options.training.learning_rate, fused=True)
+    scheduler = build_scheduler(optimizer, options, plan)
+    hardware = captioner.hardware
+    scales = hardware.precision == "float16"
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=scales)
+    return TrainState(optimizer, scheduler, scaler, plan, order, options.training.select_by)
 
 
 # ------------------------------------------------------------------------ test and caption new images

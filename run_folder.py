@@ -1,6 +1,7 @@
 """The folder of a training run: made, given the best checkpoints of before, and named in commands.
 
-    run_folder.open_folder(run)               # run: flickr_image_caption.Run before its first step
+    check_needs(options)
+    open_folder(run)                          # run: flickr_image_caption.Run before its first step
 
 What is in the files is `experiment_utils`' and `checkpoints`' affair.
 """
@@ -13,11 +14,32 @@ from pathlib import Path
 import caption_splits
 import checkpoints
 import experiment_utils
+import hub_models
+import metrics_utils
 import model_selection
 import run_records
 from caption_options import SCHEDULES
-from runtime import printable
+from runtime import printable, warn
+from split_data import check_cache_dir
 from tracking_backends import open_listeners
+
+
+def check_needs(options):
+    """Ask for what a run will need, before its hours begin. Raises: ValueError where it cannot be had."""
+    checkpoints.check_writable_dir(options.run.model_save_dir, "--model_save_dir")
+    check_cache_dir(options.features)
+    check_selection(options.training.select_by)
+    if options.run.push_to_hub and not hub_models.hub_token():
+        warn(f"--push_to_hub {options.run.push_to_hub} will fail: {hub_models.NO_TOKEN}")
+
+
+def check_selection(select_by):
+    """Raises: ValueError where the rule that chooses the best epoch needs what is not installed."""
+    if model_selection.needs_meteor(select_by) and metrics_utils.find_tables() is None:
+        raise ValueError(
+            f"--select_by {select_by} needs METEOR's tables: pip install -r requirements.txt, which "
+            "has pycocoevalcap, or give another rule"
+        )
 
 
 def open_folder(run):
