@@ -81,6 +81,7 @@ from evaluation import CaptionedSplit, make_scorer, score_captions
 from feature_scale import StandardisedFeatures
 from joined_grids import SideBySideEncoder, side_by_side
 from model_versions import resolve_model_path, results_folder
+from packed_lstm import run_lstm, step_lstm
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
 from reranking import build_index, make_reranker, open_index, open_reranker
@@ -529,29 +530,6 @@ def drop_patches(features, share):
     cells = torch.rand(features.shape[:2], device=features.device).topk(kept).indices  # (N, P')
     images = torch.arange(len(features), device=features.device).unsqueeze(1)
     return features[images, cells]
-
-
-def run_lstm(lstm, inputs, state=None):
-    """What `lstm` returns, computed as the rest is, and on a CPU with a quicker backward pass.
-
-    But for CUDA under bfloat16: torch's autocast has cuDNN's LSTM compute in float16 there, where
-    small gradients vanish because nothing scales them. It computes in TF32 instead.
-    """
-    if isinstance(inputs, PackedSequence) and packed_lstm.suits(lstm, inputs):
-        return packed_lstm.run(lstm, inputs, state)
-    if not (inputs.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16):
-        return lstm(inputs, state)
-    with torch.autocast("cuda", enabled=False):
-        return lstm(inputs.float(), state)
-
-
-def step_lstm(lstm, inputs, state):
-    """One step of every hypothesis: inputs (N, K, E), state two of (N, K, L, H) -> output (N, K, H), state."""
-    shape = inputs.shape[:2]
-    state = tuple(part.flatten(0, 1).transpose(0, 1).contiguous() for part in state)
-    output, state = run_lstm(lstm, inputs.flatten(0, 1).unsqueeze(1), state)
-    state = tuple(part.transpose(0, 1).unflatten(0, shape) for part in state)
-    return output.view(*shape, -1), state
 
 
 class Decoder(StandardisedFeatures):

@@ -1,14 +1,16 @@
 """torch's LSTM over captions of unequal lengths on a CPU: the same numbers, a quicker backward pass.
 
     lstm = packed_lstm.LSTM(300, 512, num_layers=1, dropout=0.4, recurrent_dropout=0.2)
-    output, state = packed_lstm.run(lstm, PackedSequence(inputs, batch_sizes))
+    output, state = run_lstm(lstm, PackedSequence(inputs, batch_sizes))   # all steps of captions
+    output, state = step_lstm(lstm, inputs, state)                        # one step of hypotheses
 
 torch's own takes each step's gates out of those of all steps, and autograd answers each time with
 zeros as large as all of them. Here one function has all steps of a layer, and the gradient of the
 recurrent weight is one product over them (Appleyard et al. 2016, section 3.3). It also hides units
 from the next step, which torch's own cannot; then it is for GPUs, too.
 
-Axes: B captions, longest first; tokens: their steps, packed; E inputs, H units.
+Axes: B captions, longest first; tokens: their steps, packed; N images, K hypotheses of each; E inputs,
+H units, L layers.
 """
 
 import torch
@@ -41,6 +43,29 @@ def with_masks(state, share):
     """A decoder's state, whose LSTM layers are (hidden, cell), with a third of each: recurrent_masks."""
     per_image, layers = state
     return per_image, tuple((*layer, recurrent_masks(layer[0], share)) for layer in layers)
+
+
+def run_lstm(lstm, inputs, state=None):
+    """What `lstm` returns, computed as the rest is, and on a CPU with a quicker backward pass.
+
+    But for CUDA under bfloat16: torch's autocast has cuDNN's LSTM compute in float16 there, where
+    small gradients vanish because nothing scales them. It computes in TF32 instead.
+    """
+    if isinstance(inputs, PackedSequence) and suits(lstm, inputs):
+        return run(lstm, inputs, state)
+    if not (inputs.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16):
+        return lstm(inputs, state)
+    with torch.autocast("cuda", enabled=False):
+        return lstm(inputs.float(), state)
+
+
+def step_lstm(lstm, inputs, state):
+    """One step of every hypothesis: inputs (N, K, E), state two of (N, K, L, H) -> output (N, K, H), state."""
+    shape = inputs.shape[:2]
+    state = tuple(part.flatten(0, 1).transpose(0, 1).contiguous() for part in state)
+    output, state = run_lstm(lstm, inputs.flatten(0, 1).unsqueeze(1), state)
+    state = tuple(part.transpose(0, 1).unflatten(0, shape) for part in state)
+    return output.view(*shape, -1), state
 
 
 def suits(lstm, inputs):
