@@ -77,7 +77,6 @@ from clip_gpt2 import GPT2Decoder, PrefixGPT2Decoder
 from download_datasets import load_encoder_weights
 from encoder_models import empty_trunk, fill_buffers, find_model, grid_shape
 from encoder_trunks import fold, load_trunk, sha256_of, split_blocks, split_weights
-from evaluation import CaptionedSplit, make_scorer, score_captions
 from feature_scale import StandardisedFeatures
 from joined_grids import SideBySideEncoder, side_by_side
 from model_versions import resolve_model_path, results_folder
@@ -85,7 +84,6 @@ from packed_lstm import run_lstm, step_lstm
 from progress import Progress
 from repeated_linear import RepeatedLinear, summed_once
 from reranking import build_index, make_reranker, open_index, open_reranker
-from run_output import epoch_progress
 from runtime import (
     Stopped,
     arithmetic,
@@ -1239,7 +1237,7 @@ def begin_epoch(run):
     how = {"mirror": training.horizontal_flip, "crop": training.random_crop and learns}
     steps = run.training.epoch(loop["epoch"], start=loop["captions"], **how)
     left = batches.num_left(loop["captions"])
-    return epoch_progress(run, "", steps, left, "captions", batches.batch_size)
+    return run_output.epoch_progress(run, "", steps, left, "captions", batches.batch_size)
 
 
 def read_losses(loop, unread):
@@ -1267,7 +1265,9 @@ def validation_loss(run, received):
     captioner.decoder.eval()
     num_batches, batch_size = run.validation.batches.num_batches, run.validation.batches.batch_size
     batches = run.validation.epoch(0, shuffle=False)
-    bar = epoch_progress(run, "validation loss", batches, num_batches, "captions", batch_size)
+    bar = run_output.epoch_progress(
+        run, "validation loss", batches, num_batches, "captions", batch_size
+    )
     for batch, features in until_stopped(received, bar):
         batch = batch.to(captioner.hardware.device)
         with torch.inference_mode(), captioner.hardware.autocast():
@@ -1292,7 +1292,7 @@ def validation_scores(run, received):
     decoding = options.decoding._replace(algorithm="beam", beam_size=beam, num_captions=1)
     hypotheses = captioner.caption_features(chunks, decoding, options.run.seed)
     most = -(-len(table) // process_group.world_size())  # images of the largest share
-    bar = epoch_progress(run, "validation captions", hypotheses, len(share), "images")
+    bar = run_output.epoch_progress(run, "validation captions", hypotheses, len(share), "images")
     best = own = [image[0] for image in until_stopped(received, bar, most)]
     entropy = attention_measures.mean_entropy_share(best, math.prod(captioner.encoder.grid))
     shares = process_group.all_gather([hypothesis._replace(attention=None) for hypothesis in best])
@@ -1300,7 +1300,9 @@ def validation_scores(run, received):
     scores = None
     if process_group.rank() == 0:
         meteor = model_selection.needs_meteor(options.training.select_by)
-        _, scores, _ = score_captions(captioner, run.scorer, table.image, best, meteor=meteor)
+        _, scores, _ = evaluation.score_captions(
+            captioner, run.scorer, table.image, best, meteor=meteor
+        )
         run.samples = run_folder.take_samples(run, own or best)
         if not meteor:  # it takes seconds
             del scores["METEOR"]
@@ -1381,7 +1383,7 @@ def set_up(options, hardware, checkpoint=None):
         splits=splits,
         training=training,
         validation=validation,
-        scorer=make_scorer(val_table, texts),
+        scorer=evaluation.make_scorer(val_table, texts),
         objectives=objectives,
         state=state,
         model=process_group.data_parallel(decoder, options.run.seed + state.loop["step"]),
@@ -1546,7 +1548,7 @@ def test_checkpoint(options, hardware, checkpoint):
     hypotheses = list(Progress(hypotheses, "testing", len(table), "images"))
     best = [image[0] for image in hypotheses]
     best = evaluation.map_first(captioner, features, best, options.pictures, boxes)
-    split = CaptionedSplit(options, captioner, dataset, table, features, best, boxes)
+    split = evaluation.CaptionedSplit(options, captioner, dataset, table, features, best, boxes)
     scores, rows = evaluation.score(split, judge)
     return evaluation.write(split, scores, rows, folder, started)
 
@@ -1567,13 +1569,13 @@ def tune(options, hardware, checkpoint):
     build = functools.partial(build_index, captioner)
     index = open_index(path, checkpoint, lambda: build(*open_split("train", False)))
     table, features = open_split("val", captioner.decoder.reads_grid)
-    scorer = make_scorer(table, None)
+    scorer = evaluation.make_scorer(table, None)
     tried = decoding_tuning.try_searches(
         captioner,
         features,
         index,
         options,
-        lambda best: score_captions(captioner, scorer, table.image, best)[1],
+        lambda best: evaluation.score_captions(captioner, scorer, table.image, best)[1],
     )
     decoding_tuning.keep_best(tried, options, folder)
     return 0
