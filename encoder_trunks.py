@@ -74,6 +74,11 @@ def split_blocks(trunk, trained, name):
     """
     modules = modules_of(trunk)
     blocks = [place for place, module in enumerate(modules) if has_matrix(module)]
+    if len(blocks) == 1:
+        raise ValueError(
+            f"--fine_tune_encoder {trained}: {name} cannot be taken apart into blocks that follow one "
+            "upon the other: leave the option out, or give another --encoder"
+        )
     if trained >= len(blocks):
         raise ValueError(
             f"--fine_tune_encoder {trained}: {name} has {len(blocks)} blocks, "

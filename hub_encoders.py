@@ -17,7 +17,6 @@ import copy
 import difflib
 import functools
 import importlib.util
-import itertools
 import math
 import re
 from pathlib import Path
@@ -139,33 +138,25 @@ class Layer(nn.Module):
         return self.layer(tokens, attention_mask=None)
 
 
-class BeforeBlocks(nn.Module):
-    """What a timm vision transformer does before its blocks: a copy of it without them."""
+class Before(nn.Module):
+    """What a timm model does before some of its modules: a copy without them, of the same parameters."""
 
-    AFTER = ("norm", "fc_norm", "head_drop", "head", "attn_pool")
-
-    def __init__(self, model):
+    def __init__(self, model, without=()):
         super().__init__()
-        self.model = copy.copy(model)  # it shares the parameters
-        self.model._modules = {k: v for k, v in model._modules.items() if k not in self.AFTER}
-        self.model.blocks, self.model.norm = nn.Sequential(), nn.Identity()
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.model = copy.deepcopy(model, shared | {id(module): Passing() for module in without})
 
     def forward(self, images):
-        """images (N, 3, S, S) -> tokens (N, L, F)."""
+        """images (N, 3, S, S) -> what the first of them is given; without any, the model's features."""
         return self.model.forward_features(images)
 
 
-class Whole(nn.Module):
-    """A timm model that is not taken apart: one block, which can only be frozen."""
+class Passing(nn.Module):
+    """Stands where a module was."""
 
-    def __init__(self, model):
-        super().__init__()
-        model.reset_classifier(0)
-        self.model = model
-
-    def forward(self, images):
-        """images (N, 3, S, S) -> the model's own features."""
-        return self.model.forward_features(images)
+    def forward(self, x, **_):
+        """Anything -> the same."""
+        return x
 
 
 # ------------------------------------------------------------------------------------ configurations
@@ -492,27 +483,6 @@ def trunk_of_transformer(model, vision, pooled, class_token):
 
 # ----------------------------------------------------------------------------------------------- timm
 
-MODULES = {  # timm's class: its modules from the picture to the last grid, in their order
-    "ResNet": "conv1 bn1 act1 maxpool layer1 layer2 layer3 layer4",
-    "ResNetV2": "stem stages norm",
-    "ConvNeXt": "stem stages norm_pre",
-    "EfficientNet": "conv_stem bn1 blocks conv_head bn2",
-    "MobileNetV3": "conv_stem bn1 blocks",
-    "InceptionV3": """Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 Pool1 Conv2d_3b_1x1 Conv2d_4a_3x3 Pool2
-        Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b
-        Mixed_7c""",
-    "RegNet": "stem s1 s2 s3 s4 final_conv",
-    "DenseNet": "features",
-    "VGG": "features",
-    "SwinTransformer": "patch_embed layers norm",
-    "SwinTransformerV2": "patch_embed layers norm",
-}
-STAGES = {
-    "ConvNeXtStage",
-    "SwinTransformerStage",
-    "SwinTransformerV2Stage",
-}  # downsample, then blocks
-
 
 def timm_row(name, stored=None):
     """The EncoderModel of a model of timm. As `find_model`."""
@@ -539,17 +509,17 @@ def timm_row(name, stored=None):
         picture = stored_picture(where, stored)
 
     def build():
-        return trunk_of_timm(new_timm(name))
+        return trunk_of_timm(new_timm(name), name)
 
     def weights():
         file = timm_file(name, published)
-        return in_memory(trunk_of_timm(new_timm(name, file)).state_dict())
+        return in_memory(trunk_of_timm(new_timm(name, file), name).state_dict())
 
     def translate(state):
         with torch.device("meta"):
             model = new_timm(name)
         known = model.state_dict(keep_vars=True)
-        return to_trunk_names(state, known, trunk_of_timm(model))
+        return to_trunk_names(state, known, trunk_of_timm(model, name))
 
     return as_row(build, picture, weights, translate, {"picture": picture.plain()})
 
@@ -579,33 +549,126 @@ def new_timm(name, file=None):
     )
 
 
-def opened(module):
-    """Stages of a few blocks as the Sequential of these that they are; another module as it is."""
-    stages = type(module) is nn.Sequential and {type(part).__name__ for part in module}
-    if not stages or not stages <= STAGES:
-        return module
-    parts = ([stage.downsample, *stage.blocks] for stage in module)
-    return nn.Sequential(*itertools.chain.from_iterable(parts))
+class Layout(NamedTuple):
+    """How a timm model is taken apart; names of its modules."""
+
+    blocks: list[str]  # which hand on one tensor from each to the next, up to the features
+    head: list[str]  # what comes after the features
+    is_chain: bool  # the first of the blocks is given the picture itself
 
 
-def trunk_of_timm(model):
-    """Its modules as a Sequential that ends in the last grid."""
-    kind, trunk = type(model).__name__, nn.Sequential()
-    end = Grid(
-        prefix=getattr(model, "num_prefix_tokens", 0),
-        channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
-    )
-    if kind == "VisionTransformer":
-        trunk.add_module("before", BeforeBlocks(model))
-        trunk.add_module("blocks", model.blocks)
-        trunk.add_module("norm", model.norm)
-    elif kind in MODULES:
-        for name in MODULES[kind].split():
-            trunk.add_module(name, opened(getattr(model, name)))
-    else:
-        trunk.add_module("whole", Whole(model))
-    trunk.add_module("end", end)
+@functools.cache
+def layout_of(architecture):
+    """The Layout of a timm model, from what its modules give each other on its way to its features.
+
+    A module counts as several blocks if timm's own layer groups, for learning rates that differ from
+    layer to layer, divide it, and if it hands on one tensor, too, from each of its parts to the next.
+    Raises: ValueError where its features are no tensor.
+    """
+    import timm
+
+    with torch.device("meta"), torch.no_grad():  # which computes shapes alone
+        whole = Before(new_timm(architecture).eval())
+        model = whole.model
+        calls = record_calls(whole, torch.zeros(1, *model.default_cfg["input_size"]))
+    if not calls[whole].gave:
+        raise ValueError(
+            f"--encoder timm/{architecture}: gives several features, not one grid: choose another"
+        )
+    groups = {name: name for name, _ in model.named_parameters()}
+    if hasattr(model, "group_matcher"):
+        matcher = model.group_matcher(coarse=False)
+        groups = timm.models.group_parameters(model, matcher, reverse=True)
+
+    def opened(name, module):
+        of_module = {group for key, group in groups.items() if key.startswith(f"{name}.")}
+        parts, given = chain_of(module, calls)
+        if len(of_module) < 2 or not parts or given != calls[module].given:
+            return [name]
+        return [each for part in parts for each in opened(f"{name}.{part}", parts[part])]
+
+    parts, given = chain_of(whole, calls)
+    names = [(name.removeprefix("model."), module) for name, module in parts.items()]
+    blocks = [each for name, module in names for each in opened(name, module)]
+    children = dict(model.named_children())
+    used = [name for name, child in children.items() if calls.keys() & {*child.modules()}]
+    head = [*children][[*children].index(used[-1]) + 1 :]
+    return Layout(blocks, head, given == calls[whole].given)
+
+
+class Call(NamedTuple):
+    """One of a module: marks of the tensor that it was given and of the one that it gave, or None."""
+
+    given: tuple | None
+    gave: tuple | None = None
+
+
+def record_calls(model, pixels):
+    """{module: its Call} in their order. What is not called once with a tensor alone was given None."""
+    calls, alive = {}, []  # alive: so that no two tensors have the same id
+
+    def mark(value):
+        alive.append(value)
+        # the version, which tells whether it was changed in place
+        return (id(value), value._version) if isinstance(value, torch.Tensor) else None
+
+    def enter(module, given, named):
+        alone = len(given) == 1 and all(value is None for value in named.values())
+        calls[module] = Call(mark(given[0]) if alone and module not in calls else None)
+
+    def leave(module, given, gave):
+        calls[module] = calls[module]._replace(gave=mark(gave))
+
+    for module in model.modules():
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave)
+    model(pixels)
+    return calls
+
+
+def chain_of(module, calls):
+    """Its last parts that hand on one tensor, up to what it gives, {name: part}; what the first is given."""
+    order = [*calls]
+    called = sorted(called_parts(module, calls), key=lambda pair: order.index(pair[1]))
+    parts, tensor = [], calls[module].gave
+    for name, part in reversed(called):
+        if calls[part].given is None or calls[part].gave != tensor:
+            break
+        parts, tensor = [(name, part), *parts], calls[part].given
+    return dict(parts), tensor
+
+
+def called_parts(module, calls):
+    """(name, part) of what is called in a module, also where it stands in a list that is not."""
+    for name, part in module.named_children():
+        if part in calls:
+            yield name, part
+        else:
+            yield from ((f"{name}.{deeper}", each) for deeper, each in called_parts(part, calls))
+
+
+def trunk_of_timm(model, name):
+    """Its modules under its own names for them, as a Sequential that ends in the last grid."""
+    layout, trunk = layout_of(name.partition(".")[0]), nn.Sequential()
+    blocks, head = ([*map(model.get_submodule, names)] for names in layout[:2])
+    if not layout.is_chain:
+        trunk.add_module("before", Before(model, [*blocks, *head]))
+    for place, block in zip(layout.blocks, blocks, strict=True):
+        put(trunk, place, block)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    trunk.add_module("end", Grid(prefix=prefix, channels_last=last))
     return trunk
+
+
+def put(trunk, place, module):
+    """Append a module to a Sequential of Sequentials, such as at layers.0.blocks.1."""
+    *outer, name = place.split(".")
+    for each in outer:
+        if each not in trunk._modules:
+            trunk.add_module(each, nn.Sequential())
+        trunk = trunk.get_submodule(each)
+    trunk.add_module(name, module)
 
 
 # ------------------------------------------------------------------------------- names and downloads

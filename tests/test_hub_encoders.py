@@ -284,19 +284,61 @@ def test_published_weights_of_timm_are_read_from_the_hubs_cache(tmp_path, monkey
         fic.Encoder("timm/test_resnet", foreign, "x.pth", model=model)
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("test_vit", 2), ("test_convnext", 3)])
-def test_stem_and_tail_are_the_whole_encoder(name, blocks):
-    whole = timm_encoder(name, 64)
-    model = whole.model
-    tuned = fic.FineTunedEncoder(
-        f"timm/{name}", whole.trunk.state_dict(), "random", "float32", 64,
-        trained_blocks=blocks, model=model,
-    )  # fmt: skip
-    images = pictures(64).byte()
-    torch.testing.assert_close(tuned.tail(tuned.stem(images)), whole(images))
+BLOCKS = {  # name -> how many its authors built: the stem, then residual blocks, downsampling, a last convolution
+    "test_vit": 1 + 6, "test_convnext": 1 + 9 + 3, "test_convnext2": 1 + 4, "test_resnet": 1 + 6,
+    "test_efficientnet": 1 + 5 + 1, "mobilenetv3_small_050": 1 + 11 + 1, "regnetx_002": 1 + 1 + 1 + 4 + 7,
+    "resnetv2_18": 1 + 8, "ghostnet_050": 18, "test_mambaout": 8, "densenet121": 8, "test_coatnet": 5,
+    "test_byobnet": 5, "test_nfnet": 9, "levit_128s": 12, "test_vit_relpos": 1 + 9,
+}  # fmt: skip
+SIZES = {"levit_128s": 224, "test_vit_relpos": 160, "test_coatnet": 160}  # that takes no other
+
+
+def fine_tuned(name, size, blocks):
+    whole = timm_encoder(name, size)
+    state = whole.trunk.state_dict()
+    how = ("random", "float32", size)
+    return fic.FineTunedEncoder(
+        f"timm/{name}", state, *how, trained_blocks=blocks, model=whole.model
+    )
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_is_frozen_and_what_learns_give_timms_features_together(name):
+    size = SIZES.get(name, 64)
+    with pytest.raises(ValueError, match=f"timm/{name} has {BLOCKS[name]} blocks"):
+        fine_tuned(name, size, BLOCKS[name])
+    tuned = fine_tuned(name, size, max(1, BLOCKS[name] // 2))
+    images = pictures(size).byte()
+    torch.manual_seed(0)  # as load_encoder_weights
+    reference = hub_encoders.new_timm(name).eval()
+    pixels = (images / 255 - tuned.mean) / tuned.std
+    with torch.no_grad():
+        expected = reference.forward_features(pixels)
+        features = tuned.tail(tuned.stem(images))
+    if expected.ndim == 4:
+        expected = expected if expected.size(1) == tuned.channels else expected.movedim(3, 1)
+        expected = expected.flatten(2).transpose(1, 2)
+    else:
+        expected = expected[:, getattr(reference, "num_prefix_tokens", 0) :]
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(features / scale, expected / scale, atol=1e-5, rtol=1e-5)
     trained = {name for name, p in tuned.trunk.named_parameters() if p.requires_grad}
     assert trained and len(trained) < len([*tuned.trunk.parameters()])
-    assert any("norm" in name and "weight" in name for name in trained)  # LayerNorm learns
+    assert trained <= {*reference.state_dict()}  # under the library's names
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_layernorm_learns(name):
+    tuned = fine_tuned(name, 64, 2)
+    trained = {name for name, p in tuned.trunk.named_parameters() if p.requires_grad}
+    assert any("norm" in name and "weight" in name for name in trained)
+
+
+def test_a_timm_model_that_is_one_knot_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^--fine_tune_encoder 1: timm/cait_xxs24_224 cannot"):
+        fine_tuned("cait_xxs24_224", 224, 1)
+    with pytest.raises(ValueError, match=r"^--encoder timm/coat_tiny: gives several features"):
+        hub_encoders.find_model("timm/coat_tiny").build()
 
 
 # --------------------------------------------------------------------------------- runs of the program
