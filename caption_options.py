@@ -501,7 +501,7 @@ TRAINING = {
     "horizontal_flip": Option(bool, False,
         "mirror every other training image, drawn anew each epoch", modes=(TRAIN,)),
     "grad_clip": Option(NOT_NEGATIVE, 5.0, "largest L2 norm of gradients, 0 = off", modes=(TRAIN,)),
-    "select_by": Option(tuple(model_selection.RULES), "cider",
+    "select_by": Option((*model_selection.RULES, *model_selection.OTHER_NAMES), "cider",
         "what makes an epoch's validation captions the best: a score or the loss (best_loss.pt has its lowest, "
         "whatever this is), or one of the rules over several scores of docs/TRAINING.md",
         modes=(TRAIN,)),
@@ -1046,6 +1046,8 @@ def settle(typed, stored, origins=MappingProxyType({}), path=""):
     if values["mode"] == TUNE:
         values["algorithm"] = "beam"
         values["rerank"] = typed.get("rerank", "consensus")  # it tries both
+    rule = values["select_by"]
+    values["select_by"] = model_selection.OTHER_NAMES.get(rule, rule)
     for name in typed:
         for other, wanted in needs_of(name, values["mode"]).items():
             if values[other] not in wanted:

@@ -86,6 +86,7 @@ RULES = {
     "pareto": Rule("METEOR (pareto)", SEVERAL, dominates),
     "multi-criteria": Rule("METEOR (multi-criteria)", SEVERAL, meteor_and_two_others),
 }
+OTHER_NAMES = {"bleu": "bleu4"}  # of rules, as the specification's document C has them
 
 
 def rule_of(config):

@@ -252,6 +252,13 @@ def test_an_alias_is_the_option():
     assert options.typed == {"encoder_weights"}
 
 
+def test_a_rule_of_another_name_is_the_rule():
+    """As document C names it; a run's files have one name for it."""
+    options = parse_args(["--select_by", "bleu"])
+    assert options.training.select_by == "bleu4"
+    assert resumed({"select_by": "bleu"}).training.select_by == "bleu4"
+
+
 def test_settled_options_cannot_be_changed():
     options = parse_args([])
     with pytest.raises(AttributeError):
