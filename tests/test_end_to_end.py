@@ -1092,6 +1092,28 @@ def test_units_that_are_hidden_between_steps_are_the_same_after_a_stop(decoder):
     assert not list(differences(one, other))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("begins", ["", "--fine_tune_after 1"])
+def test_random_crops_go_on_as_if_training_had_not_been_stopped(begins):
+    """Stopped inside an epoch and at the border before it: the crops are the epoch's own, past the cache."""
+    flags = f"{ATTENTION} --fine_tune_encoder 2 --encoder_learning_rate 0.01 --random_crop"
+    flags += f" --horizontal_flip --epochs 2 {begins}"
+    straight = train(flags)
+    halted = stopped(TINY, flags, at_step=STEPS + 2)
+    inside, border = (run_dir(halted) / name for name in ("last.pt", "model_epoch_1.pt"))
+    assert halted.status == 130 and load(inside)["data_position"]["captions"] == 2 * BATCH_SIZE
+    expected, begun = (load(straight / f"model_epoch_{epoch}.pt") for epoch in (2, 1))
+    for path in (inside, border):
+        resumed = run_dir(succeed("--model_path", path))
+        assert not list(differences(expected, load(resumed / "model_epoch_2.pt")))
+    weights = expected["encoder"]["weights"]
+    assert any(
+        not torch.equal(begun["encoder"]["weights"][name], weights[name]) for name in weights
+    )
+    uncropped = load(train(flags.replace("--random_crop", "")) / "model_epoch_2.pt")
+    assert any(differences(expected["model"], uncropped["model"]))
+
+
 def test_a_run_that_fine_tunes_its_encoder_goes_on_and_is_tested_as_it_was_left():
     """From cached features of the frozen blocks; with other weights than the ones it began with."""
     flags = f"{ATTENTION} --fine_tune_encoder 2 --encoder_learning_rate 0.01 --horizontal_flip"
