@@ -3,7 +3,7 @@
     hypotheses = generate(decoder, features, vocabulary, beam_size=5)  # per image, best first
     caption = vocabulary.decode(hypotheses[0][0].tokens)
 
-The three searches are one loop: greedy decoding is a beam of one, and sampling draws the next word
+The searches are one loop: greedy decoding is a beam of one, and sampling draws the next word
 where beam search ranks it; `register_algorithm` adds another way to choose. All images are searched
 together, and each leaves the batch when it is done. On CUDA they stay until all are done, because
 asking which are would synchronise with the GPU. An `Ensemble` of decoders is one more decoder.
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 SYNC_EVERY = 8  # steps, where images stay. Each read of what is done synchronises with the GPU
 ALGORITHMS = {}  # by name: how the next words are chosen, as register_algorithm says
 SETTINGS = (
-    "beam_size", "length_penalty", "temperature", "top_k", "top_p", "num_captions", "generator",
+    "beam_size", "length_penalty", "temperature", "top_k", "top_p", "num_captions", "generator", "eos",
 )  # fmt: skip
 
 
@@ -174,6 +174,39 @@ def beam_step(beams, logits, log_norm, beam_size):
     return index // best.size(-1), words, log_prob
 
 
+@register_algorithm("full_beam")
+def full_beam_step(beams, logits, log_norm, beam_size, length_penalty, eos):
+    """The `beam_size` best live continuations of each image, and behind them as many finished ones.
+
+    A caption that ends leaves its place to a live one, if it was among the best `beam_size` of all. As
+    `beam_step` where none has ended; to the end as generate of transformers, with early_stopping="never".
+    """
+    live = beams.log_prob.masked_fill(beams.finished, -torch.inf)
+    wide = 2 * beam_size  # each hypothesis ends in one way, so that half of these do not
+    best, words = logits.topk(min(wide, logits.size(-1)))  # (N, K, C)
+    totals = (live.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))).flatten(1)
+    totals, index = totals.topk(min(wide, totals.size(1)))  # (N, W)
+    parents, words = index // best.size(-1), words.flatten(1).gather(1, index)
+    ends = words == eos
+    going = totals.masked_fill(ends, -torch.inf).topk(min(beam_size, totals.size(1)))
+
+    ending = totals.masked_fill(~ends, -torch.inf)
+    ending[:, beam_size:] = -torch.inf
+    ended = beams.log_prob.masked_fill(~beams.finished, -torch.inf)
+    rated = scores(beams, length_penalty).masked_fill(~beams.finished, -torch.inf)
+    rated = torch.cat([rated, ending / beams.tokens.size(-1) ** length_penalty], dim=1)
+    places = rated.topk(min(beam_size, rated.size(1))).indices
+    earlier = torch.arange(ended.size(1), device=ended.device).expand_as(ended)
+
+    def chosen(of_earlier, of_new):
+        kept = torch.cat([of_earlier, of_new], dim=1).gather(1, places)
+        return torch.cat([of_new.gather(1, going.indices), kept], dim=1)
+
+    log_prob = torch.cat([ended, ending], dim=1).gather(1, places)
+    log_prob = torch.cat([going.values, log_prob], dim=1)
+    return chosen(earlier, parents), chosen(torch.full_like(earlier, eos), words), log_prob
+
+
 def truncate(logits, top_k, top_p):
     """Mask all but the `top_k` likeliest words (0: keep all), then all outside the nucleus `top_p`.
 
@@ -292,6 +325,7 @@ def generate(
     if fixed_shapes is None:
         fixed_shapes = features.device.type == "cuda"
     settings = beam_size, length_penalty, temperature, top_k, top_p, num_captions, generator
+    settings = *settings, vocabulary.eos
     next_words = step_function(algorithm, dict(zip(SETTINGS, settings, strict=True)))
     hypotheses = {}
     images = torch.arange(len(features), device=features.device)  # the numbers of those not done

@@ -50,7 +50,8 @@ WITH_DATA = (TRAIN, TEST, TUNE)
 DECODERS = ("lstm", "attention", "gpt2")
 WITHOUT_STEPS = (TRAIN, TEST, CAPTION, TUNE)  # which do not show how a caption comes about
 ATTENTIONS = ("additive", "multi_head", "adaptive")
-ALGORITHMS = ("greedy", "beam", "sample")
+BEAMS = ("beam", "full_beam")
+ALGORITHMS = ("greedy", *BEAMS, "sample")
 RERANKINGS = ("none", "consensus")
 VIZ_METHODS = ("attention", "gradient")
 
@@ -537,14 +538,16 @@ SCHEDULE = {
         "epochs of rising rate at the start", modes=(TRAIN,), needs=scheduled("warmup_epochs")),
 }  # fmt: skip
 DECODING = {
-    "algorithm": Option(ALGORITHMS, "beam", "how words are chosen; debug mode shows all of them",
+    "algorithm": Option(ALGORITHMS, "beam",
+        "how words are chosen; full_beam: as transformers' generate, which keeps beam_size hypotheses besides "
+        "those that have ended; debug mode shows all of them",
         modes=WITHOUT_STEPS),
-    "beam_size": Option(HYPOTHESES, 5, "hypotheses kept per image", needs={"algorithm": ("beam",)}),
+    "beam_size": Option(HYPOTHESES, 5, "hypotheses kept per image", needs={"algorithm": BEAMS}),
     "max_length": Option(TOKENS, 40, "most tokens in a caption, <EOS> counted"),
     "min_length": Option(COUNT, 0, "fewest words in a caption"),
     "length_penalty": Option(number(float, -10, 10), 0.0,
         "score is log_prob / length ** penalty; above 0 favours long captions",
-        needs={"algorithm": ("beam",)}),
+        needs={"algorithm": BEAMS}),
     "no_repeat_ngram_size": Option(COUNT, 0, "no n-gram of this size twice, 0 = off"),
     "temperature": Option(number(float, 1e-3), 1.0,
         "divides the logits: below 1 likely words become likelier", needs={"algorithm": ("sample",)}),
@@ -557,7 +560,7 @@ DECODING = {
 RERANK = {
     "rerank": Option(RERANKINGS, "none",
         "consensus: of the beam's captions take the one whose score and agreement with the captions of similar "
-        "training images are best together", modes=WITHOUT_STEPS, needs={"algorithm": ("beam",)}),
+        "training images are best together", modes=WITHOUT_STEPS, needs={"algorithm": BEAMS}),
     "neighbours": Option(SIZE, 60, "training images that are similar", modes=WITHOUT_STEPS, needs=CONSENSUS),
     "rerank_weight": Option(NOT_NEGATIVE, 2.0,
         "what the agreement, a mean CIDEr of 0 to 10, is multiplied by before it is added to the score",
@@ -1043,11 +1046,11 @@ def settle(typed, stored, origins=MappingProxyType({}), path=""):
     preset = preset_values(typed)
     values = ChainMap({}, typed, preset, stored, DEFAULTS)
     values["save_attention_viz"] |= values["advanced_attention_viz"]
+    rule = values["select_by"]
+    values["select_by"] = model_selection.OTHER_NAMES.get(rule, rule)
     if values["mode"] == TUNE:
         values["algorithm"] = "beam"
         values["rerank"] = typed.get("rerank", "consensus")  # it tries both
-    rule = values["select_by"]
-    values["select_by"] = model_selection.OTHER_NAMES.get(rule, rule)
     for name in typed:
         for other, wanted in needs_of(name, values["mode"]).items():
             if values[other] not in wanted:
@@ -1129,7 +1132,8 @@ def check_contradictions(values, new_plan):
         raise ValueError(
             f"--min_length {values['min_length']} must be below --max_length {values['max_length']}"
         )
-    most = {"greedy": 1, "beam": values["beam_size"]}.get(values["algorithm"], math.inf)
+    most = {"greedy": 1} | dict.fromkeys(BEAMS, values["beam_size"])
+    most = most.get(values["algorithm"], math.inf)
     if values["num_captions"] > most:
         raise ValueError(
             f"--num_captions {values['num_captions']} is more than "

@@ -328,7 +328,8 @@ def described_test(scores):
     """How the captions were written, in words."""
     decoding, rerank = scores["decoding"], scores.get("rerank")
     search = decoding["algorithm"]
-    search = f"beam search of {decoding['beam_size']}" if search == "beam" else f"{search} decoding"
+    beams = {"beam": "beam search of", "full_beam": "full beam search of"}
+    search = f"{beams[search]} {decoding['beam_size']}" if search in beams else f"{search} decoding"
     if rerank:
         search += f", reranked by the consensus of {rerank['neighbours']} neighbours"
     search += by_ensemble(scores)

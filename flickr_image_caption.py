@@ -17,6 +17,7 @@ Normalization for Transformers.   [8] Kobayashi et al. 2020, Attention is Not On
 """
 
 from caption_options import (
+    BEAMS,
     COMPARE,
     ENCODERS,
     SCHEDULES,
@@ -935,7 +936,7 @@ class Captioner:
         """Yield each image's hypotheses from chunks of what the encoder's stem gave. how: more of `generate`'s."""
         generator = torch.Generator(self.hardware.device).manual_seed(seed)
         self.decoder.eval()
-        reranker = self.reranker if decoding.algorithm == "beam" else None
+        reranker = self.reranker if decoding.algorithm in BEAMS else None
         # it chooses among all that the beam holds
         number = decoding.beam_size if reranker else decoding.num_captions
         search = decoding._replace(num_captions=number)._asdict()

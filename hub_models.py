@@ -343,7 +343,7 @@ def plain_search(config, vocabulary):
     if config["algorithm"] == "sample":
         names = ("temperature", "top_k", "top_p")
         return search | {"do_sample": True} | {name: config[name] for name in names}
-    beams = config["beam_size"] if config["algorithm"] == "beam" else 1
+    beams = config["beam_size"] if config["algorithm"] in ("beam", "full_beam") else 1
     penalty = (
         {"length_penalty": config["length_penalty"], "early_stopping": "never"} if beams > 1 else {}
     )

@@ -13,6 +13,7 @@ import json
 import torch
 
 import consensus
+from caption_options import BEAMS
 from runtime import warn
 from split_data import decode_chunks
 from trained_models import in_common
@@ -23,7 +24,7 @@ def open_reranker(options, checkpoint, build=None):
 
     A checkpoint that is alone still captions, with a warning. Raises: ValueError if it was typed.
     """
-    if options.rerank.rerank == "none" or options.decoding.algorithm != "beam":
+    if options.rerank.rerank == "none" or options.decoding.algorithm not in BEAMS:
         return None
     path = options.run.model_path
     index = open_index(path, checkpoint, build)

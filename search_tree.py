@@ -49,9 +49,11 @@ def trace(captioner, features, algorithm, options):
     how = {"record": recorder, "fixed_shapes": False}
     ((best,),) = captioner.caption_features([features], decoding, options.run.seed, **how)
     tree = grow(recorder.steps, best, vocabulary.eos)
-    title = {"beam": f"beam {decoding.beam_size}", "sample": f"sample, seed {options.run.seed}"}
+    size = decoding.beam_size
+    title = {"beam": f"beam {size}", "full_beam": f"full beam {size}"}
+    title["sample"] = f"sample, seed {options.run.seed}"
     rated = f"log probability {best.log_prob:.3f}"
-    if algorithm == "beam" and decoding.length_penalty:
+    if algorithm in ("beam", "full_beam") and decoding.length_penalty:
         rated += f", score {best.score:.3f} with length penalty {decoding.length_penalty:g}"
     caption = printable(vocabulary.decode(best.tokens))
     print(f"  {title.get(algorithm, algorithm)}: {caption} ({rated})")
@@ -163,7 +165,7 @@ def add_word(parent, number, step, place):
         log_prob=log_prob,
         step=number,
         rank=1 + sum(other > log_prob for other in step.log_prob),
-        beam=len(step.log_prob),
+        beam=sum(other > -np.inf for other in step.log_prob),
         candidates=step.candidates[source],
         parent=parent,
     )

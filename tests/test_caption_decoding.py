@@ -161,9 +161,11 @@ def test_a_beam_of_one_is_a_plain_greedy_loop(options, seed):
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, -0.5, 1.0])
 @pytest.mark.parametrize("count", [1, 6])
-def test_a_full_width_beam_finds_the_best_captions(penalty, count):
+@pytest.mark.parametrize("algorithm", ["beam", "full_beam"])
+def test_a_full_width_beam_finds_the_best_captions(algorithm, penalty, count):
     decoder = Toy(20, vocab_size=7, seed=1, eos=torch.linspace(-2, 2, 20))
     options = {"max_length": 4, "length_penalty": penalty, "num_captions": count}
+    options["algorithm"] = algorithm
     for image, hypotheses in enumerate(search(decoder, 20, beam_size=200, **options)):
         scores, captions = zip(*every_caption(decoder, image, 4, penalty)[:count], strict=True)
         assert [h.tokens for h in hypotheses] == list(captions)
@@ -226,10 +228,28 @@ def test_a_finished_caption_keeps_its_place_in_the_beam():
     assert second.tokens in ([4, 5, 5, 5, 5], [4, 6, 6, 6, 6]) and not second.finished
 
 
+def test_in_a_full_beam_a_finished_caption_leaves_its_place_by_hand():
+    # of two places [] takes one; a full beam goes on with 4 and 5, and 5 6 has the best mean
+    decoder = Markov({1: {2: 0.5, 4: 0.3, 5: 0.2}, 4: {2: 1.0}, 5: {6: 1.0}, 6: {2: 1.0}})
+    options = {"beam_size": 2, "length_penalty": 1.0, "num_captions": 2}
+    ((narrow, _),) = search(decoder, **options)
+    ((first, second),) = search(decoder, algorithm="full_beam", **options)
+    assert narrow.tokens == second.tokens == [4] and first.tokens == [5, 6]
+    assert second.score == pytest.approx(math.log(0.3) / 2)
+    assert first.score == pytest.approx(math.log(0.2) / 3)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_full_beam_is_the_beam_until_a_caption_ends(penalty):
+    options = {"beam_size": 4, "max_length": 6, "num_captions": 4, "length_penalty": penalty}
+    decoder = Toy(8, vocab_size=9, eos=-torch.inf)
+    check_same(search(decoder, 8, algorithm="full_beam", **options), search(decoder, 8, **options))
+
+
 # What a search may return
 
 
-@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "full_beam", "sample"])
 @pytest.mark.parametrize("never", [-1e9, -torch.inf])
 def test_a_decoder_that_never_ends_gives_an_unfinished_caption(algorithm, never):
     decoder = Toy(3, vocab_size=12, eos=never)
@@ -240,7 +260,7 @@ def test_a_decoder_that_never_ends_gives_an_unfinished_caption(algorithm, never)
     check_log_probs(decoder, results)
 
 
-@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "full_beam", "sample"])
 def test_a_decoder_that_ends_at_once_gives_an_empty_caption(algorithm):
     for (best,) in search(Toy(3, vocab_size=8, eos=60.0), 3, algorithm=algorithm):
         assert (best.tokens, best.finished, best.attention.shape) == ([], True, (0, 3))
@@ -263,7 +283,7 @@ def test_max_length_counts_the_end():
     assert search(decoder, max_length=1)[0][0].tokens == [4]
 
 
-@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "full_beam", "sample"])
 def test_no_special_token_is_ever_a_word(algorithm):
     decoder = Toy(6, vocab_size=8)
     decoder.logits[..., [0, 1, 3]] += 20  # by far the likeliest
@@ -283,7 +303,7 @@ def test_a_vocabulary_without_unk_may_write_id_3():
     assert [best.tokens for (best,) in results] == [[3] * 5] * 4
 
 
-@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "full_beam", "sample"])
 @pytest.mark.parametrize("length", [0, 1, 4])
 def test_min_length_delays_the_end_by_exactly_so_many_words(algorithm, length):
     decoder = Toy(5, vocab_size=8, eos=40.0)
@@ -303,7 +323,7 @@ def test_no_ngram_stands_twice_by_hand(n, words):
     assert best.log_prob == pytest.approx(sum(math.log(likes[token]) for token in [*words, 2]))
 
 
-@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "full_beam", "sample"])
 def test_a_caption_with_no_word_left_ends_even_below_min_length(algorithm):
     likes = {4: 0.6, 5: 0.3, 2: 0.1}
     options = {"no_repeat_ngram_size": 1, "min_length": 6, "max_length": 9}
@@ -337,7 +357,7 @@ def test_fewer_captions_than_asked_for_are_all_there_are():
     assert [h.tokens for h in hypotheses] == [[4], [5]]
 
 
-@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "full_beam", "sample"])
 @pytest.mark.parametrize("fixed_shapes", [True, False])
 def test_no_images_have_no_captions(algorithm, fixed_shapes):
     decoder = Toy(1, vocab_size=8)
@@ -368,6 +388,9 @@ def test_images_searched_together_are_searched_as_if_alone(penalty):
         {"num_captions": 3, "no_repeat_ngram_size": 2},
         {"num_captions": 1},
         {"algorithm": "greedy"},
+        {"algorithm": "full_beam"},
+        {"algorithm": "full_beam", "num_captions": 3, "length_penalty": 1.0},
+        {"algorithm": "full_beam", "num_captions": 4, "length_penalty": -0.5, "min_length": 2},
     ],
     ids=str,
 )
@@ -382,10 +405,10 @@ def test_images_that_stay_when_done_get_the_captions_of_images_that_leave(option
     assert len(staying.seen) == min(longest, reads * caption_decoding.SYNC_EVERY)
 
 
-@pytest.mark.parametrize("algorithm", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("algorithm", ["greedy", "beam", "full_beam", "sample"])
 def test_each_row_of_attention_belongs_to_the_word_it_wrote(algorithm):
     decoder = Toy(6, vocab_size=9, eos=torch.linspace(-2, 2, 6))
-    count = {"greedy": 1, "beam": 4, "sample": 4}[algorithm]
+    count = 1 if algorithm == "greedy" else 4
     results = search(decoder, 6, algorithm=algorithm, max_length=7, num_captions=count)
     assert max(len(h.tokens) for h in itertools.chain(*results)) > 3
     for image, hypotheses in enumerate(results):
@@ -394,7 +417,7 @@ def test_each_row_of_attention_belongs_to_the_word_it_wrote(algorithm):
             assert h.attention.tolist() == [[image, step, code] for step, code in enumerate(codes)]
 
 
-@pytest.mark.parametrize("algorithm", ["beam", "sample"])
+@pytest.mark.parametrize("algorithm", ["beam", "full_beam", "sample"])
 def test_log_prob_is_the_decoders_own(algorithm):
     decoder = Toy(6, vocab_size=9, eos=torch.linspace(-2, 2, 6))
     results = search(decoder, 6, algorithm=algorithm, beam_size=4, max_length=7, num_captions=4)

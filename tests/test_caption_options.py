@@ -568,7 +568,7 @@ def test_a_model_to_begin_with_whose_options_are_unusable_is_named():
             "--cache_dir does nothing with --no_feature_cache",
         ),
         ("--temperature 2", "--temperature belongs to --algorithm sample, not beam"),
-        ("--algorithm greedy --beam_size 3", "--beam_size belongs to --algorithm beam, not greedy"),
+        ("--algorithm greedy --beam_size 3", "--beam_size belongs to --algorithm beam or full_beam, not greedy"),
         ("--mode test", "--mode test needs --model_path, the checkpoint to use"),
         ("--mode caption --model_path a.pt", "--mode caption needs --images, pictures or folders of them"),
         ("--mode test --model_path a.pt --epochs 3", "--epochs belongs to --mode train, not test"),
@@ -622,6 +622,7 @@ def test_an_empty_path_is_refused(capsys, name):
     [
         ("--algorithm greedy", 1),
         ("--algorithm beam --beam_size 3", 3),
+        ("--algorithm full_beam --beam_size 3", 3),
         ("--algorithm sample", None),
     ],
 )
@@ -913,7 +914,8 @@ def test_the_algorithms_are_the_searches():
     for name, function in caption_decoding.ALGORITHMS.items():
         taken = {option for option, row in rows.items() if name in row.needs.get("algorithm", ())}
         # what ranks a beam is the loop's; how many captions are drawn is not asked in every mode
-        theirs = {*caption_decoding.settings_of(function)} - {"generator", "num_captions"}
+        no_flags = {"generator", "num_captions", "eos", "length_penalty"}
+        theirs = {*caption_decoding.settings_of(function)} - no_flags
         assert taken - {"length_penalty"} == theirs
     searched = inspect.signature(caption_decoding.generate).parameters
     assert set(GROUPS["decoding"].rows) <= set(searched)

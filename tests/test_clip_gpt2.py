@@ -1,6 +1,7 @@
 """The GPT-2 decoder against transformers itself: its forward pass, its maps, its `generate`."""
 
 import copy
+import functools
 import os
 import pickle
 import sys
@@ -131,12 +132,26 @@ def test_alphas_are_transformers_cross_attentions():
             torch.testing.assert_close(alphas[image, 0], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("beam_size", [1, 5])
-@torch.no_grad()
-def test_the_search_finds_what_generate_finds(beam_size):
-    decoder, (features, _) = make_decoder(), make_data()
-    with torch.no_grad():
-        decoder.gpt2.lm_head.weight[WORDS.eos] *= 1.5  # so that some captions end
+@functools.cache
+@torch.enable_grad()
+def taught_decoder():
+    """One that has seen each of some pictures with a caption, of 1 to 8 words, and knows it a little."""
+    decoder = make_decoder(drop_prob=0.0).train()
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(24, CELLS, CHANNELS, generator=generator)
+    words = torch.randint(4, 12, (24, 8), generator=generator).tolist()
+    captions = [[row[: 1 + number % 8]] for number, row in enumerate(words)]
+    batch = CaptionBatches(captions, 99, 40, 0).whole()
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        program.cross_entropy(decoder(features, batch)[0], batch)[0].backward()
+        optimizer.step()
+    return decoder.eval()
+
+
+def transformers_search(decoder, features, **how):
+    """What generate of transformers finds: (words of each hypothesis, None where it was cut; scores)."""
     vit = transformers.ViTConfig(
         hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
         image_size=32, patch_size=16,
@@ -144,26 +159,57 @@ def test_the_search_finds_what_generate_finds(beam_size):
     pair = transformers.VisionEncoderDecoderModel(
         encoder=transformers.ViTModel(vit, add_pooling_layer=False), decoder=plain_model(decoder)
     ).eval()
-    seen = transformers.modeling_outputs.BaseModelOutput(decoder.project(features))
+    seen = decoder.project(decoder.standardise(features))
     found = pair.generate(
-        encoder_outputs=seen, decoder_start_token_id=WORDS.sos, bos_token_id=WORDS.sos,
-        eos_token_id=WORDS.eos, pad_token_id=WORDS.pad, num_beams=beam_size, do_sample=False,
-        max_new_tokens=12, length_penalty=0.0, early_stopping=False,
-        suppress_tokens=[WORDS.pad, WORDS.sos, WORDS.unk], return_dict_in_generate=True,
-        output_scores=True,
+        encoder_outputs=transformers.modeling_outputs.BaseModelOutput(seen),
+        decoder_start_token_id=WORDS.sos, bos_token_id=WORDS.sos, eos_token_id=WORDS.eos,
+        pad_token_id=WORDS.pad, do_sample=False, suppress_tokens=[WORDS.pad, WORDS.sos, WORDS.unk],
+        return_dict_in_generate=True, output_scores=True, **how,
     )  # fmt: skip
-    algorithm = "beam" if beam_size > 1 else "greedy"
-    ours = generate(
-        decoder, features, WORDS, max_length=12, algorithm=algorithm, beam_size=beam_size
-    )
-    lengths = set()
-    for image, (best, *_) in enumerate(ours):
-        written = [*best.tokens, *[WORDS.eos] * best.finished]
-        assert found.sequences[image, 1 : len(written) + 1].tolist() == written
-        lengths.add(len(written))
-        if beam_size > 1:
-            assert best.log_prob == pytest.approx(float(found.sequences_scores[image]), abs=1e-4)
-    assert len(lengths) > 1
+    rows = [row[1:] for row in found.sequences.tolist()]
+    words = [row[: row.index(WORDS.eos)] if WORDS.eos in row else None for row in rows]
+    return words, found.get("sequences_scores")
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.8, 1.0, -0.5])
+@pytest.mark.parametrize("beam_size", [2, 3, 5])
+@torch.no_grad()
+def test_the_full_beam_finds_what_generate_finds(beam_size, penalty):
+    """All captions of the beam: also those after others have ended, where a narrowing beam departs.
+
+    But for pictures of which one was cut: generate takes it for whole, ours come after those that ended.
+    """
+    decoder = taught_decoder()
+    features = torch.randn(40, CELLS, CHANNELS, generator=torch.Generator().manual_seed(3))
+    expected, scores = transformers_search(
+        decoder, features, num_beams=beam_size, num_return_sequences=beam_size, max_new_tokens=40,
+        length_penalty=penalty, early_stopping="never",
+    )  # fmt: skip
+    how = {"beam_size": beam_size, "length_penalty": penalty, "max_length": 40}
+    found = generate(decoder, features, WORDS, algorithm="full_beam", num_captions=beam_size, **how)
+    expected = [
+        expected[start : start + beam_size] for start in range(0, 40 * beam_size, beam_size)
+    ]
+    whole = [image for image, captions in enumerate(expected) if None not in captions]
+    ours = [[h.tokens for h in image] for image in found]
+    assert len(whole) > 30 and [ours[i] for i in whole] == [expected[i] for i in whole]
+    for image in whole:
+        theirs = scores.view(40, beam_size)[image].tolist()
+        assert [h.score for h in found[image]] == pytest.approx(theirs, abs=1e-4)
+    best = {tuple(ours[image][0]) for image in whole}
+    assert len(best) > 8 and len({*map(len, best)}) > 2
+    narrow = generate(decoder, features, WORDS, algorithm="beam", num_captions=beam_size, **how)
+    assert [[h.tokens for h in image] for image in narrow] != ours
+
+
+@torch.no_grad()
+def test_greedy_decoding_finds_what_generate_finds():
+    decoder = taught_decoder()
+    features = torch.randn(40, CELLS, CHANNELS, generator=torch.Generator().manual_seed(3))
+    expected, _ = transformers_search(decoder, features, num_beams=1, max_new_tokens=40)
+    ours = generate(decoder, features, WORDS, algorithm="greedy", max_length=40)
+    assert [best.tokens for (best,) in ours] == expected
+    assert len({*map(len, expected)}) > 2
 
 
 @torch.no_grad()

@@ -831,7 +831,7 @@ def debug_candidates_are_the_words_of_each_step():
     assert [file.name for file in Path("out").iterdir()] == [
         f"{Path(picture).stem}_search_tree.svg"
     ]
-    for algorithm in ("greedy", "beam", "sample"):
+    for algorithm in ("greedy", "beam", "full_beam", "sample"):
         narrow = "--temperature 0.5" if algorithm == "sample" else ""
         out = succeed(
             f"--mode caption --algorithm {algorithm} {narrow} --images {picture} --model_path", path
@@ -961,6 +961,8 @@ def ensemble_writes_with_all_its_members():
 
 def algorithm_chooses_the_search():
     assert written("--algorithm greedy") == written("--algorithm beam --beam_size 1")
+    full = written("--algorithm full_beam --beam_size 2 --length_penalty 5")
+    assert full != written("--algorithm beam --beam_size 2 --length_penalty 5")
     samples = [texts(f"--algorithm sample --seed {seed}") for seed in (1, 1, 2)]
     assert samples[0] == samples[1] != samples[2]
 
@@ -1677,10 +1679,10 @@ IDLE = {  # flags of which the last does nothing -> what the refusal says
         "--min_lr belongs to --scheduler_type reduce_lr_on_plateau or cosine, not exponential",
     "--use_scheduler --scheduler_type cosine --warmup_epochs 2":
         "--warmup_epochs belongs to --scheduler_type one_cycle, not cosine",
-    "--algorithm greedy --beam_size 3": "--beam_size belongs to --algorithm beam, not greedy",
+    "--algorithm greedy --beam_size 3": "--beam_size belongs to --algorithm beam or full_beam, not greedy",
     "--algorithm sample --length_penalty 1":
-        "--length_penalty belongs to --algorithm beam, not sample",
-    "--algorithm sample --rerank consensus": "--rerank belongs to --algorithm beam, not sample",
+        "--length_penalty belongs to --algorithm beam or full_beam, not sample",
+    "--algorithm sample --rerank consensus": "--rerank belongs to --algorithm beam or full_beam, not sample",
     "--neighbours 9": "--neighbours belongs to --rerank consensus, not none",
     "--rerank none --rerank_weight 2": "--rerank_weight belongs to --rerank consensus, not none",
     "--distill_weight 0.5": "--distill_weight needs --distill_from",

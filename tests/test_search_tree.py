@@ -74,6 +74,18 @@ def test_the_tree_of_a_beam_of_two_worked_by_hand():
     assert nodes["b."].is_last and nodes["ac"].is_last and nodes["ac"].is_kept
 
 
+def test_in_the_tree_of_a_full_beam_a_live_hypothesis_has_the_place_of_the_one_that_ended():
+    """As above, but ab stays beside ac, because b. has ended; places that nothing has are not counted."""
+    tree, best, _ = searched("full_beam", beam_size=2)
+    nodes = {written(node): node for node in tree.below}
+    assert nodes.keys() == {"", "a", "b", "ac", "ab", "b."} and best.tokens == [B]
+    assert nodes["b."].has_won and nodes["ac"].is_last and nodes["ab"].is_last
+    assert [(nodes[text].rank, nodes[text].beam) for text in ("b.", "ac", "ab")] == [
+        (1, 3), (2, 3), (3, 3),
+    ]  # fmt: skip
+    assert nodes["a"].beam == 2
+
+
 def test_what_is_pruned_is_not_kept():
     tree, best, _ = searched(beam_size=2, min_length=3)
     kept = [node for node in tree.below if node.is_kept]
