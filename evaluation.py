@@ -25,7 +25,7 @@ import metrics_utils
 import run_records
 import score_details
 from caption_data import Dataset
-from caption_options import Options
+from caption_options import BEAMS, Options
 from feature_cache import FeatureSource
 from progress import Progress
 from runtime import warn
@@ -200,7 +200,7 @@ def report_examples(split, rows, folder):
 def print_scores(folder, captioner, scores, options):
     """The console's tables of a test, and where its files are."""
     algorithm, split = options.decoding.algorithm, scores["split"]
-    search = f"beam {options.decoding.beam_size}" if algorithm == "beam" else algorithm
+    search = algorithm + f" {options.decoding.beam_size}" * (algorithm in BEAMS)
     search += f", consensus of {options.rerank.neighbours} neighbours" * bool(captioner.reranker)
     print(f"{options.data.dataset_type} {split}: {scores['images']} images, {search}")
     print(metrics_utils.scores_table(scores))
