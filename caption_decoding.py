@@ -179,7 +179,8 @@ def full_beam_step(beams, logits, log_norm, beam_size, length_penalty, eos):
     """The `beam_size` best live continuations of each image, and behind them as many finished ones.
 
     A caption that ends leaves its place to a live one, if it was among the best `beam_size` of all. As
-    `beam_step` where none has ended; to the end as generate of transformers, with early_stopping="never".
+    `beam_step` where none has ended; to the end as generate of transformers, with early_stopping="never",
+    but that a caption cut at max_length comes after those that ended.
     """
     live = beams.log_prob.masked_fill(beams.finished, -torch.inf)
     wide = 2 * beam_size  # each hypothesis ends in one way, so that half of these do not

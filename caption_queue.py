@@ -195,11 +195,15 @@ class CaptionQueue:
 
     def _answer(self, jobs, captioned):
         """Fill the futures of a batch."""
-        first = captioned[0]
-        self._seconds_each = (first.encode_seconds + first.search_seconds) / len(jobs)
-        self.on_batch(len(jobs))
         for job, result in zip(jobs, captioned, strict=True):
             job.future.set_result(result)
+        first = captioned[0]
+        slower = max(first.encode_seconds, first.search_seconds)  # of the two at work
+        self._seconds_each = slower / len(jobs)
+        try:
+            self.on_batch(len(jobs))
+        except Exception:  # the pictures are answered, and others wait
+            logger.exception("a batch could not be counted")
 
     def _next_batch(self):
         """The jobs to compute next, those of the longest waiting one's kind; None once closed and empty."""

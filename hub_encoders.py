@@ -593,6 +593,8 @@ def layout_of(architecture):
     children = dict(model.named_children())
     used = [name for name, child in children.items() if calls.keys() & {*child.modules()}]
     head = [*children][[*children].index(used[-1]) + 1 :]
+    if not keeps_order(blocks):  # one block, computed as the model does
+        return Layout([], head, False)
     return Layout(blocks, head, given == calls[whole].given)
 
 
@@ -659,6 +661,16 @@ def trunk_of_timm(model, name):
     last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     trunk.add_module("end", Grid(prefix=prefix, channels_last=last))
     return trunk
+
+
+def keeps_order(places):
+    """Whether a Sequential of Sequentials with modules at these places computes them in this order."""
+    trunk = nn.Sequential()
+    for place in places:
+        put(trunk, place, nn.Identity())
+    return [
+        name for name, module in trunk.named_modules() if not len([*module.children()])
+    ] == places
 
 
 def put(trunk, place, module):

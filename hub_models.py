@@ -332,7 +332,10 @@ def fold_reader(model, weights):
 
 
 def plain_search(config, vocabulary):
-    """What `generate` of transformers is told so that it searches as a checkpoint's options say."""
+    """What `generate` of transformers is told so that it searches as a checkpoint's options say.
+
+    Its beam is our full_beam.
+    """
     forbidden = {vocabulary.pad, vocabulary.sos, vocabulary.unk} - {None, vocabulary.eos}
     search = {
         "max_new_tokens": config["max_length"],

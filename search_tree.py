@@ -147,7 +147,8 @@ def grow(steps, best, eos):
         for each in node.path if node.is_last else ():
             each.is_kept = True
     tokens = [*best.tokens, *([eos] if best.finished else [])]
-    (winner,) = {node for node in beam if [each.word for each in node.path] == tokens}
+    possible = (node for node in beam if node.is_last)
+    (winner,) = {node for node in possible if [each.word for each in node.path] == tokens}
     for node in (root, *winner.path):
         node.is_kept = node.has_won = True
     for node in root.below:

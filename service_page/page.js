@@ -156,17 +156,15 @@ function question() {
   const algorithm = find("search").elements.algorithm.value;
   body.append("algorithm", algorithm);
   body.append("attention", "true");
-  for (const setting of settingsOf(algorithm)) {
+  for (const setting of document.querySelectorAll(".setting:not([hidden])")) {
     const input = setting.querySelector("input");
     body.append(input.name, input.value);
   }
-  if (algorithm === "beam") {
+  if (find("beam").checked) {
     body.append("num_captions", Math.min(MOST_ALTERNATIVES, find("beam_size").value));
   }
   return body;
 }
-
-const settingsOf = (algorithm) => document.querySelectorAll(`.setting[data-of=${algorithm}]`);
 
 function showProblem({ message, again }) {
   clearAnswer();
@@ -365,14 +363,16 @@ function stopPlaying() {
 /** Begin with the search that the model was tuned for. */
 function searchAs(decoding) {
   for (const name of ["beam_size", "temperature", "top_k", "top_p"]) find(name).value = decoding[name];
-  if (decoding.algorithm in EXPLAINED) find(decoding.algorithm).checked = true;
+  const choice = decoding.algorithm === "full_beam" ? "beam" : decoding.algorithm;
+  if (choice === "beam") find("beam").value = decoding.algorithm;
+  if (choice in EXPLAINED) find(choice).checked = true;
   showSearch();
 }
 
 function showSearch() {
-  const algorithm = find("search").elements.algorithm.value;
-  find("explains").textContent = EXPLAINED[algorithm];
-  for (const part of document.querySelectorAll("[data-of]")) part.hidden = part.dataset.of !== algorithm;
+  const choice = document.querySelector("[name=algorithm]:checked").id;
+  find("explains").textContent = EXPLAINED[choice];
+  for (const part of document.querySelectorAll("[data-of]")) part.hidden = part.dataset.of !== choice;
   find("again").hidden ||= !shown.file;
   for (const output of document.querySelectorAll("output")) {
     const input = find(output.htmlFor.value);

@@ -880,6 +880,18 @@ def test_a_picture_that_fails_fails_alone(queue, stub):
     assert first.result(10).hypotheses == 0
 
 
+def test_a_batch_that_cannot_be_counted_is_answered(stub):
+    """Such as where Prometheus' files find no room."""
+
+    def fail(size):
+        raise OSError("no space left on device")
+
+    queue = CaptionQueue(capacity=6, max_batch=1, max_wait_seconds=0, on_batch=fail)
+    futures = queue.submit(stub, [pixels_of(value) for value in range(4)], "plain")
+    assert [future.result(10).hypotheses for future in futures] == [0, 1, 2, 3]
+    queue.close()
+
+
 def test_a_closed_queue_has_computed_what_it_accepted(stub):
     queue = CaptionQueue(capacity=6, max_batch=4, max_wait_seconds=5)
     first = hold(queue, stub)

@@ -334,6 +334,11 @@ def test_layernorm_learns(name):
     assert any("norm" in name and "weight" in name for name in trained)
 
 
+def test_modules_that_take_turns_are_no_chain_of_sequentials():
+    assert hub_encoders.keeps_order(["stem", "layers.0.blocks.0", "layers.0.blocks.1", "layers.1"])
+    assert not hub_encoders.keeps_order(["layers.0", "norms.0", "layers.1", "norms.1"])
+
+
 def test_a_timm_model_that_is_one_knot_is_refused_by_name():
     with pytest.raises(ValueError, match=r"^--fine_tune_encoder 1: timm/cait_xxs24_224 cannot"):
         fine_tuned("cait_xxs24_224", 224, 1)

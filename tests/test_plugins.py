@@ -260,4 +260,4 @@ def test_help_names_what_a_plugin_adds(tiny, capsys):
         parse_args(["--plugin", "tiny.py", "first_words.py", "--help"])
     text = capsys.readouterr().out
     assert " swin_v2_b tiny" in " ".join(text.split())
-    assert "{greedy,beam,sample,first_words}" in text
+    assert "{greedy,beam,full_beam,sample,first_words}" in text

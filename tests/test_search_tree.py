@@ -59,6 +59,14 @@ def written(node):
     return "".join(NAMES[each.word] for each in node.path).replace("<EOS>", ".")
 
 
+@pytest.mark.parametrize("beam_size", [1, 2, 3])
+def test_a_full_beam_that_is_cut_has_one_winner(beam_size):
+    """Its places for captions that ended are filled with impossible ones, which may have the winner's words."""
+    tree, best, _ = searched("full_beam", beam_size=beam_size, max_length=1, min_length=1)
+    assert best.tokens == [A] and not best.finished
+    assert [written(node) for node in tree.below if node.has_won] == ["", "a"]
+
+
 def test_the_tree_of_a_beam_of_two_worked_by_hand():
     """b. has 0.4 * 0.9 = 0.36 and wins; ac has 0.6 * 0.5 = 0.30 and is left, ab with 0.18 never was in the beam."""
     tree, best, _ = searched(beam_size=2)

@@ -1,6 +1,7 @@
 """service_page: the page of caption_service, in chromium, with a service that has a small trained model."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -385,6 +386,21 @@ def test_only_what_the_search_takes_is_shown_and_sent(opened, photograph):
     sent_by(page.locator("label[for=beam]").click)
     fields, captions = sent_by(lambda: page.get_by_label("Beam size").fill("2"))
     assert fields["beam_size"] == fields["num_captions"] == "2" and len(captions) == 2
+
+
+def test_a_model_that_was_tuned_for_a_full_beam_is_asked_for_one(opened, photograph, service):
+    with urllib.request.urlopen(service + "model/info") as answer:
+        info = json.load(answer)
+    info["decoding"] |= {"algorithm": "full_beam", "beam_size": 3}
+    page = opened({"model/info": lambda route: route.fulfill(json=info)})
+    upload(page, photograph)
+    fields = page.evaluate("window.sent.at(-1)")
+    assert (fields["algorithm"], fields["beam_size"], fields["num_captions"]) == (
+        "full_beam",
+        "3",
+        "3",
+    )
+    assert page.get_by_label("Beam size").is_visible()
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong
