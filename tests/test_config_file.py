@@ -467,7 +467,8 @@ def test_what_a_record_holds_beside_options_is_unknown_in_another_file(capsys):
         ("batch_size:", "exp.yaml:1: batch_size has no value"),
         ("use_scheduler: maybe", "exp.yaml:1: use_scheduler 'maybe' is not true or false"),
         ("use_mixed_precision: 16", "exp.yaml:1: use_mixed_precision '16' is not true or false"),
-        ("algorithm: beem", "exp.yaml:1: algorithm 'beem' is none of greedy, beam, full_beam, sample (did you mean beam?)"),
+        ("algorithm: beem", "exp.yaml:1: algorithm 'beem' is none of greedy, beam, full_beam, sample "
+         "(did you mean beam?)"),
         ("image_size: [300, 299]", "exp.yaml:1: image_size is no square, to which pictures are squashed: give "
          "its side"),
         ("image_dir: ''", "--image_dir is empty: give a path (image_dir: exp.yaml:1)"),
