@@ -94,6 +94,7 @@ from runtime import (
     memory_shortage,
     printable,
     resolve_hardware,
+    return_freed_memory,
     set_threads,
     to_device,
     until_stopped,
@@ -123,6 +124,7 @@ from trained_models import (
 from word_embedding import begin_with_vectors, partly_frozen
 
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
+MANY_WORDS = 20_000  # of a vocabulary: a batch's logits are hundreds of megabytes
 ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # measured, but for mps: docs/PERFORMANCE.md
 READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
 ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other heights are slower
@@ -1359,6 +1361,8 @@ def set_up(options, hardware, checkpoint=None):
     else:
         decoder, vocabulary = begin_decoder(options, values, encoder, texts, features, initial)
     decoder.to(hardware.device)
+    if len(vocabulary) > MANY_WORDS:
+        return_freed_memory()
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
     if path := options.training.glove_path:

@@ -195,6 +195,18 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
 
 
+def return_freed_memory():
+    """Have malloc return large blocks to the kernel after all, undoing `keep_freed_memory`.
+
+    Blocks of hundreds of megabytes whose sizes change from step to step leave holes in the heap that
+    the next ones do not fit into: it would grow until memory ran out.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger blocks are mappings of their own
+        libc.mallopt(-4, 2**16)  # M_MMAP_MAX: so many of them
+
+
 def memory_shortage(error):
     """What to tell a user of an `error` that means that memory ran out; None of any other."""
     text = str(error)

@@ -600,7 +600,12 @@ def gpt2_begins_as_named_and_reads_its_tokens():
         assert (config.n_layer, config.n_embd, config.n_head) == expected
     assert isinstance(words.vocabulary, caption_batches.Vocabulary)
     folder = tiny_gpt2()
-    tokens = ready(f"--gpt2_tokenizer {folder}", tiny=TINY_GPT2).captioner
+    with pytest.MonkeyPatch.context() as patch:
+        returned = []
+        patch.setattr(fic, "MANY_WORDS", len(words.vocabulary))
+        patch.setattr(fic, "return_freed_memory", lambda: returned.append(True))
+        tokens = ready(f"--gpt2_tokenizer {folder}", tiny=TINY_GPT2).captioner
+    assert len(tokens.vocabulary) > len(words.vocabulary) and returned == [True]
     assert isinstance(tokens.vocabulary, caption_batches.SubwordVocabulary)
     assert tokens.decoder.gpt2.config.n_embd == 16
     named = ready(f"--decoder gpt2 --gpt2_model {folder}", tiny=ON_SAMPLE).captioner
