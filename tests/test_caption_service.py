@@ -94,7 +94,7 @@ class Server(NamedTuple):
         head, _, content = received.partition(b"\r\n\r\n")
         return Reply(int(head.split()[1]), {}, content)
 
-    def wait(self, seconds=90):
+    def wait(self, seconds=180):
         """Until a model answers."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -852,9 +852,10 @@ def test_a_batch_is_encoded_while_the_one_before_is_searched(queue, stub):
 def test_nothing_is_computed_while_a_model_is_traced(queue, stub, stage):
     with stage:  # as who traces holds both
         (future,) = queue.submit(stub, [pixels_of(1)], "plain")
+        expected = [] if stage is runtime.ENCODING else [[1]]
+        wait_until(lambda: stub.batches == expected)
         time.sleep(0.1)
-        assert not future.done()
-        assert stub.batches == ([] if stage is runtime.ENCODING else [[1]])
+        assert stub.batches == expected and not future.done()
     assert future.result(10).hypotheses == 1
 
 
