@@ -182,30 +182,34 @@ def full_beam_step(beams, logits, log_norm, beam_size, length_penalty, eos):
     `beam_step` where none has ended; to the end as generate of transformers, with early_stopping="never",
     but that a caption cut at max_length comes after those that ended.
     """
+    # twice as many as are wanted: each live hypothesis has one way to end, so half of them go on
+    wide = 2 * beam_size
     live = beams.log_prob.masked_fill(beams.finished, -torch.inf)
-    wide = 2 * beam_size  # each hypothesis ends in one way, so that half of these do not
     best, words = logits.topk(min(wide, logits.size(-1)))  # (N, K, C)
-    totals = (live.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))).flatten(1)
-    totals, index = totals.topk(min(wide, totals.size(1)))  # (N, W)
+    totals = (live.unsqueeze(-1) + (best - log_norm.unsqueeze(-1))).flatten(1)  # (N, K C)
+    totals, index = totals.topk(min(wide, totals.size(1)))  # (N, W), best first
     parents, words = index // best.size(-1), words.flatten(1).gather(1, index)
     ends = words == eos
     going = totals.masked_fill(ends, -torch.inf).topk(min(beam_size, totals.size(1)))
 
+    # an end counts if it is among the best `beam_size`, and competes with those of earlier steps
     ending = totals.masked_fill(~ends, -torch.inf)
     ending[:, beam_size:] = -torch.inf
     ended = beams.log_prob.masked_fill(~beams.finished, -torch.inf)
-    rated = scores(beams, length_penalty).masked_fill(~beams.finished, -torch.inf)
-    rated = torch.cat([rated, ending / beams.tokens.size(-1) ** length_penalty], dim=1)
+    ended_scores = scores(beams, length_penalty).masked_fill(~beams.finished, -torch.inf)
+    ending_scores = ending / beams.tokens.size(-1) ** length_penalty  # <EOS> for <SOS>
+    rated = torch.cat([ended_scores, ending_scores], dim=1)
     places = rated.topk(min(beam_size, rated.size(1))).indices
-    earlier = torch.arange(ended.size(1), device=ended.device).expand_as(ended)
 
-    def chosen(of_earlier, of_new):
-        kept = torch.cat([of_earlier, of_new], dim=1).gather(1, places)
-        return torch.cat([of_new.gather(1, going.indices), kept], dim=1)
+    def chosen(of_ended, of_new, of_going):
+        return torch.cat([of_going, torch.cat([of_ended, of_new], dim=1).gather(1, places)], dim=1)
 
-    log_prob = torch.cat([ended, ending], dim=1).gather(1, places)
-    log_prob = torch.cat([going.values, log_prob], dim=1)
-    return chosen(earlier, parents), chosen(torch.full_like(earlier, eos), words), log_prob
+    own = torch.arange(ended.size(1), device=ended.device).expand_as(ended)
+    return (
+        chosen(own, parents, parents.gather(1, going.indices)),
+        chosen(torch.full_like(own, eos), words, words.gather(1, going.indices)),
+        chosen(ended, ending, going.values),
+    )
 
 
 def truncate(logits, top_k, top_p):
@@ -325,8 +329,9 @@ def generate(
         return []
     if fixed_shapes is None:
         fixed_shapes = features.device.type == "cuda"
-    settings = beam_size, length_penalty, temperature, top_k, top_p, num_captions, generator
-    settings = *settings, vocabulary.eos
+    settings = (
+        beam_size, length_penalty, temperature, top_k, top_p, num_captions, generator, vocabulary.eos,
+    )  # fmt: skip
     next_words = step_function(algorithm, dict(zip(SETTINGS, settings, strict=True)))
     hypotheses = {}
     images = torch.arange(len(features), device=features.device)  # the numbers of those not done

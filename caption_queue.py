@@ -79,7 +79,8 @@ def encode(jobs):
 
 def search(encoded):
     """Returns: a Captioned of each picture. Samples differ from call to call."""
-    started, (captioner, _, decoding, *_) = time.perf_counter(), encoded.jobs[0]
+    started = time.perf_counter()
+    captioner, _, decoding, *_ = encoded.jobs[0]
     seed = random.getrandbits(32)
     hypotheses = list(captioner.caption_features([encoded.features], decoding, seed))
     seconds = time.perf_counter() - started
@@ -165,7 +166,7 @@ class CaptionQueue:
             try:
                 with ENCODING:
                     encoded = encode(jobs)
-            except Exception:  # whatever it is, it is a picture's
+            except Exception:  # one picture may be the reason, and the thread must outlive it
                 self._compute_alone(jobs)
             else:
                 self._encoded.put(encoded)
@@ -176,7 +177,7 @@ class CaptionQueue:
             try:
                 with SEARCHING:
                     captioned = search(encoded)
-            except Exception:
+            except Exception:  # likewise
                 self._compute_alone(encoded.jobs)
             else:
                 self._answer(encoded.jobs, captioned)
@@ -197,12 +198,11 @@ class CaptionQueue:
         """Fill the futures of a batch."""
         for job, result in zip(jobs, captioned, strict=True):
             job.future.set_result(result)
-        first = captioned[0]
-        slower = max(first.encode_seconds, first.search_seconds)  # of the two at work
+        slower = max(captioned[0].encode_seconds, captioned[0].search_seconds)  # both work at once
         self._seconds_each = slower / len(jobs)
         try:
             self.on_batch(len(jobs))
-        except Exception:  # the pictures are answered, and others wait
+        except Exception:  # the caller's counting may fail, but other pictures wait for this thread
             logger.exception("a batch could not be counted")
 
     def _next_batch(self):

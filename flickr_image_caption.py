@@ -124,7 +124,7 @@ from trained_models import (
 from word_embedding import begin_with_vectors, partly_frozen
 
 CALIBRATION_IMAGES = 512  # training images whose features standardise all others
-MANY_WORDS = 20_000  # of a vocabulary: a batch's logits are hundreds of megabytes
+MANY_WORDS = 20_000  # in a vocabulary: the logits of a batch or a beam are large blocks of memory
 ENCODE_BATCH_SIZES = {"cpu": 8, "cuda": 32, "mps": 32}  # measured, but for mps: docs/PERFORMANCE.md
 READ_LOSS_EVERY = 50  # steps: each read synchronises with the GPU
 ROW_TILE = 16  # rows that a matrix unit multiplies at once: products of other heights are slower
@@ -885,6 +885,8 @@ def decoder_class(values):
 
 def build_decoder(values, feature_dim, vocab_size):
     """An untrained decoder from the values of all options by name."""
+    if vocab_size > MANY_WORDS:  # training, testing and serving all come by here
+        return_freed_memory()
     kind = decoder_class(values)
     decoder = kind(feature_dim, vocab_size, **{name: values[name] for name in kind.options})
     if values["freeze_embeddings"]:
@@ -1361,8 +1363,6 @@ def set_up(options, hardware, checkpoint=None):
     else:
         decoder, vocabulary = begin_decoder(options, values, encoder, texts, features, initial)
     decoder.to(hardware.device)
-    if len(vocabulary) > MANY_WORDS:
-        return_freed_memory()
     training = Split(table, features, make_batches(table, vocabulary, options))
     validation = Split(val_table, val_features, make_batches(val_table, vocabulary, options))
     if path := options.training.glove_path:

@@ -160,7 +160,7 @@ def push_best(run):
 def first_captions(run, number):
     """What the best epoch's model writes of the first validation images: a hypothesis each."""
     captioner, features, options = run.captioner, run.validation.features, run.options
-    best = checkpoints.load_checkpoint(run.folder / "best.pt")
+    best = checkpoints.load_checkpoint(run.folder / model_selection.BEST)
     captioner.decoder.load_state_dict(best["model"])
     captioner.encoder.trunk.load_state_dict(best["encoder"]["weights"])  # its tail may have learnt
     images = [torch.arange(len(features.paths))[:number]]

@@ -364,7 +364,7 @@ function stopPlaying() {
 function searchAs(decoding) {
   for (const name of ["beam_size", "temperature", "top_k", "top_p"]) find(name).value = decoding[name];
   const choice = decoding.algorithm === "full_beam" ? "beam" : decoding.algorithm;
-  if (choice === "beam") find("beam").value = decoding.algorithm;
+  if (choice === "beam") find("beam").value = decoding.algorithm; // which of the two is sent
   if (choice in EXPLAINED) find(choice).checked = true;
   showSearch();
 }

@@ -155,6 +155,19 @@ def source(features):
     return made
 
 
+def new_decoder(settled):
+    """The same one each time."""
+    torch.manual_seed(0)
+    return program.build_decoder(settled.as_dict(), CHANNELS, WORDS)
+
+
+def run_at(place, features, decoder, settled):
+    """Features and decoder where they are asked for, and a run with that decoder."""
+    if place == AWAY:
+        features, decoder = Away(features), moved(decoder)
+    return features, decoder, make_run(decoder, settled, Pretended(place, "float32"), num_batches=5)
+
+
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeypatch):
     """The features lie in the device's memory: positions to read and the batch's numbers go there."""
@@ -165,12 +178,9 @@ def test_a_training_step_is_the_cpus_and_waits_for_nothing(kind, device, monkeyp
     features = torch.randn(4, 1 if kind == "lstm" else CELLS, CHANNELS).half()
     losses, decoders = [], []
     for place in (torch.device("cpu"), AWAY):
-        torch.manual_seed(0)
-        decoder = program.build_decoder(settled.as_dict(), CHANNELS, WORDS)
+        decoder = new_decoder(settled)
         with device if place == AWAY else contextlib.nullcontext():
-            cache = Away(features) if place == AWAY else features
-            decoder = moved(decoder) if place == AWAY else decoder
-            run = make_run(decoder, settled, Pretended(place, "float32"), num_batches=5)
+            cache, decoder, run = run_at(place, features, decoder, settled)
             with monkeypatch.context() as patch:
                 sends = noted_sends(patch)
                 (grids,) = source(cache).stream([batch.image_rows], mirror)
@@ -199,12 +209,9 @@ def test_a_step_in_parts_is_the_cpus_and_waits_for_nothing(kind, device):
     for place, flags in ((torch.device("cpu"), ()), (AWAY, ("--gradient_accumulation_steps", "2"))):
         nothing_dropped = () if kind == "lstm" else ("--patch_dropout", "0")
         settled = options(kind, "--drop_prob", "0", *nothing_dropped, *flags)
-        torch.manual_seed(0)
-        decoder = program.build_decoder(settled.as_dict(), CHANNELS, WORDS)
+        decoder = new_decoder(settled)
         with device if place == AWAY else contextlib.nullcontext():
-            grids = Away(features) if place == AWAY else features
-            decoder = moved(decoder) if place == AWAY else decoder
-            run = make_run(decoder, settled, Pretended(place, "float32"), num_batches=5)
+            grids, _, run = run_at(place, features, decoder, settled)
             losses.append(program.train_step(run, grids, batch))
     assert float(losses[1].held) == pytest.approx(float(losses[0]), rel=1e-5)
     assert device.fetched == []
