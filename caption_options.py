@@ -150,8 +150,8 @@ PRESETS = {  # what --preset gives options that are not typed
         "epochs": 15,
     },
     "best": LAPTOP | {
-        "encoder": "resnet50+mobilenet_v2", "image_size": 224, "coarse_size": None,
-        "no_repeat_ngram_size": 3, "rerank": "consensus", "rerank_weight": 4.0,
+        "encoder": "resnet50+mobilenet_v2", "no_repeat_ngram_size": 3, "rerank": "consensus",
+        "rerank_weight": 4.0,
     },
 }  # fmt: skip
 

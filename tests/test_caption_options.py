@@ -355,7 +355,7 @@ def test_the_presets_are_the_recipes_that_they_are_named_after():
     assert given("document-a", *sizes) == [512, 1024, 3, 15, 64, 0.001]
     pictures = ("encoder", "image_size", "coarse_size")
     assert given("laptop", *pictures) == ["mobilenet_v2", 320, 224]
-    assert given("best", *pictures) == ["resnet50+mobilenet_v2", 224, None]
+    assert given("best", *pictures) == ["resnet50+mobilenet_v2", 320, 224]
     assert given("best", "rerank", "no_repeat_ngram_size") == ["consensus", 3]
 
 
@@ -442,12 +442,14 @@ def test_typed_comes_before_the_preset_that_before_the_model_it_begins_with_and_
     assert adopted({"decoder": "attention"}, "--alpha_c 3")["alpha_c"] == 3
 
 
-@pytest.mark.parametrize("typed", ["--encoder resnet18", "--preset best"])
-def test_another_encoder_has_its_own_weights_and_sizes(typed):
-    values = adopted(PICTURES | ADAPTIVE, typed)
-    encoder = "resnet18" if typed.startswith("--encoder") else "resnet50+mobilenet_v2"
+@pytest.mark.parametrize(
+    ("typed", "encoder", "coarse_size"),
+    [("--encoder resnet18", "resnet18", None), ("--preset best", "resnet50+mobilenet_v2", 224)],
+)
+def test_another_encoder_has_its_own_weights_and_sizes(typed, encoder, coarse_size):
+    values = adopted(PICTURES | ADAPTIVE | {"coarse_size": 160}, typed)
     assert values["encoder"] == encoder and values["encoder_weights"] == "imagenet"
-    assert values["coarse_size"] is None
+    assert values["coarse_size"] == coarse_size
     assert adopted(PICTURES, "--image_size 256")["coarse_size"] == 224  # the same encoder's
 
 
