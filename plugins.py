@@ -43,7 +43,6 @@ def fault_in(file, error):
     """ ":LINE: what is wrong", where the line is the last of `file` that was being run or read."""
     text = " ".join(str(getattr(error, "msg", error)).split())[:500]
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-    if isinstance(error, SyntaxError) and not lines:
-        return f":{error.lineno or 1}: is no Python ({text})"
-    where = f":{lines[-1]}" if lines else ""
-    return f"{where}: {type(error).__name__}: {text}"
+    if not lines:  # it was not even compiled; for null bytes older Pythons raise ValueError
+        return f":{getattr(error, 'lineno', None) or 1}: is no Python ({text})"
+    return f":{lines[-1]}: {type(error).__name__}: {text}"
