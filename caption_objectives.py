@@ -21,7 +21,7 @@ import torch
 import checkpoints
 import process_group
 from progress import Progress
-from runtime import to_device
+from runtime import large_blocks_returned, to_device
 
 LIKELIEST = 32  # words of which a teacher's probabilities are kept
 
@@ -80,10 +80,11 @@ def soft_targets(teacher, batches, num_tokens, hardware):
         num_tokens: rows of the tables, which a batch's `places` number.
     """
     teacher.eval()
-    shares = [
-        (batch.places, *likeliest_words(teacher, features, batch.to(hardware.device), hardware))
-        for batch, features in batches
-    ]
+    with large_blocks_returned():
+        shares = [
+            (batch.places, *likeliest_words(teacher, features, batch.to(hardware.device), hardware))
+            for batch, features in batches
+        ]
     number = min(LIKELIEST, shares[0][1].size(1))
     words = torch.zeros(num_tokens, number, dtype=torch.int32)
     probabilities = torch.zeros(num_tokens, number, dtype=torch.float16)

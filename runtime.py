@@ -28,6 +28,7 @@ import process_group
 # codes of C0 and C1, marks that turn the direction of text, line ends, halves of characters
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 PROBE_ROUNDS, PROBE_STEPS = 5, 12  # about 0.3 s in all
+FREED_IS_KEPT = threading.Event()  # whether malloc was told so, which cannot be asked
 # torch.fx replaces nn.Module.__call__ in all threads while it traces: no other may compute then.
 # A thread that encodes or searches meanwhile holds its lock, one that traces holds both
 ENCODING, SEARCHING = threading.Lock(), threading.Lock()
@@ -193,6 +194,7 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
+    FREED_IS_KEPT.set()
 
 
 def return_freed_memory():
@@ -201,10 +203,28 @@ def return_freed_memory():
     Blocks of hundreds of megabytes whose sizes change from step to step leave holes in the heap that
     the next ones do not fit into: it would grow until memory ran out.
     """
+    FREED_IS_KEPT.clear()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger blocks are mappings of their own
         libc.mallopt(-4, 2**16)  # M_MMAP_MAX: so many of them
+
+
+@contextlib.contextmanager
+def large_blocks_returned():
+    """Within, freed memory goes back as after `return_freed_memory`; then as before.
+
+    For work that makes a little to keep of each large block. In the heap what is kept would lie in the
+    hole that a block left, so that the next one does not fit there.
+    """
+    kept = FREED_IS_KEPT.is_set()
+    if kept:
+        return_freed_memory()
+    try:
+        yield
+    finally:
+        if kept:
+            keep_freed_memory()
 
 
 def memory_shortage(error):

@@ -23,7 +23,7 @@ import checkpoints
 import image_loading
 from caption_batches import CaptionBatches
 from feature_cache import FeatureSource, open_source
-from runtime import printable
+from runtime import large_blocks_returned, printable
 
 DECODE_CHUNK = 100  # images decoded together
 
@@ -113,12 +113,13 @@ class Split:
 
 
 def decode_chunks(features, rows=None):
-    """What a FeatureSource has of its images, in chunks that are decoded together: (n, P, F) each.
+    """Yield what a FeatureSource has of its images, in chunks that are decoded together: (n, P, F) each.
 
     rows: (N,) positions of the wanted ones; None: all.
     """
     rows = torch.arange(len(features.paths)) if rows is None else rows
-    return features.stream(rows.split(DECODE_CHUNK) if len(rows) else [])
+    with large_blocks_returned():
+        yield from features.stream(rows.split(DECODE_CHUNK) if len(rows) else [])
 
 
 def make_batches(table, vocabulary, options):

@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from runtime import (
     set_threads,
     until_stopped,
 )
+from split_data import decode_chunks
 
 # ----------------------------------------------------------------------------- device and precision
 
@@ -357,6 +360,25 @@ def test_a_want_of_memory_is_told_from_other_errors(error, line):
     assert runtime.memory_shortage(error) == line
 
 
+def test_large_blocks_are_returned_while_features_come_in_chunks_and_then_kept_again(monkeypatch):
+    kept = threading.Event()
+    kept.set()
+    monkeypatch.setattr(runtime, "FREED_IS_KEPT", kept)
+    monkeypatch.setattr(runtime, "keep_freed_memory", kept.set)
+    monkeypatch.setattr(runtime, "return_freed_memory", kept.clear)
+    features = SimpleNamespace(paths=range(250), stream=lambda chunks: map(len, chunks))
+    states = [(number, kept.is_set()) for number in decode_chunks(features)]
+    assert states == [(100, False), (100, False), (50, False)] and kept.is_set()
+    abandoned = decode_chunks(features)
+    next(abandoned)
+    assert not kept.is_set()
+    abandoned.close()
+    assert kept.is_set()
+    kept.clear()  # a large vocabulary's run, which returns its memory all along
+    list(decode_chunks(features))
+    assert not kept.is_set()
+
+
 FAULTS = """
 import resource, sys, torch, runtime
 if sys.argv[1] != "plain":
@@ -369,6 +391,33 @@ for _ in range(36):
     warm = faults if _ < 24 else warm  # until there is a hole of that size in the heap
 print(faults - warm)
 """
+
+
+GROWTH = """
+import contextlib, re, sys, torch, runtime
+runtime.keep_freed_memory()
+apart = runtime.large_blocks_returned() if sys.argv[1] == "return" else contextlib.nullcontext()
+kept = []
+with apart:
+    for _ in range(36):
+        fine, coarse = torch.ones(2**24).half().float(), torch.ones(2**23).half().float()
+        chunk = torch.cat([fine, coarse])  # 96 MiB
+        kept.append(torch.ones(2**18))  # 1 MiB
+    assert runtime.FREED_IS_KEPT.is_set() == (sys.argv[1] != "return")
+assert runtime.FREED_IS_KEPT.is_set()
+print(int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_what_is_kept_of_each_large_block_leaves_no_holes_where_they_are_returned():
+    root = Path(runtime.__file__).parent
+    grown, returned = (
+        int(subprocess.check_output([sys.executable, "-c", GROWTH, how], cwd=root, text=True))
+        for how in ("keep", "return")
+    )
+    assert returned < 1200 < grown  # MiB
 
 
 @pytest.mark.slow
