@@ -15,8 +15,9 @@ import torch
 import consensus
 from caption_options import BEAMS
 from runtime import warn
-from split_data import decode_chunks
 from trained_models import in_common
+
+MEANS_CHUNK = 16  # images read together, which bounds the memory that it takes
 
 
 def open_reranker(options, checkpoint, build=None):
@@ -64,5 +65,9 @@ def build_index(captioner, table, features):
 
 def mean_features(captioner, features):
     """The mean over the grid of each image of a FeatureSource: (M, F) on the CPU."""
-    chunks = map(captioner.grids, decode_chunks(features))
-    return torch.cat([chunk.mean(1).cpu() for chunk in chunks])
+    number = len(features.paths)
+    means = torch.empty(number, captioner.encoder.channels)
+    chunks = features.stream(torch.arange(number).split(MEANS_CHUNK))
+    for place, chunk in zip(means.split(MEANS_CHUNK), chunks, strict=True):
+        place.copy_(captioner.grids(chunk).mean(1))
+    return means

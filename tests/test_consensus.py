@@ -4,13 +4,16 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkpoints
 import consensus
+import reranking
 from caption_decoding import Hypothesis
 
 DOG, CAT, RUNS, SITS, A, THE, BALL = range(4, 11)
@@ -193,3 +196,17 @@ def test_an_index_is_made_once_and_used_where_it_cannot_be_kept(
     assert capsys.readouterr().err == (
         f"{tmp_path / 'neighbours.pt'}: not kept (No space left on device)\n"
     )
+
+
+def test_mean_features_are_each_images_and_few_grids_are_read_together():
+    grids, read = torch.rand(40, 9, 6, generator=torch.Generator().manual_seed(0)), []
+
+    def stream(chunks):
+        for rows in chunks:
+            read.append(len(rows))
+            yield grids[rows]
+
+    features = SimpleNamespace(paths=range(40), stream=stream)
+    captioner = SimpleNamespace(encoder=SimpleNamespace(channels=6), grids=nn.Identity())
+    means = reranking.mean_features(captioner, features)
+    assert torch.equal(means, grids.mean(1)) and read == [16, 16, 8]
