@@ -177,7 +177,7 @@ class CaptionQueue:
             try:
                 with SEARCHING:
                     captioned = search(encoded)
-            except Exception:  # likewise
+            except Exception:  # one picture may be the reason here, too
                 self._compute_alone(encoded.jobs)
             else:
                 self._answer(encoded.jobs, captioned)

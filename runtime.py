@@ -214,8 +214,8 @@ def return_freed_memory():
 def large_blocks_returned():
     """Within, freed memory goes back as after `return_freed_memory`; then as before.
 
-    For work that makes a little to keep of each large block. In the heap what is kept would lie in the
-    hole that a block left, so that the next one does not fit there.
+    For a loop that keeps a little of each large block, such as its mean. In the heap that would be put
+    into the hole which the block left, and the next block would not fit there.
     """
     kept = FREED_IS_KEPT.is_set()
     if kept:

@@ -237,8 +237,9 @@ def test_a_search_finds_the_cpus_captions_and_synchronises_every_8_steps_only(
     torch.set_float32_matmul_precision("highest")
     decoder = new_run(kind, CPU).model.eval()
     with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.mul_(4)
+        for name, parameter in decoder.named_parameters():
+            if "norm" not in name:  # gains of queries and keys would amplify rounding a hundredfold
+                parameter.mul_(4)
         decoder.head.bias[caption_batches.Vocabulary.eos] += 3
     vocabulary = caption_batches.Vocabulary(caption_batches.Vocabulary.SPECIALS)
     _, features = some_captions()
@@ -258,7 +259,7 @@ def test_a_search_finds_the_cpus_captions_and_synchronises_every_8_steps_only(
     assert asked == [8, 16, 20][: len(asked)]
     for (one,), (other,) in zip(expected, found, strict=True):
         assert one.tokens == other.tokens
-        assert one.log_prob == pytest.approx(other.log_prob, rel=1e-3, abs=1e-3)
+        assert one.log_prob == pytest.approx(other.log_prob, rel=1e-4, abs=1e-3)
         assert (one.attention is None) == (kind == "lstm")
         if one.attention is not None:
             torch.testing.assert_close(one.attention, other.attention, atol=1e-3, rtol=0)
